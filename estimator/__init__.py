@@ -1,0 +1,1 @@
+"""Common ground of serving and learning: the difficulty estimator, its checkpoints and records."""

@@ -1,0 +1,1 @@
+"""Learns: outcome tables, fits, evaluations and refreshed checkpoints of the estimator."""
