@@ -1,0 +1,78 @@
+"""One llama.cpp server on one GGUF file: `python -m gateway.demo_backend --model FILE --port N [--alias NAME]`.
+
+llama.cpp's own OpenAI server, from the xllamacpp wheel, run in a process of its own so that it can be killed like a
+real backend. It goes when its parent goes. Port 0 takes a free one; the line it prints when ready names the address.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def start(model: Path, port: int, alias: str, slots: int, threads: int, context: int) -> Any:
+    """The running server (it serves from threads of its own); keep the reference, dropping it stops the server."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model)
+    params.model_alias = {alias}
+    params.hostnames = ["127.0.0.1"]
+    params.port = port
+    params.n_parallel = slots
+    params.n_ctx = slots * context
+    params.cont_batching = True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_threads_http = slots + 4  # a stream holds one of them
+    params.verbosity = 0
+    params.ui = False
+    params.cache_ram_mib = 0
+    # What a request leaves out means what it means at OpenAI and on vLLM, not llama.cpp's own top-k 40 and min-p.
+    sampling = params.sampling
+    sampling.temp, sampling.top_k, sampling.top_p, sampling.min_p = 1.0, 0, 1.0, 0.0
+    return xllamacpp.Server(params)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gateway.demo_backend", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a GGUF file")
+    parser.add_argument("--port", type=int, required=True, help="0: any free one")
+    parser.add_argument("--alias", help="the model's name in the API (default: the file's folder)")
+    parser.add_argument("--slots", type=int, default=8, help="requests decoded at once (default 8)")
+    parser.add_argument("--threads", type=int, default=1, help="threads that decode (default 1)")
+    parser.add_argument("--context", type=int, default=2048, help="tokens a request may hold (default 2048)")
+    options = parser.parse_args(argv)
+    if not options.model.is_file():
+        print(f"no such model file: {options.model}", file=sys.stderr)
+        return 2
+    _die_with_parent()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    alias = options.alias or options.model.resolve().parent.name
+    try:
+        server = start(options.model, options.port, alias, options.slots, options.threads, options.context)
+    except ModuleNotFoundError:
+        print("the demo's backends need llama.cpp: pip install 'depo-gateway[demo]'", file=sys.stderr)
+        return 2
+    print(f"{alias} at {server.listening_address}", flush=True)
+    stop.wait()
+    os._exit(0)  # llama.cpp's own shutdown waits for open streams
+
+
+def _die_with_parent() -> None:
+    """Linux: SIGTERM for this process when its parent ends, however it ends."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended in between
+            sys.exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
