@@ -13,7 +13,8 @@ import aiohttp
 
 from training.rewards import Verifier
 
-TRIES = 6  # with waits of 0.5, 1, 2, 4, 8 seconds between: a backend may restart meanwhile
+TRIES = 6
+FIRST_WAIT_SECONDS = 0.5  # doubled each time, 15 s in all: a backend may restart meanwhile
 Messages = Sequence[Mapping[str, Any]]
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -150,7 +151,7 @@ async def post(session: aiohttp.ClientSession, backend: Backend, body: Mapping[s
     words = ""
     for attempt in range(TRIES):
         if attempt:
-            await asyncio.sleep(0.5 * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+            await asyncio.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
         try:
             async with session.post(
                 f"{backend.url}/v1/chat/completions", json=body, headers=backend.headers
