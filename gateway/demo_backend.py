@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError:
         print("the demo's backends need llama.cpp: pip install 'depo-gateway[demo]'", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # llama.cpp says no more than that it failed
+        print(f"llama.cpp cannot serve {options.model} on port {options.port}: {error}", file=sys.stderr)
+        return 1
     print(f"{alias} at {server.listening_address}", flush=True)
     stop.wait()
     os._exit(0)  # llama.cpp's own shutdown waits for open streams

@@ -1,0 +1,105 @@
+"""The depo-gateway command: serve, demo, check, keys."""
+
+import argparse
+import logging
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gateway import __version__, config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, 1 (failed) or 2 (the user's mistake, told in one line on stderr)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return int(options.run(options))
+    except ValueError as error:
+        print(f"depo-gateway: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "depo-gateway",
+        description="An OpenAI-compatible gateway that sends each query to the cheapest pool of models that will do.",
+    )
+    parser.add_argument("--version", action="version", version=f"depo-gateway {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    serve = commands.add_parser(
+        "serve", help="run the gateway", description="Runs the gateway until SIGTERM or Ctrl-C."
+    )
+    serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="the gateway.yaml")
+    serve.set_defaults(run=_serve)
+    demo = commands.add_parser(
+        "demo",
+        help="watch queries being routed between two small real language models",
+        description="Starts two small language models and the gateway, sends sample queries and shows where each went.",
+    )
+    demo.add_argument("--once", action="store_true", help="exit after the queries instead of staying up")
+    demo.add_argument(
+        "--backends", nargs="+", metavar="POOL=URL", help="two OpenAI-compatible servers of your own instead"
+    )
+    demo.add_argument("--queries", type=int, default=400, metavar="N", help="how many queries to send (default 400)")
+    demo.add_argument("--port", type=int, default=8000, help="the gateway's port (default 8000)")
+    demo.add_argument("--admin-port", type=int, default=9000, help="the port of /metrics (default 9000)")
+    demo.set_defaults(run=_demo)
+    check = commands.add_parser(
+        "check", help="validate a config", description="Validates a config and prints it resolved, without secrets."
+    )
+    check.add_argument("config", type=Path, metavar="gateway.yaml")
+    check.set_defaults(run=_check)
+    keys = commands.add_parser("keys", help="make API keys", description="Makes API keys.")
+    actions = keys.add_subparsers(metavar="ACTION", required=True)
+    new = actions.add_parser(
+        "new",
+        help="print a fresh key once",
+        description="Prints a fresh API key once, and the line that goes into the config.",
+    )
+    new.add_argument("name", metavar="NAME", help="whom the key is for")
+    new.set_defaults(run=_new_key)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import uvloop
+
+    from gateway import server
+
+    settings = config.load(options.config)
+
+    def ready(public: str, admin: str) -> None:
+        print(f"serving {public}/v1, metrics at {admin}/metrics", file=sys.stderr, flush=True)
+
+    uvloop.run(server.serve(settings, options.config, ready))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from gateway import demo
+
+    return demo.run(options)
+
+
+def _check(options: argparse.Namespace) -> int:
+    print(config.resolved(config.load(options.config)), end="")
+    return 0
+
+
+def _new_key(options: argparse.Namespace) -> int:
+    key = "sk-depo-" + secrets.token_urlsafe(32)
+    name = options.name
+    if not name.strip() or any(character in name for character in '"\\\n'):
+        raise ValueError(f"the name {name!r} must be plain text without quotes")
+    print(f"The key, shown this once: {key}")
+    print("The line for auth.keys, or for the file that auth.keys_file names:")
+    print(f'- {{name: "{name}", sha256: "{config.key_digest(key)}"}}')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""The gateway as an ASGI application. `serve_request` is the whole life of a request.
+
+Chat, completions and embeddings go through one plain ASGI endpoint; everything else is FastAPI (gateway/surface.py).
+"""
+
+import asyncio
+import logging
+import random
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from gateway import conversations, protocol, routing
+from gateway.config import Config, key_digest
+from gateway.exchange import Exchange, obtain
+from gateway.protocol import ApiError, Endpoint, Query, UsageTap
+from gateway.routing import Decision, Eligible
+from gateway.state import Gateway, Live, Request
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+HeaderList = list[tuple[bytes, bytes]]
+
+CLIENT_GONE = 499  # nginx's status for a client that hung up; no client ever sees it
+SHARE_SMOOTHING = 0.01
+JSON_TYPE = (b"content-type", b"application/json")
+
+log = logging.getLogger(__name__)
+
+
+def create_app(gateway: Gateway, surface: AsgiApp) -> AsgiApp:
+    """`surface` answers whatever is no model request."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = protocol.PATHS.get(scope["path"]) if scope["type"] == "http" else None
+        if endpoint is None or scope["method"] != "POST":
+            await surface(scope, receive, send)
+        else:
+            await serve_request(gateway, endpoint, scope, receive, send)
+
+    return app
+
+
+async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+    """From the first byte of a request to the last of its answer, or to the client's hanging up."""
+    live = gateway.live
+    task = asyncio.current_task()
+    assert task is not None
+    headers = dict(scope["headers"])
+    request = Request(endpoint, request_id(headers), time.perf_counter())
+    watcher: asyncio.Task[None] | None = None
+    exchange: Exchange | None = None
+    gateway.begin()
+    try:
+        key = authenticate(live, headers)
+        body = await read_body(receive, headers, live.config)
+        request.complete = time.perf_counter()
+        watcher = asyncio.create_task(_watch(receive, task, request))
+        async with asyncio.timeout(live.config.timeouts.total_s):
+            query = protocol.parse(endpoint, body)
+            candidates, decision = await decide(gateway, live, query, key, request)
+            exchange = await obtain(gateway, live, query, candidates, decision, request, headers)
+            decision = exchange.decision
+            note(gateway, live, query, key, exchange)
+            await answer(gateway, live, query, exchange, request, send)
+    except ApiError as error:
+        await _send_error(error, request, gateway, send)
+    except TimeoutError:
+        if exchange is not None:
+            exchange.backend.failed(time.monotonic())
+        limit = live.config.timeouts.total_s
+        late = ApiError(504, f"The answer took longer than timeouts.total_s ({limit:g} s).", "timeout")
+        await _send_error(late, request, gateway, send)
+    except asyncio.CancelledError:
+        task.uncancel()
+        if not request.gone:  # the server stops and timeouts.drain_s is over
+            await _send_error(ApiError(503, "The gateway is shutting down.", "shutting_down"), request, gateway, send)
+            return
+        request.code = CLIENT_GONE
+        gateway.metrics.disconnects.labels(request.phase).inc()
+    except Exception:  # boundary: the user gets an answer, the log gets the traceback
+        log.exception("request %s failed", request.id)
+        await _send_error(
+            ApiError(500, "The gateway failed; its log says why.", "internal_error"), request, gateway, send
+        )
+    finally:
+        if watcher is not None:
+            watcher.cancel()
+        if exchange is not None:
+            exchange.close()
+        gateway.end()
+        seconds = time.perf_counter() - request.started
+        gateway.metrics.requests.labels(endpoint, request.pool, str(request.code)).inc()
+        gateway.metrics.request_duration.labels(endpoint, request.pool).observe(seconds)
+
+
+async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: Request) -> tuple[Eligible, Decision]:
+    """The pool for a query, and the pools that could take it in its stead."""
+    pinned = live.names.get(query.model)
+    if pinned is not None:
+        return Eligible((pinned,)), Decision(pinned, "pinned", estimator=live.scorer.version)
+    if query.model != protocol.AUTO and not query.model.startswith(protocol.AUTO + "-"):
+        known = ", ".join((protocol.AUTO, *live.config.pools))
+        raise ApiError(
+            404,
+            f"The model {query.model!r} does not exist; this gateway has {known} (GET /v1/models).",
+            "model_not_found",
+            "model",
+        )
+    asked = protocol.wanted_threshold(query.model)
+    if query.endpoint == "embeddings":
+        raise ApiError(
+            400,
+            f"Embeddings are not routed; name a pool as 'model': {', '.join(live.config.pools)}.",
+            "model_not_routable",
+            "model",
+        )
+    if query.endpoint == "completions" and not query.text and query.fields.get("prompt") != "":
+        raise ApiError(
+            400,
+            "Only text can be routed; for a prompt of token ids name a pool as 'model'.",
+            "prompt_not_routable",
+            "prompt",
+        )
+    config = live.config
+    candidates = routing.eligible(config.pools, query.needs, query.prompt_tokens)
+    if not candidates.pools:
+        raise ApiError(
+            400, f"No pool accepts {' and '.join(sorted(query.needs))}.", "modality_not_accepted", "messages"
+        )
+    request.phase = "scoring"
+    scored = await live.scorer.score(query.text, query.context)
+    threshold = config.routing.threshold if asked is None else asked
+    if scored is None:
+        decision = routing.without_scores(
+            candidates, config.routing.on_overload, gateway.shares, threshold, random.random()
+        )
+    else:
+        decision = routing.decide(
+            routing.confidences(scored.quality, config.routing.rule),
+            candidates,
+            threshold,
+            scored.version,
+            config.routing.explore,
+            random.random(),
+        )
+    if decision.reason != "overload":
+        for name in config.pools:
+            share = gateway.shares.get(name, 1.0 / len(config.pools))
+            gateway.shares[name] = share + SHARE_SMOOTHING * ((name == decision.pool) - share)
+    if config.routing.sticky and query.endpoint == "chat":
+        pool = gateway.conversations.find(key, query.messages)
+        if pool is not None:
+            looping = conversations.in_tool_loop(query.messages)
+            decision = routing.keep(decision, pool, tuple(config.pools), candidates, looping)
+    return candidates, decision
+
+
+def note(gateway: Gateway, live: Live, query: Query, key: str, exchange: "Exchange") -> None:
+    """Counts a decision that a backend has answered, and remembers the conversation's pool."""
+    decision, metrics = exchange.decision, gateway.metrics
+    metrics.decisions.labels(decision.pool, decision.reason).inc()
+    if decision.confidence is not None:
+        metrics.confidence.observe(decision.confidence)
+    if exchange.status == 200 and live.config.routing.sticky and query.endpoint == "chat":
+        gateway.conversations.remember(key, query.messages, decision.pool)
+
+
+async def answer(
+    gateway: Gateway, live: Live, query: Query, exchange: "Exchange", request: Request, send: Send
+) -> None:
+    """Sends the backend's answer on, byte for byte, and counts its tokens."""
+    request.code = exchange.status
+    headers = (
+        exchange.reply.headers + decision_headers(live.config, exchange.decision) + common_headers(gateway, request)
+    )
+    if not exchange.streaming:
+        usage = protocol.usage_of(exchange.body) if exchange.status == 200 else None
+        count_tokens(gateway, live, exchange.decision.pool, usage)
+        headers.append((b"content-length", b"%d" % len(exchange.body)))
+        request.answered, request.phase = True, "done"
+        await send({"type": "http.response.start", "status": exchange.status, "headers": headers})
+        await send({"type": "http.response.body", "body": exchange.body})
+        return
+    tap = UsageTap(drop=not query.asked_usage)
+    data = exchange.body
+    idle_s = live.config.timeouts.idle_s
+    request.phase, request.answered = "streaming", True
+    await send({"type": "http.response.start", "status": exchange.status, "headers": headers})
+    gateway.metrics.first_token.labels(exchange.decision.pool).observe(time.perf_counter() - request.complete)
+    try:
+        while data:
+            if out := tap.feed(data):
+                await send({"type": "http.response.body", "body": out, "more_body": True})
+            data = await exchange.next_chunk(idle_s)
+        request.phase = "done"
+        await send({"type": "http.response.body", "body": tap.end()})
+    finally:
+        count_tokens(gateway, live, exchange.decision.pool, tap.usage)
+
+
+def authenticate(live: Live, headers: Mapping[bytes, bytes]) -> str:
+    """The name of the caller's key, "" where the gateway is open."""
+    if not live.keys:
+        return ""
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() != "bearer" or not key:
+        raise ApiError(401, "No API key: send it as 'Authorization: Bearer KEY'.", "missing_api_key")
+    name = live.keys.get(key_digest(key.strip()))
+    if name is None:
+        raise ApiError(401, "The API key is not known here.", "invalid_api_key")
+    return name
+
+
+async def read_body(receive: Receive, headers: Mapping[bytes, bytes], config: Config) -> bytes:
+    limit = config.limits.body_bytes
+    close = ((b"connection", b"close"),)
+    too_large = ApiError(413, f"The body is larger than limits.body_bytes ({limit}).", "body_too_large", headers=close)
+    if int(headers.get(b"content-length", b"0")) > limit:
+        raise too_large
+    parts, size = [], 0
+    while True:
+        try:
+            async with asyncio.timeout(config.timeouts.idle_s):
+                message = await receive()
+        except TimeoutError:
+            raise ApiError(
+                408, f"The body stopped coming for {config.timeouts.idle_s:g} s.", "body_timeout", headers=close
+            ) from None
+        if message["type"] == "http.disconnect":
+            raise ApiError(CLIENT_GONE, "The client hung up.", "client_gone")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+        if not message.get("more_body"):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def request_id(headers: Mapping[bytes, bytes]) -> str:
+    """The client's x-request-id if it is a plain short word, or a new one."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else "req-" + secrets.token_hex(12)
+
+
+def decision_headers(config: Config, decision: Decision) -> HeaderList:
+    headers = [
+        (b"x-depo-pool", decision.pool.encode()),
+        (b"x-depo-reason", decision.reason.encode()),
+        (b"x-depo-estimator", decision.estimator.encode()),
+    ]
+    if config.routing.expose_scores:
+        if decision.confidence is not None:
+            headers.append((b"x-depo-confidence", b"%.4f" % decision.confidence))
+        if decision.threshold is not None:
+            headers.append((b"x-depo-threshold", b"%.4f" % decision.threshold))
+    return headers
+
+
+def common_headers(gateway: Gateway, request: Request) -> HeaderList:
+    headers = [(b"x-request-id", request.id.encode())]
+    if gateway.draining:
+        headers.append((b"connection", b"close"))  # the client's next request finds another replica
+    return headers
+
+
+def count_tokens(gateway: Gateway, live: Live, pool: str, usage: Mapping[str, Any] | None) -> None:
+    if usage is None:
+        return
+    config, metrics = live.config, gateway.metrics
+    total = 0
+    for kind in ("prompt", "completion"):
+        tokens = usage.get(f"{kind}_tokens")
+        if isinstance(tokens, int) and tokens > 0:
+            metrics.tokens.labels(pool, kind).inc(tokens)
+            total += tokens
+    dearest = next(reversed(list(config.pools.values())))
+    metrics.cost.labels(pool).inc(total / 1000 * config.pools[pool].cost)
+    metrics.cost_all_large.inc(total / 1000 * dearest.cost)
+
+
+async def _watch(receive: Receive, task: "asyncio.Task[Any]", request: Request) -> None:
+    """Cancels the request's task when its client hangs up, whatever the task waits for."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    if request.phase != "done":  # a server says "disconnect" after a complete answer as well
+        request.gone = True
+        task.cancel()
+
+
+async def _send_error(error: ApiError, request: Request, gateway: Gateway, send: Send) -> None:
+    if error.status == CLIENT_GONE:
+        request.code = CLIENT_GONE
+        gateway.metrics.disconnects.labels(request.phase).inc()
+        return
+    body = error.body()
+    request.code = error.status  # also of a stream that began with 200: metrics count how it ended
+    if request.answered:  # mid-stream: one event, and no [DONE]
+        await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+        return
+    request.answered, request.phase = True, "done"
+    headers = [JSON_TYPE, (b"content-length", b"%d" % len(body)), *error.headers]
+    headers += [item for item in common_headers(gateway, request) if item[0] not in dict(error.headers)]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

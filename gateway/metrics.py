@@ -1,0 +1,98 @@
+"""Every Prometheus metric of the gateway, declared once. Labels come from closed sets only."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+CONFIDENCE = tuple(step / 20 for step in range(1, 21))
+NONE = "none"  # the label of a request that never reached a pool
+
+
+class Metrics:
+    """One gateway's metrics on a registry of its own, so that two gateways in one process don't add up."""
+
+    def __init__(self, version: str) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "gateway_requests_total", "Answered requests", ["endpoint", "pool", "code"], registry=registry
+        )
+        self.request_duration = Histogram(
+            "gateway_request_duration_seconds",
+            "From the request's first byte to the answer's last",
+            ["endpoint", "pool"],
+            buckets=LATENCY,
+            registry=registry,
+        )
+        self.overhead = Histogram(
+            "gateway_overhead_seconds",
+            "From the complete request to its departure for a backend, queueing left out",
+            ["endpoint"],
+            buckets=OVERHEAD,
+            registry=registry,
+        )
+        self.first_token = Histogram(
+            "gateway_time_to_first_token_seconds",
+            "From the complete request to a stream's first byte",
+            ["pool"],
+            buckets=LATENCY,
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "gateway_tokens_total", "Tokens as the backends count them", ["pool", "type"], registry=registry
+        )
+        self.cost = Counter("gateway_cost_total", "Cost, in the unit of pools.*.cost", ["pool"], registry=registry)
+        self.cost_all_large = Counter(
+            "gateway_cost_all_large_total", "What the same tokens cost in the dearest pool", registry=registry
+        )
+        self.in_flight = Gauge(
+            "gateway_in_flight_requests", "Requests that hold a pool's slot", ["pool"], registry=registry
+        )
+        self.queue_wait = Histogram(
+            "gateway_queue_wait_seconds",
+            "Wait for a pool's slot",
+            ["pool"],
+            buckets=(*OVERHEAD, 5.0),
+            registry=registry,
+        )
+        self.disconnects = Counter(
+            "gateway_client_disconnects_total",
+            "Clients that hung up before their answer's end",
+            ["phase"],
+            registry=registry,
+        )
+        self.attempts = Counter(
+            "gateway_upstream_attempts_total", "Exchanges with a backend", ["backend", "outcome"], registry=registry
+        )
+        self.retries = Counter("gateway_retries_total", "Second attempts", ["reason"], registry=registry)
+        self.fallbacks = Counter(
+            "gateway_fallbacks_total",
+            "Requests that another pool had to serve",
+            ["from_pool", "to_pool", "reason"],
+            registry=registry,
+        )
+        self.backend_up = Gauge("gateway_backend_up", "1 while health checks pass", ["backend"], registry=registry)
+        self.circuit = Gauge("gateway_circuit_state", "0 closed, 1 half open, 2 open", ["backend"], registry=registry)
+        self.decisions = Counter("gateway_decisions_total", "Decisions", ["pool", "reason"], registry=registry)
+        self.confidence = Histogram(
+            "gateway_confidence", "Confidence of the cheapest eligible pool", buckets=CONFIDENCE, registry=registry
+        )
+        self.threshold = Gauge("gateway_threshold", "Threshold in force", registry=registry)
+        self.estimator_duration = Histogram(
+            "gateway_estimator_duration_seconds",
+            "Scoring, waiting included",
+            ["stage"],
+            buckets=OVERHEAD,
+            registry=registry,
+        )
+        self.estimator_outcomes = Counter(
+            "gateway_estimator_outcomes_total", "How prompts were scored", ["outcome"], registry=registry
+        )
+        self.estimator_truncated = Counter(
+            "gateway_estimator_truncated_total", "Prompts cut to head and tail before scoring", registry=registry
+        )
+        self.estimator_info = Gauge("gateway_estimator_info", "The loaded checkpoint", ["version"], registry=registry)
+        self.estimator_loads = Counter(
+            "gateway_estimator_loads_total", "New checkpoints found while running", ["result"], registry=registry
+        )
+        self.config_reloads = Counter("gateway_config_reloads_total", "Config reloads", ["result"], registry=registry)
+        Gauge("gateway_build_info", "Build", ["version"], registry=registry).labels(version).set(1)

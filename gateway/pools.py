@@ -1,0 +1,208 @@
+"""A pool of backends: which of them is asked next, which are left alone for a while, and who waits for a slot."""
+
+import asyncio
+import contextlib
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gateway.config import Config, PoolConfig
+from gateway.metrics import Metrics
+from gateway.upstream import Upstream, UpstreamError
+
+HEALTH_INTERVAL_SECONDS = 2.0
+HEALTH_TIMEOUT_SECONDS = 5.0
+FAILURES_TO_OPEN = 3  # in a row
+OPEN_SECONDS = 2.0  # doubled with every failed trial, up to:
+LONGEST_OPEN_SECONDS = 30.0
+RETRY_WINDOW_SECONDS = 10.0
+CLOSED, HALF_OPEN, OPEN = 0, 1, 2
+
+
+class NoSlotError(Exception):
+    """A pool is full and so is its queue, or the wait in it was too long."""
+
+
+@dataclass(slots=True, eq=False)
+class Backend:
+    """One vLLM server as this gateway sees it."""
+
+    url: str  # without /v1
+    headers: dict[str, str]
+    metrics: Metrics
+    in_flight: int = 0
+    up: bool = True
+    failures: int = 0
+    opened: int = 0  # trials failed in a row
+    open_until: float = 0.0
+    state: int = CLOSED
+
+    def usable(self, now: float) -> bool:
+        """Whether a request may go there: healthy, and the breaker closed or due for a trial."""
+        return self.up and (self.state == CLOSED or (self.state == OPEN and now >= self.open_until))
+
+    def succeeded(self) -> None:
+        self.failures = self.opened = 0
+        self._enter(CLOSED)
+
+    def failed(self, now: float, refused: bool = False) -> None:
+        """A timeout, a broken connection, or a 502, 503 or 504. One that is refused stays out until a check passes."""
+        if refused:
+            self.set_up(False)
+        self.failures += 1
+        if self.state == HALF_OPEN or self.failures >= FAILURES_TO_OPEN:
+            self.open_until = now + min(LONGEST_OPEN_SECONDS, OPEN_SECONDS * 2**self.opened)
+            self.opened = min(self.opened + 1, 10)
+            self._enter(OPEN)
+
+    def taken(self) -> None:
+        self.in_flight += 1
+        if self.state == OPEN:
+            self._enter(HALF_OPEN)  # this request is the trial
+
+    def released(self) -> None:
+        self.in_flight -= 1
+        if self.state == HALF_OPEN:  # a trial that proved nothing: its client hung up
+            self._enter(OPEN)
+
+    def set_up(self, up: bool) -> None:
+        self.up = up
+        self.metrics.backend_up.labels(self.url).set(up)
+        if up and self.state != CLOSED:
+            self.succeeded()
+
+    def _enter(self, state: int) -> None:
+        if state != self.state:
+            self.state = state
+            self.metrics.circuit.labels(self.url).set(state)
+
+
+@dataclass(slots=True, eq=False)
+class Pool:
+    """One model's backends, and the slots that bound what they are given at once."""
+
+    name: str
+    config: PoolConfig
+    backends: tuple[Backend, ...]
+    in_flight: int = 0
+    waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+
+    def usable(self) -> bool:
+        now = time.monotonic()
+        return any(backend.usable(now) for backend in self.backends)
+
+    def pick(self, tried: tuple[Backend, ...] = ()) -> Backend | None:
+        """The less busy of two usable backends drawn at random, none of them tried before; None if there is none."""
+        now = time.monotonic()
+        candidates = [backend for backend in self.backends if backend not in tried and backend.usable(now)]
+        if len(candidates) > 2:
+            candidates = random.sample(candidates, 2)
+        return min(candidates, key=lambda backend: (backend.in_flight, random.random()), default=None)
+
+    async def enter(self, max_queue: int, timeout_s: float) -> None:
+        """Takes a slot, waiting in line for one if need be; `leave` gives it back.
+
+        Raises:
+            NoSlotError: `max_queue` requests wait already, or `timeout_s` passed.
+        """
+        if self.in_flight < self.config.max_in_flight and not self.waiting:
+            self.in_flight += 1
+            return
+        if len(self.waiting) >= max_queue:
+            raise NoSlotError(f"{max_queue} requests already wait")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting.append(turn)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self.leave()  # the slot came with the timeout or the hang-up: pass it on
+            else:
+                with contextlib.suppress(ValueError):  # `leave` may have passed over it already
+                    self.waiting.remove(turn)
+            if isinstance(error, TimeoutError):
+                raise NoSlotError(f"no slot came free within {timeout_s:g} s") from None
+            raise
+
+    def leave(self) -> None:
+        while self.waiting:
+            turn = self.waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)  # the slot changes hands without becoming free
+                return
+        self.in_flight -= 1
+
+
+class RetryBudget:
+    """Bounds second attempts to a share of the requests, so that retries can't multiply an outage.
+
+    A token bucket as in Finagle's RetryBudget: every request pays `share` in, every retry takes 1 out, and `per_second`
+    flows in besides. It holds ten seconds' worth.
+    """
+
+    def __init__(self, share: float, per_second: float) -> None:
+        self._share, self._per_second = share, per_second
+        self._most = RETRY_WINDOW_SECONDS * per_second
+        self._tokens, self._then = self._most, time.monotonic()
+
+    def deposit(self) -> None:
+        self._tokens = min(self._most + RETRY_WINDOW_SECONDS * 100 * self._share, self._tokens + self._share)
+
+    def withdraw(self) -> bool:
+        now = time.monotonic()
+        if self._tokens < self._most:
+            self._tokens = min(self._most, self._tokens + (now - self._then) * self._per_second)
+        self._then = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+def open_pools(config: Config, metrics: Metrics) -> dict[str, Pool]:
+    """The pools of a config, every backend presumed up until a check or a request says otherwise."""
+    pools = {}
+    for name, pool in config.pools.items():
+        backends = []
+        for backend in pool.backends:
+            headers = {}
+            if backend.api_key_env:
+                headers["authorization"] = f"Bearer {os.environ[backend.api_key_env]}"
+            backends.append(Backend(backend.url.rstrip("/").removesuffix("/v1"), headers, metrics))
+            metrics.backend_up.labels(backends[-1].url).set(1)
+            metrics.circuit.labels(backends[-1].url).set(CLOSED)
+        metrics.in_flight.labels(name).set(0)
+        pools[name] = Pool(name, pool, tuple(backends))
+    return pools
+
+
+async def watch_health(pools: Mapping[str, Pool], upstream: Upstream) -> None:
+    """Asks every backend for /health, forever; the first round is over when a caller has awaited `check_all`."""
+    while True:
+        await asyncio.sleep(HEALTH_INTERVAL_SECONDS * random.uniform(0.8, 1.2))
+        await check_all(pools, upstream)
+
+
+async def check_all(pools: Mapping[str, Pool], upstream: Upstream) -> None:
+    await asyncio.gather(*(_check(backend, upstream) for pool in pools.values() for backend in pool.backends))
+
+
+async def _check(backend: Backend, upstream: Upstream) -> None:
+    up = False
+    try:
+        async with asyncio.timeout(HEALTH_TIMEOUT_SECONDS):
+            # /health is vLLM's, llama.cpp's and SGLang's; a server without it is up if it lists its models.
+            for path in ("/health", "/v1/models"):
+                reply = await upstream.send("GET", backend.url + path, backend.headers, None)
+                await reply.read()
+                up = reply.status == 200
+                if reply.status not in (404, 405):
+                    break
+    except (UpstreamError, TimeoutError):
+        up = False
+    if up != backend.up:
+        backend.set_up(up)

@@ -1,0 +1,229 @@
+"""Prompts -> scores, off the event loop, with a deadline; swaps in new checkpoints.
+
+Worker threads, each pinned to a core of its own, run the encoder (ONNX Runtime lets go of the interpreter's lock). The
+event loop waits for them no longer than the deadline: then, and at once when the queue is already longer than the
+deadline, the cheap stage answers. It is a few sparse dot products, so it runs where it is called.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from estimator import checkpoint
+from estimator.runtime import Runtime, Scores
+from estimator.text import Prepared
+from gateway.metrics import Metrics
+
+CACHE_ENTRIES = 16_384
+BATCH = 8
+SMOOTHING = 0.05  # of the moving mean of seconds per prompt, from which the queue's length in seconds follows
+Stage = Literal["full", "cheap", "cached"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Predicted quality by the config's pools, in [0, 1], and which stage of which checkpoint predicted it."""
+
+    quality: dict[str, float]
+    stage: Stage
+    version: str
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    prepared: Prepared
+    answer: "asyncio.Future[Scores]"
+
+
+class Scorer:
+    """One loaded checkpoint, its workers and its cache. Swapping it replaces the whole object."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        columns: Mapping[str, int],
+        deadline_s: float,
+        metrics: Metrics,
+        workers: int | None = None,
+    ) -> None:
+        self.runtime, self.version = runtime, runtime.version
+        self.deadline_s = deadline_s
+        self._columns = columns
+        self._metrics = metrics
+        self._cache: OrderedDict[bytes, Scores] = OrderedDict()
+        self._running: dict[bytes, asyncio.Future[Scores]] = {}
+        self._jobs: deque[_Job] = deque()
+        self._wake = threading.Condition()
+        self._stopped = False
+        self._loop = asyncio.get_running_loop()
+        cores = sorted(os.sched_getaffinity(0))
+        count = workers or max(1, len(cores) - 1)
+        self._seconds_per_prompt = 0.0  # unknown until the first batch
+        self._threads = [
+            threading.Thread(
+                target=self._work, args=(cores[-1 - index % len(cores)],), daemon=True, name=f"scorer-{index}"
+            )
+            for index in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    async def score(self, text: str, context: str) -> Scored | None:
+        """Scores of one prompt, never later than the deadline plus the cheap stage. None if that failed as well."""
+        name = hashlib.blake2b(f"{len(text)}\0{text}{context}".encode(), digest_size=16).digest()
+        known = self._cache.get(name)
+        if known is not None:
+            self._metrics.estimator_outcomes.labels("cached").inc()
+            return self._scored(known, "cached")
+        started = time.perf_counter()
+        try:
+            prepared = self.runtime.prepare(text, context)
+        except Exception:  # boundary: whatever a prompt does to the tokenizer, the request is served
+            log.exception("preparing a prompt failed")
+            self._metrics.estimator_outcomes.labels("error").inc()
+            return None
+        if prepared.truncated:
+            self._metrics.estimator_truncated.inc()
+        running = self._running.get(name)
+        if running is None and len(self._jobs) * self._seconds_per_prompt > self.deadline_s:
+            return self._cheap(prepared, "queue")
+        if running is None:
+            running = self._submit(name, prepared)
+        try:
+            done, _ = await asyncio.wait(
+                (running,), timeout=max(0.0, self.deadline_s - (time.perf_counter() - started))
+            )
+            if not done:
+                return self._cheap(prepared, "deadline")
+            scores = running.result()
+        except Exception:  # boundary: a failing encoder leaves the cheap stage
+            log.exception("the encoder failed")
+            return self._cheap(prepared, "error")
+        self._metrics.estimator_duration.labels("full").observe(time.perf_counter() - started)
+        self._metrics.estimator_outcomes.labels("full").inc()
+        return self._scored(scores, "full")
+
+    def close(self) -> None:
+        with self._wake:
+            self._stopped = True
+            self._wake.notify_all()
+
+    def _submit(self, name: bytes, prepared: Prepared) -> "asyncio.Future[Scores]":
+        answer: asyncio.Future[Scores] = self._loop.create_future()
+        self._running[name] = answer
+        answer.add_done_callback(lambda done: self._finished(name, done))
+        with self._wake:
+            self._jobs.append(_Job(prepared, answer))
+            self._wake.notify()
+        return answer
+
+    def _finished(self, name: bytes, answer: "asyncio.Future[Scores]") -> None:
+        """Keeps the answer, also one that came too late for its request: the next same prompt finds it."""
+        del self._running[name]
+        if answer.cancelled() or answer.exception() is not None:
+            return
+        self._cache[name] = answer.result()
+        while len(self._cache) > CACHE_ENTRIES:
+            self._cache.popitem(last=False)
+
+    def _cheap(self, prepared: Prepared, outcome: str) -> Scored | None:
+        started = time.perf_counter()
+        try:
+            scores = self.runtime.cheap([prepared])[0]
+        except Exception:  # boundary: on_overload decides
+            log.exception("the cheap stage failed")
+            self._metrics.estimator_outcomes.labels("error").inc()
+            return None
+        self._metrics.estimator_duration.labels("cheap").observe(time.perf_counter() - started)
+        self._metrics.estimator_outcomes.labels(outcome).inc()
+        return self._scored(scores, "cheap")
+
+    def _scored(self, scores: Scores, stage: Stage) -> Scored:
+        quality = {pool: scores.quality[column] for pool, column in self._columns.items()}
+        return Scored(quality, stage, self.version)
+
+    def _work(self, core: int) -> None:
+        os.sched_setaffinity(0, {core})  # of this thread alone
+        while True:
+            with self._wake:
+                while not self._jobs and not self._stopped:
+                    self._wake.wait()
+                if self._stopped:
+                    return
+                batch = [self._jobs.popleft() for _ in range(min(BATCH, len(self._jobs)))]
+            started = time.perf_counter()
+            try:
+                results = self.runtime.score([job.prepared for job in batch])
+            except Exception as error:  # noqa: BLE001  boundary: the waiting requests get the cheap stage
+                self._deliver([(job, error) for job in batch])
+                continue
+            each = (time.perf_counter() - started) / len(batch) / len(self._threads)
+            self._seconds_per_prompt += SMOOTHING * (each - self._seconds_per_prompt)
+            self._deliver(list(zip(batch, results, strict=True)))
+
+    def _deliver(self, answers: list[tuple[_Job, Scores | Exception]]) -> None:
+        def settle() -> None:
+            for job, answer in answers:
+                if isinstance(answer, Exception):
+                    job.answer.set_exception(answer)
+                else:
+                    job.answer.set_result(answer)
+
+        try:
+            self._loop.call_soon_threadsafe(settle)
+        except RuntimeError:  # the loop closed while this batch ran
+            return
+
+
+def load(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime, dict[str, int]]:
+    """The checkpoint that a config names, verified and warm, and which of its scores belongs to which pool.
+
+    Takes a second: call it in a thread.
+
+    Raises:
+        ValueError: one sentence that says what is wrong with the checkpoint, or how it doesn't fit the config.
+    """
+    runtime = Runtime.load(checkpoint.resolve(path))
+    columns = _columns(runtime, pools, by_order=path == "builtin")
+    if rule == "gain" and len(runtime.pools) < 2:
+        raise ValueError(
+            f"the estimator {runtime.version} scores one pool ({runtime.pools[0]}) and can't route by gain; "
+            "set routing.rule: difficulty, or fit one with depo-train fit --pools"
+        )
+    prepared = runtime.prepare("What is 2 + 2?")  # the first runs allocate: not in a request's time
+    runtime.cheap([prepared])
+    runtime.score([prepared])
+    return runtime, columns
+
+
+def _columns(runtime: Runtime, pools: tuple[str, ...], by_order: bool) -> dict[str, int]:
+    """By name; the shipped checkpoint, which is nobody's own, by order; a policy's one score is the cheapest pool's."""
+    known = runtime.pools
+    if len(known) == 1:
+        return {pools[0]: 0}
+    if set(known) >= set(pools):
+        return {pool: known.index(pool) for pool in pools}
+    if by_order and len(known) == len(pools):
+        return {pool: index for index, pool in enumerate(pools)}
+    raise ValueError(
+        f"the estimator {runtime.version} scores the pools {', '.join(known)}, the config has {', '.join(pools)}; "
+        "fit one for these pools with depo-train fit --pools"
+    )
+
+
+def changed(path: str, version: str) -> bool:
+    """Whether `path` (a checkpoint, or a directory with `current`) now holds another version than `version`.
+
+    Raises:
+        ValueError: it holds none that can be read.
+    """
+    return checkpoint.load_manifest(checkpoint.resolve(path)).version != version

@@ -1,0 +1,294 @@
+"""Two listening sockets, the tasks beside them, and an end that loses nothing."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from gateway import __version__, app, config, pools, scoring, surface
+from gateway.config import Config
+from gateway.metrics import Metrics
+from gateway.state import Gateway, Live, served_names
+from gateway.upstream import Upstream
+
+KEEP_ALIVE_SECONDS = 75  # longer than the load balancers in front, which then are the ones that close
+HEADER_SECONDS = 20.0  # for a request's head; a peer that trickles it is cut off
+WATCH_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with what it lacks: a cap on the head, a deadline for it, and OpenAI-shaped errors.
+
+    httptools refuses Content-Length together with Transfer-Encoding (RFC 9112 6.3), which h11 lets through.
+    """
+
+    header_bytes = 65_536
+    _head: int = 0  # bytes of an unfinished head
+    _reading_head = True
+    _head_deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        peer = transport.get_extra_info("socket")
+        if peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else every first token waits 40 ms
+        self._head_deadline = self.loop.call_later(HEADER_SECONDS, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_deadline()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._reading_head:
+            if self._head_deadline is None:
+                self._head_deadline = self.loop.call_later(HEADER_SECONDS, self._too_slow)
+            self._head += len(data)
+        super().data_received(data)
+        if self._reading_head and self._head > self.header_bytes and not self.transport.is_closing():
+            self._refuse(431, f"The request's head is larger than limits.header_bytes ({self.header_bytes}).")
+
+    def on_headers_complete(self) -> None:
+        self._reading_head, self._head = False, 0
+        self._forget_deadline()
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self.header_bytes:
+            self._refuse(431, f"The request's head is larger than limits.header_bytes ({self.header_bytes}).")
+            return
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._reading_head, self._head = True, 0
+        if self.cycle is not None:
+            super().on_message_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if self.cycle is not None:  # None: the head was refused
+            super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, message: str) -> None:
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
+        body = orjson.dumps({"error": error})
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
+
+    def _too_slow(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def _forget_deadline(self) -> None:
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, whose signals are this module's to handle."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def bind(host: str, port: int, setting: str) -> socket.socket:
+    """A listening TCP socket.
+
+    Raises:
+        ValueError: names the setting and what is wrong with the address.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        made = socket.socket(family, socket.SOCK_STREAM)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+        made.listen(2048)
+    except OSError as error:
+        raise ValueError(
+            f"can't listen on {setting} {host}:{port}: {error.strerror}; choose another port or free it"
+        ) from None
+    made.setblocking(False)
+    return made
+
+
+async def serve(
+    settings: Config,
+    path: Path | None = None,
+    ready: Callable[[str, str], None] | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT (or `stop`) and then until the last answer's end, drain_s at most.
+
+    Args:
+        path: the file `settings` came from, which /admin/reload reads again.
+        ready: is told both addresses once the gateway takes requests.
+
+    Raises:
+        ValueError: the user's mistake, in one sentence.
+    """
+    loop = asyncio.get_running_loop()
+    stop = stop or asyncio.Event()
+    sockets = [
+        bind(settings.listen.host, settings.listen.port, "listen"),
+        bind(settings.admin.host, settings.admin.port, "admin"),
+    ]
+    metrics = Metrics(__version__)
+    upstream = Upstream(settings.timeouts.connect_s)
+    budget = pools.RetryBudget(settings.retries.budget, settings.retries.per_second)
+    gateway = Gateway(await _live(settings, metrics), metrics, upstream, budget)
+    gateway.idle.set()
+    _show(gateway)
+    tasks = _Tasks(gateway)
+
+    async def reload() -> str:
+        assert path is not None
+        fresh = await asyncio.to_thread(config.load, path)
+        for name in ("listen", "admin"):
+            if getattr(fresh, name) != getattr(gateway.live.config, name):
+                raise ValueError(f"{name} can't change while the gateway runs; restart it")
+        await _replace(gateway, await _live(fresh, metrics))
+        upstream.set_connect_seconds(fresh.timeouts.connect_s)
+        gateway.budget = pools.RetryBudget(fresh.retries.budget, fresh.retries.per_second)
+        await tasks.restart()
+        return gateway.live.scorer.version
+
+    public = app.create_app(gateway, surface.create_public(gateway))
+    admin = surface.create_admin(gateway, reload if path else None)
+    servers = [_Server(_uvicorn_config(item, settings.limits.header_bytes)) for item in (public, admin)]
+    serving = [asyncio.create_task(server.serve([made])) for server, made in zip(servers, sockets, strict=True)]
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await pools.check_all(gateway.live.pools, upstream)
+        await tasks.restart()
+        if ready is not None:
+            ready(*(_address(item) for item in sockets))
+        await stop.wait()
+        for number in signals:  # a second signal ends the process at once
+            loop.remove_signal_handler(number)
+        await _drain(gateway)
+    finally:
+        for server in servers:
+            server.should_exit = True
+        await asyncio.gather(*serving)
+        await tasks.stop()
+        gateway.live.scorer.close()
+        await upstream.close()
+
+
+class _Tasks:
+    """The health checks and the checkpoint watcher of the config in force."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._running: list[asyncio.Task[None]] = []
+
+    async def restart(self) -> None:
+        await self.stop()
+        gateway = self._gateway
+        self._running = [asyncio.create_task(pools.watch_health(gateway.live.pools, gateway.upstream))]
+        estimator = gateway.live.config.estimator
+        if estimator.watch and estimator.path != "builtin":
+            self._running.append(asyncio.create_task(_watch_checkpoint(gateway)))
+
+    async def stop(self) -> None:
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        self._running = []
+
+
+async def _live(settings: Config, metrics: Metrics) -> Live:
+    scorer = await _scorer(settings, metrics)
+    keys = {key.sha256: key.name for key in settings.auth.keys} if settings.auth else {}
+    return Live(settings, pools.open_pools(settings, metrics), keys, served_names(settings.pools), scorer)
+
+
+async def _scorer(settings: Config, metrics: Metrics) -> scoring.Scorer:
+    estimator = settings.estimator
+    runtime, columns = await asyncio.to_thread(
+        scoring.load, estimator.path, tuple(settings.pools), settings.routing.rule
+    )
+    return scoring.Scorer(runtime, columns, estimator.deadline_ms / 1000, metrics)
+
+
+async def _replace(gateway: Gateway, live: Live) -> None:
+    """Swaps between two requests; those under way finish with what they hold, so their scorer closes a little later."""
+    old, gateway.live = gateway.live, live
+    _show(gateway)
+    if old.scorer is not live.scorer:
+        delay = old.config.timeouts.total_s if old.config.estimator.deadline_ms > 1000 else 5.0
+        asyncio.get_running_loop().call_later(delay, old.scorer.close)
+
+
+def _show(gateway: Gateway) -> None:
+    live = gateway.live
+    gateway.metrics.threshold.set(live.config.routing.threshold)
+    gateway.metrics.estimator_info.clear()
+    gateway.metrics.estimator_info.labels(live.scorer.version).set(1)
+
+
+async def _watch_checkpoint(gateway: Gateway) -> None:
+    """Loads a new checkpoint beside the old one and swaps; a bad one is counted and the old one stays."""
+    refused = ""
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        live = gateway.live
+        try:
+            if not await asyncio.to_thread(scoring.changed, live.config.estimator.path, live.scorer.version):
+                continue
+            scorer = await _scorer(live.config, gateway.metrics)
+        except (ValueError, OSError) as error:
+            if str(error) != refused:
+                refused = str(error)
+                log.error("the estimator %s stays: %s", live.scorer.version, error)
+                gateway.metrics.estimator_loads.labels("refused").inc()
+            continue
+        refused = ""
+        await _replace(gateway, replace(live, scorer=scorer))
+        gateway.metrics.estimator_loads.labels("applied").inc()
+        log.info("the estimator is now %s", scorer.version)
+
+
+async def _drain(gateway: Gateway) -> None:
+    """/readyz says no from now on; what runs may finish, and what still comes is served on a connection that closes."""
+    gateway.draining = True
+    try:
+        async with asyncio.timeout(gateway.live.config.timeouts.drain_s):
+            await gateway.idle.wait()
+    except TimeoutError:
+        log.warning("%d requests were still running after timeouts.drain_s and are cut off", gateway.active)
+
+
+def _uvicorn_config(application: app.AsgiApp, header_bytes: int) -> uvicorn.Config:
+    protocol = type("CappedProtocol", (Protocol,), {"header_bytes": header_bytes})
+    return uvicorn.Config(
+        application,
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=1,
+    )
+
+
+def _address(item: socket.socket) -> str:
+    host, port = item.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,0 +1,70 @@
+"""What the gateway holds while it runs, and what it holds of one request."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gateway.config import Config, PoolConfig
+from gateway.conversations import Conversations
+from gateway.metrics import NONE, Metrics
+from gateway.pools import Pool, RetryBudget
+from gateway.protocol import Endpoint
+from gateway.scoring import Scorer
+from gateway.upstream import Upstream
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a request takes hold of when it starts; a reload puts a new one beside it and lets this one finish."""
+
+    config: Config
+    pools: Mapping[str, Pool]
+    keys: Mapping[str, str]  # digest -> name; empty: open
+    names: Mapping[str, str]  # pool name or model id -> pool
+    scorer: Scorer
+
+
+@dataclass(slots=True, eq=False)
+class Gateway:
+    """Everything that outlives a request."""
+
+    live: Live
+    metrics: Metrics
+    upstream: Upstream
+    budget: RetryBudget
+    conversations: Conversations = field(default_factory=Conversations)
+    shares: dict[str, float] = field(default_factory=dict)  # moving shares of free decisions, for `on_overload: share`
+    active: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    draining: bool = False
+
+    def begin(self) -> None:
+        self.active += 1
+        self.idle.clear()
+
+    def end(self) -> None:
+        self.active -= 1
+        if not self.active:
+            self.idle.set()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request's bookkeeping, as far as it has come."""
+
+    endpoint: Endpoint
+    id: str
+    started: float
+    phase: str = "reading"  # reading | scoring | queue | waiting | streaming | done
+    complete: float = 0.0  # when its last byte was here
+    departed: float = 0.0  # when it first left for a backend
+    queued: float = 0.0  # seconds
+    pool: str = NONE
+    code: int = 500
+    answered: bool = False  # the answer's head has gone to the client
+    gone: bool = False  # the client hung up
+
+
+def served_names(pools: Mapping[str, PoolConfig]) -> dict[str, str]:
+    """What a request may call a pool: its name, or its model's id."""
+    return {name: name for name in pools} | {pool.model: name for name, pool in pools.items()}

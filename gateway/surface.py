@@ -1,0 +1,190 @@
+"""The endpoints beside the hot path: models, the decision alone, health; and the admin port's."""
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from gateway import __version__, app, protocol
+from gateway.config import key_digest
+from gateway.protocol import ApiError
+from gateway.state import Gateway
+from gateway.state import Request as Bookkeeping
+
+Reload = Callable[[], Awaitable[str]]
+REMEDIES = {404: "GET /v1/models lists what is here", 405: "see the OpenAI API reference for this path's method"}
+
+
+def create_public(gateway: Gateway) -> FastAPI:
+    """What clients reach: /v1/models, /v1/route, /livez, /readyz."""
+    surface = _new("DEPO Gateway")
+    started = int(time.time())
+
+    def model(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": started, "owned_by": "depo-gateway"}
+
+    @surface.get("/v1/models")
+    async def models(request: Request) -> Response:
+        app.authenticate(gateway.live, dict(request.headers.raw))
+        return _json({"object": "list", "data": [model(name) for name in (protocol.AUTO, *gateway.live.names)]})
+
+    @surface.get("/v1/models/{name:path}")
+    async def one_model(name: str, request: Request) -> Response:
+        app.authenticate(gateway.live, dict(request.headers.raw))
+        if name not in gateway.live.names and name != protocol.AUTO:
+            protocol.wanted_threshold(name) if name.startswith(protocol.AUTO + "-") else _unknown(name)
+        return _json(model(name))
+
+    @surface.post("/v1/route")
+    async def route(request: Request) -> Response:
+        live, headers = gateway.live, dict(request.headers.raw)
+        key = app.authenticate(live, headers)
+        body = await app.read_body(request.receive, headers, live.config)
+        query = protocol.parse("chat" if b'"messages"' in body else "completions", body)
+        book = Bookkeeping(query.endpoint, app.request_id(headers), time.perf_counter())
+        _, decision = await app.decide(gateway, live, query, key, book)
+        told: dict[str, Any] = {
+            "pool": decision.pool,
+            "model": live.config.pools[decision.pool].model,
+            "reason": decision.reason,
+            "estimator": decision.estimator,
+        }
+        if live.config.routing.expose_scores:
+            told |= {"confidence": decision.confidence, "threshold": decision.threshold}
+        answer = _json(told)
+        answer.raw_headers += app.decision_headers(live.config, decision) + app.common_headers(gateway, book)
+        return answer
+
+    @surface.get("/livez")
+    async def livez() -> Response:
+        return _json({"status": "alive"})
+
+    @surface.get("/readyz")
+    async def readyz() -> Response:
+        reasons = unready(gateway)
+        return _json({"status": "not ready" if reasons else "ready", "reasons": reasons}, 503 if reasons else 200)
+
+    return surface
+
+
+def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
+    """What operators reach: /metrics, /admin/status, /admin/reload. `reload` is None where no file holds the config."""
+    surface = _new("DEPO Gateway admin")
+
+    @surface.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @surface.get("/admin/status")
+    async def status() -> Response:
+        return _json(describe(gateway))
+
+    @surface.post("/admin/reload")
+    async def reload_config(request: Request) -> Response:
+        wanted = gateway.live.config.admin.key_sha256
+        if wanted is None:
+            raise ApiError(
+                403,
+                "Reloading wants an admin key: put admin.key_sha256 into the config "
+                "(depo-gateway keys new admin prints one).",
+                "no_admin_key",
+            )
+        key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if key_digest(key) != wanted:
+            raise ApiError(
+                401, "The admin key is not right: send it as 'Authorization: Bearer KEY'.", "invalid_api_key"
+            )
+        if reload is None:
+            raise ApiError(
+                409, "This gateway was not started from a config file; there is nothing to reload.", "no_config"
+            )
+        try:
+            version = await reload()
+        except ValueError as error:
+            gateway.metrics.config_reloads.labels("refused").inc()
+            raise ApiError(422, f"The old config stays: {error}.", "invalid_config") from None
+        gateway.metrics.config_reloads.labels("applied").inc()
+        return _json({"status": "reloaded", "estimator": version})
+
+    return surface
+
+
+def unready(gateway: Gateway) -> list[str]:
+    """Why no request should come here now; empty when it may."""
+    reasons = []
+    if gateway.draining:
+        reasons.append("draining: the process was asked to stop")
+    if not any(pool.usable() for pool in gateway.live.pools.values()):
+        reasons.append("no pool has a usable backend")
+    return reasons
+
+
+def describe(gateway: Gateway) -> dict[str, Any]:
+    """The gateway's state for people: no secrets, no prompts."""
+    live = gateway.live
+    pools = {
+        name: {
+            "model": pool.config.model,
+            "cost": pool.config.cost,
+            "in_flight": pool.in_flight,
+            "waiting": len(pool.waiting),
+            "backends": [
+                {
+                    "url": backend.url,
+                    "up": backend.up,
+                    "circuit": ("closed", "half open", "open")[backend.state],
+                    "in_flight": backend.in_flight,
+                }
+                for backend in pool.backends
+            ],
+        }
+        for name, pool in live.pools.items()
+    }
+    return {
+        "version": __version__,
+        "ready": not unready(gateway),
+        "reasons": unready(gateway),
+        "estimator": live.scorer.version,
+        "rule": live.config.routing.rule,
+        "threshold": live.config.routing.threshold,
+        "shares": {name: round(share, 4) for name, share in gateway.shares.items()},
+        "active_requests": gateway.active,
+        "conversations": len(gateway.conversations),
+        "pools": pools,
+    }
+
+
+def _new(title: str) -> FastAPI:
+    surface = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None)
+
+    @surface.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return _error(error)
+
+    @surface.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        remedy = REMEDIES.get(error.status_code)
+        message = f"{request.method} {request.url.path}: {error.detail}" + (f"; {remedy}." if remedy else ".")
+        return _error(ApiError(error.status_code, message, "not_found" if error.status_code == 404 else "http_error"))
+
+    return surface
+
+
+def _unknown(name: str) -> None:
+    raise ApiError(
+        404, f"The model {name!r} does not exist; GET /v1/models lists those that do.", "model_not_found", "model"
+    )
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+def _error(error: ApiError) -> Response:
+    headers = {name.decode(): value.decode() for name, value in error.headers}
+    return Response(error.body(), error.status, headers, media_type="application/json")

@@ -1,0 +1,68 @@
+"""Small real parts that many tests share: a two-layer BERT, and a checkpoint fitted to tell easy prompts from hard ones."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+WORDS = ("easy hard small large what is the sum of one two three prove theorem hello thanks again please why how "
+         "question about user assistant model answer number").split()  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a random two-layer BERT and a word-level WordPiece tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *letters, *(f"##{letter}" for letter in letters if letter.isalnum())]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # type: ignore[call-arg]
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    place = tmp_path_factory.mktemp("encoder")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(place)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real checkpoint of the pools small and large: prompts with the word "hard" need the large one."""
+    import torch
+
+    from estimator import export
+    from estimator.calibration import Calibration, Platt, Stage
+    from estimator.learner import Learner, LearnerConfig
+    from estimator.model import ModelConfig, create
+    from estimator.records import Example
+    from estimator.text import TextConfig
+
+    torch.manual_seed(0)
+    chance = random.Random(0)
+    examples = []
+    for index in range(400):
+        hard = index % 2 == 1
+        words = [chance.choice(WORDS[2:]) for _ in range(chance.randint(2, 9))]
+        words.insert(chance.randrange(len(words) + 1), "hard" if hard else "easy")
+        examples.append(Example(" ".join(words), {"small": 0.0 if hard else 1.0, "large": 1.0}))
+    model, tokenizer = create(ModelConfig(("small", "large"), TextConfig(), str(tiny_encoder), 0))
+    learner = Learner(model, tokenizer, LearnerConfig())
+    items = learner.items(examples)
+    learner.fit_statistics(items)
+    for _ in range(15):
+        for start in range(0, len(items), 50):
+            learner.step_items(items[start : start + 50])
+    straight = Stage((Platt(), Platt()), (Platt(), Platt()))
+    place = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    export.write(place, model, tokenizer, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {})
+    return place

@@ -1,0 +1,94 @@
+"""A running gateway in front of scripted backends."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway import config, server
+from tests.gateway.backend import FakeVllm
+
+
+@dataclass
+class Running:
+    """A gateway that serves; `url` and `admin` are its two addresses."""
+
+    url: str
+    admin: str
+    stop: asyncio.Event
+    session: aiohttp.ClientSession
+
+    async def chat(self, text: str = "easy", model: str = "auto", **fields: Any) -> aiohttp.ClientResponse:
+        body = {"model": model, "messages": [{"role": "user", "content": text}], **fields}
+        return await self.session.post(f"{self.url}/v1/chat/completions", json=body)
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples whose labels contain `labels`; 0 if there is none."""
+        async with self.session.get(f"{self.admin}/metrics") as answer:
+            families = text_string_to_metric_families(await answer.text())
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+    async def settles(self, name: str, value: float, seconds: float = 3.0, **labels: str) -> bool:
+        """Whether a metric reaches a value in time."""
+        for _ in range(int(seconds / 0.02)):
+            if await self.metric(name, **labels) == value:
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
+
+def settings(small: list[FakeVllm], large: list[FakeVllm], checkpoint: Path, **sections: Any) -> dict[str, Any]:
+    """The plain values of a gateway.yaml; `sections` replaces whole sections, `small` and `large` pool keys included."""
+    pools = {
+        "small": {"model": "org/small-1b", "cost": 1, "backends": [{"url": item.url} for item in small]},
+        "large": {"model": "org/large-9b", "cost": 5, "backends": [{"url": item.url + "/v1"} for item in large]},
+    }
+    for name in pools:
+        pools[name] |= sections.pop(name, {})
+    return {
+        "version": 1,
+        "listen": {"port": 0},
+        "admin": {"port": 0},
+        "pools": pools,
+        "routing": {"expose_scores": True, **sections.pop("routing", {})},
+        "estimator": {"path": str(checkpoint), "deadline_ms": 2000},
+        **sections,
+    }
+
+
+@contextlib.asynccontextmanager
+async def running(raw: dict[str, Any], path: Path | None = None) -> AsyncIterator[Running]:
+    """Serves a config in this process, over real sockets."""
+    addresses: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    task = asyncio.create_task(
+        server.serve(config.parse(raw), path, lambda *both: addresses.set_result(both), stop)
+    )  # fmt: skip
+    await asyncio.wait((task, addresses), return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        task.result()
+    async with aiohttp.ClientSession() as session:
+        url, admin = await addresses
+        yield Running(url, admin, stop, session)
+    stop.set()
+    await task
+
+
+StartGateway = Callable[..., contextlib.AbstractAsyncContextManager[Running]]
+
+
+@pytest.fixture()
+def start(tiny_checkpoint: Path) -> StartGateway:
+    """`async with start([small], [large], routing={...}) as gateway`."""
+
+    def begin(small: list[FakeVllm], large: list[FakeVllm], **sections: Any) -> Any:
+        return running(settings(small, large, tiny_checkpoint, **sections))
+
+    return begin
