@@ -86,7 +86,7 @@ async def _with_own_backends(options: argparse.Namespace) -> int:
     if models["small"] == models["large"]:
         raise ValueError(f"both servers serve the model {models['small']!r}; routing between them saves nothing")
     settings = _config(
-        urls, models, options, "builtin", Config.__dataclass_fields__["routing"].default_factory().threshold
+        urls, models, options, "builtin", config.Routing().threshold
     )
     return await _serve_and_ask(settings, _questions(DATA / "general.jsonl", options.queries), options)
 
