@@ -9,7 +9,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no such model file: {options.model}", file=sys.stderr)
         return 2
     _die_with_parent()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: it ends at once, wherever llama.cpp's threads are
     alias = options.alias or options.model.resolve().parent.name
     try:
         server = start(options.model, options.port, alias, options.slots, options.threads, options.context)
@@ -64,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llama.cpp cannot serve {options.model} on port {options.port}: {error}", file=sys.stderr)
         return 1
     print(f"{alias} at {server.listening_address}", flush=True)
-    stop.wait()
-    os._exit(0)  # llama.cpp's own shutdown waits for open streams
+    while True:
+        signal.pause()
 
 
 def _die_with_parent() -> None:
