@@ -1,0 +1,196 @@
+"""Logits -> probabilities, and thresholds for a wanted share, quality or cost. numpy, no torch.
+
+Shapes: N prompts, K pools cheapest first, G grid points of a curve.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+RULES = ("gain", "difficulty")
+STAGES = ("full", "cheap")
+GRID = 101
+
+
+@dataclass(frozen=True, slots=True)
+class Platt:
+    """p = sigmoid(slope * logit + offset). slope > 0: it never changes an order."""
+
+    slope: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage's calibration, a Platt per pool."""
+
+    quality: tuple[Platt, ...]
+    token_confidence: tuple[Platt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What a rule does at each threshold, on the prompts it was measured with. G rows, thresholds rising.
+
+    `shares[g][k]` is pool k's share of the calls; `quality[g]` the mean observed quality (None where no prompt has every
+    pool's label).
+    """
+
+    thresholds: tuple[float, ...]
+    shares: tuple[tuple[float, ...], ...]
+    quality: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    pools: tuple[str, ...]
+    stages: Mapping[str, Stage]  # by STAGES
+    curves: Mapping[str, Curve]  # by RULES, of the full stage
+    targets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # "large-share=0.3" -> rule -> threshold
+
+    def large_share(self, rule: str, threshold: float) -> float:
+        """The usual share of the last, dearest pool at a threshold."""
+        curve = self._curve(rule)
+        index = int(np.searchsorted(curve.thresholds, threshold, side="left"))
+        if index == len(curve.thresholds):
+            return 1.0  # a threshold above every confidence seen
+        return curve.shares[index][-1]
+
+    def threshold(
+        self,
+        rule: str,
+        *,
+        large_share: float | None = None,
+        quality: float | None = None,
+        cost: float | None = None,
+        costs: Sequence[float] | None = None,
+    ) -> float:
+        """The threshold for one target.
+
+        `large_share`: this share of the calls goes to the last pool. `quality`: the lowest threshold that keeps this
+        fraction of what sending everything to the last pool would score. `cost`: the highest threshold at which calls
+        cost this fraction of sending everything to the last pool; needs each pool's cost. Raises ValueError for a
+        target that can't be met or isn't one.
+        """
+        curve = self._curve(rule)
+        thresholds, shares = np.array(curve.thresholds), np.array(curve.shares)
+        wanted = [value for value in (large_share, quality, cost) if value is not None]
+        if len(wanted) != 1 or not 0.0 <= wanted[0] <= 1.0:
+            raise ValueError("give one target, large_share, quality or cost, between 0 and 1")
+        if large_share is not None:
+            return float(np.interp(large_share, shares[:, -1], thresholds))
+        if quality is not None:
+            if curve.quality is None:
+                raise ValueError("a quality target needs prompts with labels of every pool; calibrate on such a table")
+            kept = np.array(curve.quality) >= quality * curve.quality[-1]
+            return float(thresholds[int(np.argmax(kept))])  # the last always keeps: there everything goes to the large
+        if costs is None or len(costs) != len(self.pools):
+            raise ValueError(f"a cost target needs the cost of each of {', '.join(self.pools)}")
+        relative = shares @ np.asarray(costs, float) / costs[-1]
+        affordable = np.flatnonzero(relative <= cost)
+        if not len(affordable):
+            raise ValueError(f"cost={cost} can't be met: sending everything to {self.pools[0]} costs {relative.min():.3f}")
+        return float(thresholds[affordable[-1]])
+
+    def _curve(self, rule: str) -> Curve:
+        if rule not in self.curves:
+            raise ValueError(f"this checkpoint has no curve for the rule {rule!r}; it has {', '.join(self.curves)}")
+        return self.curves[rule]
+
+
+def sigmoid(x: NDArray[np.floating]) -> Array:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -60.0, 60.0))), np.float64)
+
+
+def apply(stage: Stage, logits_NKH: NDArray[np.floating]) -> tuple[Array, Array]:
+    """Logits (N, K, 2) -> calibrated quality (N, K) and token confidence (N, K)."""
+    quality = [sigmoid(p.slope * logits_NKH[:, k, 0] + p.offset) for k, p in enumerate(stage.quality)]
+    token = [sigmoid(p.slope * logits_NKH[:, k, 1] + p.offset) for k, p in enumerate(stage.token_confidence)]
+    return np.stack(quality, 1), np.stack(token, 1)
+
+
+def fit_platt(logits: NDArray[np.floating], targets: NDArray[np.floating], weights: NDArray[np.floating]) -> Platt:
+    """Weighted maximum likelihood by Newton's method, NaN targets left out. Few or one-sided labels: the identity.
+
+    A slight pull (ridge of one prompt) to slope 1, offset 0 keeps it finite where the labels are separable.
+    """
+    seen = ~np.isnan(targets) & (weights > 0)
+    x, t, w = np.asarray(logits, float)[seen], targets[seen], weights[seen]
+    if len(x) < 20 or np.ptp(t) == 0:
+        return Platt()
+    w = w / w.mean()
+    design = np.stack([x, np.ones_like(x)], 1)
+    start = np.array([1.0, 0.0])
+    beta = start.copy()
+    for _ in range(50):
+        p = sigmoid(design @ beta)
+        slope = design.T @ (w * (t - p)) - (beta - start)
+        curvature = (design * (w * p * (1 - p))[:, None]).T @ design + np.eye(2)
+        step = np.linalg.solve(curvature, slope)
+        beta += step / max(1.0, float(np.abs(step).max()))
+        if np.abs(step).max() < 1e-8:
+            break
+    return Platt(max(float(beta[0]), 0.05), float(beta[1]))
+
+
+def confidence(quality_NK: Array, rule: str) -> Array:
+    """How little is lost by serving from each pool (N, K): the contract's definition of both rules."""
+    if rule == "difficulty":
+        return quality_NK
+    if rule != "gain":
+        raise ValueError(f"rule {rule!r} is unknown; use gain or difficulty")
+    return 1.0 - np.maximum(0.0, quality_NK.max(1, keepdims=True) - quality_NK)
+
+
+def route(quality_NK: Array, rule: str, threshold: float) -> NDArray[np.int64]:
+    """The pool each prompt goes to (N,): the cheapest whose confidence is at least the threshold, else the last."""
+    sure = confidence(quality_NK, rule) >= threshold
+    sure[:, -1] = True
+    return sure.argmax(1)
+
+
+def curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: str) -> Curve:
+    """Measure a rule on N prompts. Thresholds stand at quantiles of the cheapest pool's confidence, and at both ends."""
+    levels = np.quantile(confidence(quality_NK, rule)[:, 0], np.linspace(0, 1, GRID))
+    thresholds = np.unique(np.concatenate([[0.0], levels, [np.nextafter(levels[-1], 2.0)]]).clip(0.0, 1.0 + 1e-9))
+    total = weights.sum()
+    complete = ~np.isnan(observed_NK).any(1)
+    shares, qualities = [], []
+    for threshold in thresholds:
+        pool = route(quality_NK, rule, float(threshold))
+        shares.append(tuple(float(weights[pool == k].sum() / total) for k in range(quality_NK.shape[1])))
+        if complete.any():
+            served = observed_NK[complete, pool[complete]]
+            qualities.append(float(np.average(served, weights=weights[complete])))
+    return Curve(tuple(map(float, thresholds)), tuple(shares), tuple(qualities) or None)
+
+
+def dumps(calibration: Calibration) -> bytes:
+    return (json.dumps(asdict(calibration), indent=1) + "\n").encode()
+
+
+def loads(data: bytes) -> Calibration:
+    """Parse calibration.json. Raises ValueError if it is not one."""
+    try:
+        raw = json.loads(data)
+        stages = {
+            name: Stage(*(tuple(Platt(**p) for p in raw["stages"][name][head]) for head in ("quality", "token_confidence")))
+            for name in STAGES
+        }
+        curves = {
+            rule: Curve(
+                tuple(c["thresholds"]),
+                tuple(tuple(row) for row in c["shares"]),
+                None if c["quality"] is None else tuple(c["quality"]),
+            )
+            for rule, c in raw["curves"].items()
+        }
+        return Calibration(tuple(raw["pools"]), stages, curves, raw["targets"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"calibration.json is not a calibration: {error!r}") from None

@@ -1,0 +1,176 @@
+"""A checkpoint directory: written whole beside its place, then renamed; loaded only if every hash agrees. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from estimator.text import TextConfig
+
+SCHEMA = 1
+MANIFEST, WEIGHTS, TOKENIZER, ENCODER, CALIBRATION = (
+    "manifest.json", "model.safetensors", "tokenizer.json", "model.onnx", "calibration.json",
+)  # fmt: skip
+FILES = (WEIGHTS, TOKENIZER, ENCODER, CALIBRATION)
+BUILTIN = Path(__file__).parent / "builtin"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The encoder a checkpoint stands on. `trained` names the tensors stored here; the others come from `encoder`."""
+
+    encoder: str  # a Hugging Face name, or a directory
+    layers: int  # of the encoder's layers, the first so many
+    trained: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    version: str
+    parent: str | None
+    created: str  # ISO 8601, UTC
+    base: Base
+    pools: tuple[str, ...]  # cheapest first
+    text: TextConfig
+    metrics: Mapping[str, Any]
+    files: Mapping[str, str]  # name -> sha256
+    schema: int = SCHEMA
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def write(
+    directory: Path,
+    files: Mapping[str, bytes],
+    base: Base,
+    pools: tuple[str, ...],
+    text: TextConfig,
+    metrics: Mapping[str, Any],
+    parent: str | None = None,
+) -> Manifest:
+    """Write a checkpoint whole: a half-written one never bears its name. Raises ValueError if the place is taken."""
+    missing = set(FILES) - set(files)
+    assert not missing, f"a checkpoint needs {missing}"
+    ensure_free(directory)
+    now = datetime.now(UTC)
+    hashes = {name: sha256(data) for name, data in sorted(files.items())}
+    version = f"{now:%Y%m%d-%H%M%S}-{sha256(''.join(hashes.values()).encode())[:8]}"
+    manifest = Manifest(
+        version, parent, now.isoformat(timespec="seconds"), base, pools, text, dict(metrics), hashes
+    )  # fmt: skip
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        for name, data in {**files, MANIFEST: _dump(manifest)}.items():
+            with open(beside / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(beside, 0o755)  # mkdtemp's 0700 would lock out a gateway run by another user
+        _sync_directory(beside)
+        os.rename(beside, directory)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    _sync_directory(directory.parent)
+    return manifest
+
+
+def ensure_free(directory: Path) -> None:
+    """Raise ValueError where write() would not be able to put a checkpoint."""
+    if directory.is_symlink() or directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise ValueError(f"{directory} already exists; a checkpoint is never overwritten, so choose another --out")
+
+
+def publish(directory: Path) -> None:
+    """Make `current` beside a checkpoint name it, atomically."""
+    pointer = directory.parent / "current"
+    beside = directory.parent / f".current.{os.getpid()}"
+    beside.write_text(directory.name + "\n", encoding="utf-8")
+    os.replace(beside, pointer)
+    _sync_directory(directory.parent)
+
+
+def resolve(place: str | Path) -> Path:
+    """The directory of a checkpoint: "builtin", a checkpoint, a directory with a `current`, or that `current` itself."""
+    path = BUILTIN if str(place) == "builtin" else Path(place)
+    if (path / MANIFEST).is_file():
+        return path.resolve()  # through symlinks: what is loaded must not change while it is being read
+    pointer = path / "current" if path.is_dir() else path
+    if pointer.is_file():
+        named = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    else:
+        named = pointer
+    if (named / MANIFEST).is_file():
+        return named.resolve()
+    raise ValueError(f"{place} is no checkpoint: it holds neither {MANIFEST} nor a `current` that names one")
+
+
+def load(path: Path) -> tuple[Manifest, dict[str, bytes]]:
+    """A checkpoint's manifest and files, each checked against its hash. Raises ValueError saying what is wrong."""
+    manifest = load_manifest(path)
+    files = {}
+    for name, expected in manifest.files.items():
+        try:
+            data = (path / name).read_bytes()
+        except FileNotFoundError:
+            raise ValueError(f"checkpoint {path} lacks {name}, which its manifest names") from None
+        if sha256(data) != expected:
+            raise ValueError(f"checkpoint {path}: {name} does not match the manifest's sha256; it is damaged or edited")
+        files[name] = data
+    return manifest, files
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Parse and check manifest.json alone."""
+    place = path / MANIFEST
+    try:
+        raw = json.loads(place.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is no checkpoint: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None
+    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+        found = raw.get("schema") if isinstance(raw, dict) else None
+        raise ValueError(f"{place} has schema {found!r}; this version reads schema {SCHEMA}")
+    try:
+        base = raw["base"]
+        manifest = Manifest(
+            version=str(raw["version"]),
+            parent=raw["parent"],
+            created=str(raw["created"]),
+            base=Base(str(base["encoder"]), int(base["layers"]), tuple(base["trained"])),
+            pools=tuple(raw["pools"]),
+            text=TextConfig(**raw["text"]),
+            metrics=raw["metrics"],
+            files=dict(raw["files"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{place} is not a manifest of schema {SCHEMA}: {error!r}") from None
+    if missing := sorted(set(FILES) - set(manifest.files)):
+        raise ValueError(f"{place} names no {missing[0]}")
+    if odd := [name for name in manifest.files if Path(name).name != name]:
+        raise ValueError(f"{place} names the file {odd[0]!r}, which does not lie in the checkpoint")
+    return manifest
+
+
+def _dump(manifest: Manifest) -> bytes:
+    return (json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n").encode()
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

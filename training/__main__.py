@@ -1,0 +1,48 @@
+"""The depo-train command. Heavy imports wait until a command runs, so --help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+# command -> (module with add_arguments(parser) and run(args) -> exit code, what it does)
+COMMANDS = {
+    "collect": ("training.collect", "make an outcome table from your own servers"),
+    "fit": ("training.fit", "fit an estimator to outcome tables"),
+    "calibrate": ("training.calibrate", "set probabilities and thresholds for targets, as a new checkpoint"),
+    "evaluate": ("training.evaluate", "measure a checkpoint's routing against random and prompt length"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command: 0 done, 1 failed or interrupted, 2 the user's mistake, told in one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="depo-train", description="Learn to route: outcomes in, estimators out.")
+    parser.add_argument("--version", action="version", version=f"depo-train {version('depo-gateway')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name in arguments:  # only the command that may be meant is imported
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(arguments)
+    try:
+        code: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except (ValueError, OSError) as error:
+        print(f"depo-train {args.command}: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 1
+    return code
+
+
+def _sentence(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
