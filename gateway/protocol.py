@@ -3,6 +3,7 @@
 OpenAI API reference: https://platform.openai.com/docs/api-reference/chat and /completions.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,20 +122,19 @@ def forwarded(query: Query, model: str) -> bytes:
     """
     ask_usage = query.stream and query.endpoint != "embeddings" and not query.asked_usage
     body, name = query.body, orjson.dumps(model)
-    has_options = query.fields.get("stream_options") is not None
-    matches = _MODEL.findall(body)
-    if len(matches) == 1 and not (ask_usage and "stream_options" in query.fields):
-        start, end = _MODEL.search(body).span(1)  # type: ignore[union-attr]
-        edits = [(start, end, name)]
+    options = query.fields.get("stream_options")
+    insert = ask_usage and "stream_options" not in query.fields
+    matches = list(itertools.islice(_MODEL.finditer(body), 2))
+    # A letter of a key may be written as an escape (\u006d); then this regular expression doesn't find every model key.
+    if len(matches) == 1 and b"\\u006" not in body and (insert or not ask_usage):
+        edits = [(*matches[0].span(1), name)]
     else:
         spans = _top_level_spans(body, ("model", "stream_options"))
         edits = [(*spans["model"], name)]
-        if ask_usage and "stream_options" in spans:
-            options = (
-                {**query.fields["stream_options"], "include_usage": True} if has_options else {"include_usage": True}
-            )
-            edits.append((*spans["stream_options"], orjson.dumps(options)))
-    if ask_usage and "stream_options" not in query.fields:
+        if ask_usage and not insert:
+            start, end = spans["stream_options"]
+            edits.append((start, end, b'{"include_usage":true}' if options is None else _asking(body[start:end])))
+    if insert:
         brace = body.index(b"{") + 1
         edits.append((brace, brace, b'"stream_options":{"include_usage":true},'))
     for start, end, value in sorted(edits, reverse=True):
@@ -151,7 +151,7 @@ def wanted_threshold(model: str) -> float | None:
     if model == AUTO:
         return None
     number = model.removeprefix(AUTO + "-")
-    if not re.fullmatch(r"[01]?\.?\d*", number) or number in ("", ".") or float(number) > 1:
+    if not re.fullmatch(r"[01]|[01]?\.[0-9]+", number) or float(number) > 1:
         raise ApiError(
             404,
             f"The model {model!r} does not exist: a threshold is a number between 0 and 1, as in auto-0.85.",
@@ -263,21 +263,33 @@ def _prompt_tokens(fields: dict[str, Any], text: str, context: str, body: bytes,
     return size // BYTES_PER_TOKEN + (wanted if isinstance(wanted, int) else 0)
 
 
+def _asking(options: bytes) -> bytes:
+    """`stream_options` with include_usage true."""
+    spans = _top_level_spans(options, ("include_usage",))
+    if "include_usage" in spans:
+        start, end = spans["include_usage"]
+        return options[:start] + b"true" + options[end:]
+    separator = b"," if orjson.loads(options) else b""
+    return b'{"include_usage":true' + separator + options[1:]
+
+
 _LONGEST_EVENT = 1 << 20
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 # Quotes inside a JSON string are escaped, so this can match only a key; one match is then the top level's.
-_MODEL = re.compile(rb'(?<!\\)"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]', re.DOTALL)
+_MODEL = re.compile(rb'(?<!\\)"model"\s*:\s*(' + _STRING + rb")")
+_TOKEN = re.compile(_STRING + rb"|[{}\[\]:,]")
+_DEEPER = re.compile(_STRING + rb"|[{}\[\]]")  # inside a value only its end matters
 
 
 def _top_level_spans(body: bytes, names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """Where the values of the named top-level keys stand in a JSON object already known to be valid."""
     spans: dict[str, tuple[int, int]] = {}
-    depth, key, value_start, expect_key = 0, "", 0, True
-    for match in _TOKEN.finditer(body):
-        token = match.group()
+    depth, key, value_start, expect_key, position = 0, "", 0, True, 0
+    while match := (_TOKEN if depth == 1 else _DEEPER).search(body, position):
+        token, position = match.group(), match.end()
         first = token[:1]
-        if depth == 1 and (first == b"," or first == b"}"):
+        if depth == 1 and first in (b",", b"}"):
             if key in names:
                 if key in spans:
                     raise ApiError(400, f"'{key}' is written twice.", "duplicate_field", key)
@@ -286,7 +298,7 @@ def _top_level_spans(body: bytes, names: tuple[str, ...]) -> dict[str, tuple[int
         if depth == 1 and first == b'"' and expect_key:
             key, expect_key = orjson.loads(token), False
         elif depth == 1 and first == b":":
-            value_start = match.end()
+            value_start = position
         if first in (b"{", b"["):
             depth += 1
         elif first in (b"}", b"]"):
