@@ -14,6 +14,7 @@ from typing import Any
 
 from gateway import conversations, protocol, routing
 from gateway.config import Config, key_digest
+from gateway.conversations import AnswerHead
 from gateway.exchange import Exchange, obtain
 from gateway.protocol import ApiError, Endpoint, Query, UsageTap
 from gateway.routing import Decision, Eligible
@@ -27,6 +28,7 @@ HeaderList = list[tuple[bytes, bytes]]
 
 CLIENT_GONE = 499  # nginx's status for a client that hung up; no client ever sees it
 SHARE_SMOOTHING = 0.01
+FREE = ("confident", "unsure", "explore", "context", "accepts")  # reasons of decisions that the scores made
 JSON_TYPE = (b"content-type", b"application/json")
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,13 @@ def create_app(gateway: Gateway, surface: AsgiApp) -> AsgiApp:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = protocol.PATHS.get(scope["path"]) if scope["type"] == "http" else None
-        if endpoint is None or scope["method"] != "POST":
+        if endpoint is None:
             await surface(scope, receive, send)
+        elif scope["method"] != "POST":
+            request = Request(endpoint, request_id(dict(scope["headers"])), time.perf_counter())
+            message = f"{scope['path']} takes POST, not {scope['method']}."
+            error = ApiError(405, message, "method_not_allowed", headers=((b"allow", b"POST"),))
+            await _send_error(error, request, gateway, send)
         else:
             await serve_request(gateway, endpoint, scope, receive, send)
 
@@ -65,13 +72,11 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
             candidates, decision = await decide(gateway, live, query, key, request)
             exchange = await obtain(gateway, live, query, candidates, decision, request, headers)
             decision = exchange.decision
-            note(gateway, live, query, key, exchange)
-            await answer(gateway, live, query, exchange, request, send)
+            note(gateway, live, exchange)
+            await answer(gateway, live, query, key, exchange, request, send)
     except ApiError as error:
         await _send_error(error, request, gateway, send)
     except TimeoutError:
-        if exchange is not None:
-            exchange.backend.failed(time.monotonic())
         limit = live.config.timeouts.total_s
         late = ApiError(504, f"The answer took longer than timeouts.total_s ({limit:g} s).", "timeout")
         await _send_error(late, request, gateway, send)
@@ -134,6 +139,8 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
         )
     request.phase = "scoring"
     scored = await live.scorer.score(query.text, query.context)
+    sticky = config.routing.sticky and query.endpoint == "chat"
+    served_by = gateway.conversations.find(key, query.messages) if sticky else None
     threshold = config.routing.threshold if asked is None else asked
     if scored is None:
         decision = routing.without_scores(
@@ -141,39 +148,41 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
         )
     else:
         decision = routing.decide(
-            routing.confidences(scored.quality, config.routing.rule),
+            routing.confidences(scored.quality, config.routing.rule, candidates),
             candidates,
             threshold,
             scored.version,
-            config.routing.explore,
+            config.routing.explore if served_by is None else 0.0,
             random.random(),
         )
-    if decision.reason != "overload":
-        for name in config.pools:
-            share = gateway.shares.get(name, 1.0 / len(config.pools))
-            gateway.shares[name] = share + SHARE_SMOOTHING * ((name == decision.pool) - share)
-    if config.routing.sticky and query.endpoint == "chat":
-        pool = gateway.conversations.find(key, query.messages)
-        if pool is not None:
-            looping = conversations.in_tool_loop(query.messages)
-            decision = routing.keep(decision, pool, tuple(config.pools), candidates, looping)
+    if served_by is not None:
+        looping = conversations.in_tool_loop(query.messages)
+        decision = routing.keep(decision, served_by, tuple(config.pools), candidates, looping)
     return candidates, decision
 
 
-def note(gateway: Gateway, live: Live, query: Query, key: str, exchange: "Exchange") -> None:
-    """Counts a decision that a backend has answered, and remembers the conversation's pool."""
+def note(gateway: Gateway, live: Live, exchange: "Exchange") -> None:
+    """Counts a decision that a backend has answered."""
     decision, metrics = exchange.decision, gateway.metrics
     metrics.decisions.labels(decision.pool, decision.reason).inc()
     if decision.confidence is not None:
         metrics.confidence.observe(decision.confidence)
-    if exchange.status == 200 and live.config.routing.sticky and query.endpoint == "chat":
-        gateway.conversations.remember(key, query.messages, decision.pool)
+    if decision.reason in FREE:
+        for name in live.config.pools:
+            share = gateway.shares.get(name, 1.0 / len(live.config.pools))
+            gateway.shares[name] = share + SHARE_SMOOTHING * ((name == decision.pool) - share)
 
 
 async def answer(
-    gateway: Gateway, live: Live, query: Query, exchange: "Exchange", request: Request, send: Send
+    gateway: Gateway, live: Live, query: Query, key: str, exchange: "Exchange", request: Request, send: Send
 ) -> None:
-    """Sends the backend's answer on, byte for byte, and counts its tokens."""
+    """Sends the backend's answer on, byte for byte, counts its tokens and remembers the conversation's pool."""
+    head = AnswerHead()
+    head.complete = not (exchange.status == 200 and live.config.routing.sticky and query.endpoint == "chat")
+
+    def remember() -> None:
+        gateway.conversations.remember(key, query.messages, head, exchange.decision.pool)
+
     request.code = exchange.status
     headers = (
         exchange.reply.headers + decision_headers(live.config, exchange.decision) + common_headers(gateway, request)
@@ -181,6 +190,9 @@ async def answer(
     if not exchange.streaming:
         usage = protocol.usage_of(exchange.body) if exchange.status == 200 else None
         count_tokens(gateway, live, exchange.decision.pool, usage)
+        if not head.complete:
+            head.whole(exchange.body)
+            remember()
         headers.append((b"content-length", b"%d" % len(exchange.body)))
         request.answered, request.phase = True, "done"
         await send({"type": "http.response.start", "status": exchange.status, "headers": headers})
@@ -195,11 +207,15 @@ async def answer(
     try:
         while data:
             if out := tap.feed(data):
+                if not head.complete and head.feed(out):  # before the client has it: its follow-up may come at once
+                    remember()
                 await send({"type": "http.response.body", "body": out, "more_body": True})
             data = await exchange.next_chunk(idle_s)
         request.phase = "done"
         await send({"type": "http.response.body", "body": tap.end()})
     finally:
+        if not head.complete:  # interrupted: clients go on from what they have
+            remember()
         count_tokens(gateway, live, exchange.decision.pool, tap.usage)
 
 
@@ -300,10 +316,10 @@ async def _send_error(error: ApiError, request: Request, gateway: Gateway, send:
         return
     body = error.body()
     request.code = error.status  # also of a stream that began with 200: metrics count how it ended
-    if request.answered:  # mid-stream: one event, and no [DONE]
+    begun, request.answered, request.phase = request.answered, True, "done"
+    if begun:  # mid-stream: one event, and no [DONE]
         await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
         return
-    request.answered, request.phase = True, "done"
     headers = [JSON_TYPE, (b"content-length", b"%d" % len(body)), *error.headers]
     headers += [item for item in common_headers(gateway, request) if item[0] not in dict(error.headers)]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

@@ -52,15 +52,16 @@ def eligible(pools: Mapping[str, PoolConfig], needs: frozenset[str], prompt_toke
     return Eligible(tuple(fitting), excluded)
 
 
-def confidences(quality: Mapping[str, float], rule: Rule) -> dict[str, float]:
-    """How little is lost by serving from each pool, in [0, 1].
+def confidences(quality: Mapping[str, float], rule: Rule, candidates: Eligible) -> dict[str, float]:
+    """How little is lost by serving from each eligible pool, in [0, 1]; a pool that can't serve is no loss.
 
     `gain`: 1 - max(0, best predicted quality - the pool's own). `difficulty`: the pool's own predicted quality, the
     rule of DEPO (arXiv 2602.06375, section on routing).
     """
+    quality = {name: quality[name] for name in candidates.pools if name in quality}
     if rule == "difficulty":
         return {name: min(1.0, max(0.0, value)) for name, value in quality.items()}
-    best = max(quality.values())
+    best = max(quality.values(), default=0.0)
     return {name: 1.0 - min(1.0, max(0.0, best - value)) for name, value in quality.items()}
 
 
@@ -108,7 +109,7 @@ def keep(decision: Decision, pool: str, order: Sequence[str], candidates: Eligib
     if pool not in candidates.pools:
         return decision
     higher = order.index(decision.pool) > order.index(pool)
-    if higher and decision.reason != "explore" and not in_tool_loop:
+    if higher and decision.reason != "overload" and not in_tool_loop:  # a coin is no need to move
         return decision
     return replace(decision, pool=pool, reason="sticky", propensity=1.0)
 
