@@ -38,8 +38,8 @@ class Stage:
 class Curve:
     """What a rule does at each threshold, on the prompts it was measured with. G rows, thresholds rising.
 
-    `shares[g][k]` is pool k's share of the calls; `quality[g]` the mean observed quality (None where no prompt has every
-    pool's label).
+    `shares[g][k]` is pool k's share of the calls; `quality[g]` the mean observed quality (None where no prompt has
+    every pool's label).
     """
 
     thresholds: tuple[float, ...]
@@ -95,7 +95,9 @@ class Calibration:
         relative = shares @ np.asarray(costs, float) / costs[-1]
         affordable = np.flatnonzero(relative <= cost)
         if not len(affordable):
-            raise ValueError(f"cost={cost} can't be met: sending everything to {self.pools[0]} costs {relative.min():.3f}")
+            raise ValueError(
+                f"cost={cost} can't be met: sending everything to {self.pools[0]} costs {relative.min():.3f}"
+            )
         return float(thresholds[affordable[-1]])
 
     def _curve(self, rule: str) -> Curve:
@@ -145,18 +147,20 @@ def confidence(quality_NK: Array, rule: str) -> Array:
         return quality_NK
     if rule != "gain":
         raise ValueError(f"rule {rule!r} is unknown; use gain or difficulty")
-    return 1.0 - np.maximum(0.0, quality_NK.max(1, keepdims=True) - quality_NK)
+    lost: Array = np.maximum(0.0, quality_NK.max(1, keepdims=True) - quality_NK)
+    return 1.0 - lost
 
 
 def route(quality_NK: Array, rule: str, threshold: float) -> NDArray[np.int64]:
     """The pool each prompt goes to (N,): the cheapest whose confidence is at least the threshold, else the last."""
     sure = confidence(quality_NK, rule) >= threshold
     sure[:, -1] = True
-    return sure.argmax(1)
+    chosen: NDArray[np.int64] = sure.argmax(1)
+    return chosen
 
 
 def curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: str) -> Curve:
-    """Measure a rule on N prompts. Thresholds stand at quantiles of the cheapest pool's confidence, and at both ends."""
+    """Measure a rule on N prompts. Thresholds stand at quantiles of the cheapest pool's confidence and at both ends."""
     levels = np.quantile(confidence(quality_NK, rule)[:, 0], np.linspace(0, 1, GRID))
     thresholds = np.unique(np.concatenate([[0.0], levels, [np.nextafter(levels[-1], 2.0)]]).clip(0.0, 1.0 + 1e-9))
     total = weights.sum()
@@ -180,7 +184,9 @@ def loads(data: bytes) -> Calibration:
     try:
         raw = json.loads(data)
         stages = {
-            name: Stage(*(tuple(Platt(**p) for p in raw["stages"][name][head]) for head in ("quality", "token_confidence")))
+            name: Stage(
+                *(tuple(Platt(**p) for p in raw["stages"][name][head]) for head in ("quality", "token_confidence"))
+            )
             for name in STAGES
         }
         curves = {

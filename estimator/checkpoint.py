@@ -102,15 +102,12 @@ def publish(directory: Path) -> None:
 
 
 def resolve(place: str | Path) -> Path:
-    """The directory of a checkpoint: "builtin", a checkpoint, a directory with a `current`, or that `current` itself."""
+    """The directory of a checkpoint: "builtin", a checkpoint, a directory with a `current`, or that `current`."""
     path = BUILTIN if str(place) == "builtin" else Path(place)
     if (path / MANIFEST).is_file():
         return path.resolve()  # through symlinks: what is loaded must not change while it is being read
     pointer = path / "current" if path.is_dir() else path
-    if pointer.is_file():
-        named = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    else:
-        named = pointer
+    named = pointer.parent / pointer.read_text().strip() if pointer.is_file() else pointer
     if (named / MANIFEST).is_file():
         return named.resolve()
     raise ValueError(f"{place} is no checkpoint: it holds neither {MANIFEST} nor a `current` that names one")

@@ -33,7 +33,7 @@ def onnx_bytes(model: Estimator) -> bytes:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         # The TorchScript exporter is deprecated, but 1 s where the new one takes 12, and as exact.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", message="Exporting aten::index operator")  # parity is tested
         plain, small = Path(folder) / "plain.onnx", Path(folder) / "int8.onnx"
         torch.onnx.export(
@@ -49,7 +49,9 @@ def onnx_bytes(model: Estimator) -> bytes:
         head = [n.name for n in onnx.load(plain).graph.node if n.op_type == "MatMul" and HEAD in n.input]
         quiet = logging.getLogger()
         level = quiet.level
-        quiet.setLevel(logging.ERROR)  # quantize_dynamic warns on the root logger that it was not given pre-processed input
+        quiet.setLevel(
+            logging.ERROR
+        )  # quantize_dynamic warns on the root logger that it was not given pre-processed input
         try:
             quantize_dynamic(
                 str(plain),

@@ -1,7 +1,8 @@
-"""The optimizer around an estimator: step() is one online update. fit() in training/ calls it over a table, refresh over traffic.
+"""The optimizer around an estimator: step() is one online update, over a table or over traffic.
 
 Wide part and heads learn by SGD with momentum: their features have unit length, so early-stopped SGD from zero shrinks
-like ridge regression, where Adam would blow up each rare token's weight. The encoder's layers, if trained, learn by AdamW.
+like ridge regression, where Adam would blow up each rare token's weight. The encoder's layers, if trained, learn by
+AdamW.
 Everything is fp32: in bf16 most of an encoder's weights never move at these learning rates.
 
 Shapes: B prompts of a batch, K pools, H = 2K outputs, D encoder width.
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,8 @@ AVERAGE = 0.99  # decay of the running average of the heads, a step
 
 @dataclass(frozen=True, slots=True)
 class LearnerConfig:
-    learning_rate: float = 0.3  # wide part and heads
+    learning_rate: float = 0.3  # of the deep heads
+    wide_learning_rate: float = 0.3
     encoder_learning_rate: float = 3e-5
     train_layers: int = 0  # of the encoder's layers kept, the last so many are trained; 0: frozen
     ranking_weight: float = 0.0  # of the ranking term
@@ -60,9 +63,11 @@ class Learner:
         for name, parameter in model.encoder.named_parameters():
             parameter.requires_grad_(f"encoder.{name}" in self.trained)
         heads = [model.wide_weight, model.surface_weight, model.bias, model.deep_weight]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.SGD(heads, lr=config.learning_rate, momentum=0.9, nesterov=True)
+        rates: list[dict[str, Any]] = [
+            {"params": heads[:3], "lr": config.wide_learning_rate},
+            {"params": heads[3:], "lr": config.learning_rate},
         ]
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(rates, momentum=0.9, nesterov=True)]
         if self.trained:
             encoder = [p for p in model.encoder.parameters() if p.requires_grad]
             self.optimizers.append(torch.optim.AdamW(encoder, lr=config.encoder_learning_rate, weight_decay=0.01))
@@ -97,7 +102,7 @@ class Learner:
         ]
 
     def fit_statistics(self, items: Sequence[Item]) -> None:
-        """Set rarity weights, surface and embedding scales, and biases from a first set of items. Not for later steps."""
+        """Set rarity weights, scales and biases from a first set of items. Not for later steps."""
         model = self.model
         vocabulary = len(model.idf) - wide.BUCKETS
         model.idf.copy_(torch.from_numpy(wide.fit_idf([item.prepared.ids for item in items], vocabulary)))
@@ -130,7 +135,7 @@ class Learner:
         alone = self._terms(cheap.reshape(-1, pools, 2), t_BK, d_BK, w_B)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        (sum(terms.values()) + sum(alone.values())).backward()  # type: ignore[union-attr,no-untyped-call]
+        (sum(terms.values()) + sum(alone.values())).backward()  # type: ignore[union-attr]
         if self.trained:
             torch.nn.utils.clip_grad_norm_([p for p in self.model.encoder.parameters() if p.requires_grad], 1.0)
         for optimizer in self.optimizers:
@@ -145,10 +150,8 @@ class Learner:
     def predict(self, items: Sequence[Item]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Logits of the full and of the cheap stage, (N, K, 2) each."""
         shape = (-1, len(self.model.config.pools), 2)
-        parts = []
         with self.averaged(), torch.no_grad():
-            for start in range(0, len(items), 256):
-                parts.append(self._logits(items[start : start + 256]))
+            parts = [self._logits(items[start : start + 256]) for start in range(0, len(items), 256)]
         full, cheap = (torch.cat(stage).reshape(shape).double().numpy() for stage in zip(*parts, strict=True))
         return full, cheap
 
@@ -181,7 +184,9 @@ class Learner:
         norms = torch.zeros(len(items)).index_add(0, rows, values * values).sqrt().clamp_min(1e-9)
         offsets = torch.tensor([0, *lengths[:-1]]).cumsum(0)
         surface = torch.tensor([item.prepared.surface for item in items])
-        surface = wide.SURFACE_SCALE * ((surface - model.surface_mean) * model.surface_scale).clamp(-wide.CLIP, wide.CLIP)
+        surface = wide.SURFACE_SCALE * ((surface - model.surface_mean) * model.surface_scale).clamp(
+            -wide.CLIP, wide.CLIP
+        )
         cheap = model.wide(indices, offsets, values / norms[rows], surface)
         return cheap + model.deep(self._embed(items)), cheap
 

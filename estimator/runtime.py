@@ -22,7 +22,6 @@ from estimator.calibration import Calibration
 from estimator.checkpoint import Manifest
 from estimator.text import Prepared
 
-
 # ONNX Runtime's errors share no ancestor but Exception
 ONNX_ERRORS = (
     onnx_errors.Fail,
@@ -78,7 +77,9 @@ class Runtime:
         except (KeyError, ValueError, safetensors.SafetensorError, *ONNX_ERRORS) as error:
             raise ValueError(f"checkpoint {path} can't be used: {error}") from None
         if loaded.calibration.pools != manifest.pools or len(loaded.wide.bias) != 2 * len(manifest.pools):
-            raise ValueError(f"checkpoint {path}: its files disagree with the manifest about the pools {manifest.pools}")
+            raise ValueError(
+                f"checkpoint {path}: its files disagree with the manifest about the pools {manifest.pools}"
+            )
         return loaded
 
     @property

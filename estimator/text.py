@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 TEMPLATE = "[CLS] {prompt} [SEP] {context} [SEP]"  # the only one so far; without context the last two are left out
 POOLINGS = ("mean", "cls")
-CHARS_PER_TOKEN = 12  # kept on each side per token of max_tokens: prose has 4 to 5, so the seam is never near a kept token
+CHARS_PER_TOKEN = 8  # kept on each side: prose has 4 to 5, so the seam is far from any token kept
 CONTEXT_MESSAGES = 8  # older turns can't fit beside a prompt
 
 
@@ -59,8 +59,8 @@ def text_of_content(content: object) -> str:
 def prompt_of_messages(messages: Sequence[Mapping[str, object]]) -> tuple[str, str]:
     """(the last user turn, the user and assistant text before it, newest last).
 
-    System, developer and tool text is left out: it is the same for every query of an application, and a long tool result
-    says nothing of how hard the user's question is.
+    System, developer and tool text is left out: it is the same for every query of an application, and a long tool
+    result says nothing of how hard the user's question is.
     """
     turns = [
         (message.get("role"), text)
@@ -107,7 +107,8 @@ def prepare(tokenizer: Tokenizer, config: TextConfig, text: str, context: str = 
 
 SURFACE = (
     "chars", "words", "digits", "digit_share", "lines", "options", "answer_cue", "backslashes", "dollars",
-    "operators", "code_signs", "questions", "commas", "upper_share", "other_scripts", "chars_per_word", "fences", "negations",
+    "operators", "code_signs", "questions", "commas", "upper_share", "other_scripts", "chars_per_word", "fences",
+    "negations",
 )  # fmt: skip
 OPTION = re.compile(r"(?m)^[ \t]*\(?[A-J1-9][.):] ")
 ANSWER_CUE = re.compile(r"(?i)\banswer\s*:|\boptions\s*:|\bchoices\s*:")

@@ -1,4 +1,4 @@
-"""The wide part in numpy: weighted token n-grams and surface features -> logits. The cheap stage, and half of the full one.
+"""The wide part in numpy: weighted token n-grams and surface features -> logits. The cheap stage.
 
 Shapes: T tokens, F features of one prompt, V unigrams (the tokenizer's ids) then BUCKETS hashed bigrams, S surface
 features, H outputs (pool by pool: quality logit, token-confidence logit).
@@ -39,9 +39,7 @@ def ngrams(ids: Sequence[int], vocabulary: int) -> tuple[NDArray[np.int64], NDAr
     return indices, (1.0 + np.log(counts)).astype(np.float32)
 
 
-def weighted(
-    ids: Sequence[int], idf: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def weighted(ids: Sequence[int], idf: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """n-grams with tf-idf weights of unit length: (indices_F, values_F)."""
     indices, values = ngrams(ids, len(idf) - BUCKETS)
     values = values * idf[indices]
@@ -60,7 +58,8 @@ def standardise(
     surface: NDArray[np.float32], mean: NDArray[np.float32], scale: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """(..., S) -> (..., S) of mean 0 and deviation SURFACE_SCALE over the fitting prompts, clipped."""
-    return (SURFACE_SCALE * np.clip((surface - mean) * scale, -CLIP, CLIP)).astype(np.float32)
+    scaled: NDArray[np.float32] = SURFACE_SCALE * np.clip((surface - mean) * scale, -CLIP, CLIP)
+    return scaled
 
 
 def logits(wide: Wide, ids: Sequence[int], surface: Sequence[float]) -> NDArray[np.float32]:

@@ -117,8 +117,8 @@ def examples_of(rows: Sequence[Row], pools: Pools, split_by: str = "question") -
     """One Example a distinct question: rows of the same question are merged, a model's label their mean, a pool's label
     the mean over its models that have one.
 
-    Questions without a label for any pool are left out. `group` is what a split keeps together: the question, or (split_by
-    "group") the row's group. Raises ValueError for a model that no row names.
+    Questions without a label for any pool are left out. `group` is what a split keeps together: the question, or
+    (split_by "group") the row's group. Raises ValueError for a model that no row names.
     """
     known = {model for row in rows for model in row.correct}
     for model in (model for models in pools.models for model in models):
@@ -140,6 +140,16 @@ def examples_of(rows: Sequence[Row], pools: Pools, split_by: str = "question") -
     if not examples:
         raise ValueError(f"no row has an outcome of any model of the pools {', '.join(pools.names)}")
     return examples
+
+
+def labels(examples: Sequence[Example], pools: tuple[str, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Observed quality and token confidence, (N, K) each, NaN where there is no label."""
+
+    def table(of: str) -> NDArray[np.float64]:
+        rows = [[getattr(example, of).get(pool) for pool in pools] for example in examples]
+        return np.array([[np.nan if value is None else value for value in row] for row in rows], float)
+
+    return table("quality"), table("token_confidence")
 
 
 def _mean(models: Sequence[str], labels: Sequence[Mapping[str, float]]) -> float | None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +21,20 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from estimator import calibration, checkpoint, export
-from estimator.calibration import Calibration
+from estimator.calibration import STAGES, apply
 from estimator.learner import Item, Learner, LearnerConfig
 from estimator.model import DEFAULT_ENCODER, Estimator, ModelConfig, create
 from estimator.records import Example
 from estimator.text import POOLINGS, TextConfig
-from training.data import examples_of, folds_of, key_of, parse_pools, read_tables
-
-Array = NDArray[np.float64]
+from training.calibrate import calibrate
+from training.data import examples_of, folds_of, key_of, labels, parse_pools, read_tables
+from training.evaluate import finite, report_of
+from training.measure import Array, Measured, apgr_table
 
 
 @dataclass(frozen=True, slots=True)
 class FitConfig:
-    learner: LearnerConfig = LearnerConfig()
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
     folds: int = 5
     max_epochs: int = 30
     patience: int = 6  # epochs without a better held-out loss before all folds stop
@@ -81,7 +84,7 @@ def cross_fit(
             for fold, ((learner, order), train) in enumerate(zip(learners, sides, strict=True)):
                 epoch(learner, train, config.batch_size, order)
                 rows = np.flatnonzero(folds == fold)
-                full[rows], cheap[rows] = learner.predict([items[i] for i in rows])
+                full[rows], cheap[rows] = learner.predict([items[i] for i in rows.tolist()])
             loss = held_out_loss(full, items)
             progress.update()
             progress.set_postfix(held_out=f"{loss:.4f}")
@@ -94,7 +97,7 @@ def cross_fit(
 
 
 def held_out_loss(logits: Array, items: Sequence[Item]) -> float:
-    """What early stopping watches: the squared error of quality differences, or of quality itself with a single pool."""
+    """What early stopping watches: squared error of quality differences, or of a single pool's quality."""
     observed = np.array([item.quality for item in items])
     weights = np.array([item.weight for item in items])
     predicted = calibration.sigmoid(logits[:, :, 0])
@@ -104,33 +107,9 @@ def held_out_loss(logits: Array, items: Sequence[Item]) -> float:
     return float(np.nansum(error * weights[:, None]) / (weights[:, None] * ~np.isnan(error)).sum())
 
 
-def calibrate(held: Held, examples: Sequence[Example], pools: tuple[str, ...]) -> Calibration:
-    """Probabilities and threshold curves from held-out logits."""
-    t_NK, d_NK = labels(examples, pools)
-    weights = np.array([example.weight for example in examples])
-    stages = {}
-    for name, logits in (("full", held.full), ("cheap", held.cheap)):
-        stages[name] = calibration.Stage(
-            tuple(calibration.fit_platt(logits[:, k, 0], t_NK[:, k], weights) for k in range(len(pools))),
-            tuple(calibration.fit_platt(logits[:, k, 1], d_NK[:, k], weights) for k in range(len(pools))),
-        )
-    quality_NK, _ = calibration.apply(stages["full"], held.full)
-    rules = calibration.RULES if len(pools) > 1 else ("difficulty",)
-    curves = {rule: calibration.curve(quality_NK, t_NK, weights, rule) for rule in rules}
-    return Calibration(pools, stages, curves)
-
-
-def labels(examples: Sequence[Example], pools: tuple[str, ...]) -> tuple[Array, Array]:
-    """Observed quality and token confidence, (N, K) each, NaN where there is no label."""
-
-    def table(of: str) -> Array:
-        rows = [[getattr(example, of).get(pool) for pool in pools] for example in examples]
-        return np.array([[np.nan if value is None else value for value in row] for row in rows], float)
-
-    return table("quality"), table("token_confidence")
-
-
-def train(model: Estimator, tokenizer: Tokenizer, examples: Sequence[Example], config: FitConfig) -> tuple[Learner, Held]:
+def train(
+    model: Estimator, tokenizer: Tokenizer, examples: Sequence[Example], config: FitConfig
+) -> tuple[Learner, Held]:
     """Cross-fit for the number of epochs, then fit on everything."""
     pools = model.config.pools
     learner = fresh(model, tokenizer, config.learner)
@@ -151,19 +130,34 @@ def train(model: Estimator, tokenizer: Tokenizer, examples: Sequence[Example], c
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     learner, fitting, text = LearnerConfig(), FitConfig(), TextConfig()
-    parser.add_argument("--outcomes", nargs="+", type=Path, required=True, metavar="FILE", help="outcome tables, JSON lines")
     parser.add_argument(
-        "--pools", nargs="+", required=True, metavar="NAME=MODEL", help="cheapest first; NAME=MODEL,MODEL takes their mean"
+        "--outcomes", nargs="+", type=Path, required=True, metavar="FILE", help="outcome tables, JSON lines"
+    )
+    parser.add_argument(
+        "--pools",
+        nargs="+",
+        required=True,
+        metavar="NAME=MODEL",
+        help="cheapest first; NAME=MODEL,MODEL takes their mean",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
     parser.add_argument("--encoder", default=DEFAULT_ENCODER, help="Hugging Face name or directory (%(default)s)")
-    parser.add_argument("--layers", type=int, default=5, help="keep the encoder's first so many layers, 0: all (%(default)s)")
-    parser.add_argument("--pooling", choices=POOLINGS, default=text.pooling, help="%(default)s")
-    parser.add_argument("--max-tokens", type=int, default=text.max_tokens, help="longer prompts: head and tail (%(default)s)")
     parser.add_argument(
-        "--train-layers", type=int, default=learner.train_layers, help="train the encoder's last so many layers (%(default)s)"
+        "--layers", type=int, default=5, help="keep the encoder's first so many layers, 0: all (%(default)s)"
     )
-    parser.add_argument("--split-by", choices=("question", "group"), default="question", help="kept on one side (%(default)s)")
+    parser.add_argument("--pooling", choices=POOLINGS, default=text.pooling, help="%(default)s")
+    parser.add_argument(
+        "--max-tokens", type=int, default=text.max_tokens, help="longer prompts: head and tail (%(default)s)"
+    )
+    parser.add_argument(
+        "--train-layers",
+        type=int,
+        default=learner.train_layers,
+        help="train the encoder's last so many layers (%(default)s)",
+    )
+    parser.add_argument(
+        "--split-by", choices=("question", "group"), default="question", help="kept on one side (%(default)s)"
+    )
     parser.add_argument("--folds", type=int, default=fitting.folds, help="%(default)s")
     parser.add_argument("--max-epochs", type=int, default=fitting.max_epochs, help="%(default)s")
     parser.add_argument("--seed", type=int, default=fitting.seed, help="%(default)s")
@@ -182,9 +176,35 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(config.seed)
     model, tokenizer = create(ModelConfig(pools.names, text, args.encoder, args.layers))
     learner, held = train(model, tokenizer, examples, config)
-    calibrated = calibrate(held, examples, pools.names)
-    metrics = {"examples": len(examples), "epochs": held.epochs, "split_by": args.split_by}
+    t_NK, d_NK = labels(examples, pools.names)
+    weights = np.array([example.weight for example in examples])
+    calibrated = calibrate(held.full, held.cheap, t_NK, d_NK, weights, pools.names)
+    report = report_of(
+        {stage: apply(calibrated.stages[stage], getattr(held, stage))[0] for stage in STAGES},
+        t_NK,
+        np.array([len(example.prompt) for example in examples], float),
+        pools.names,
+    )
+    metrics = {
+        "models": dict(zip(pools.names, pools.models, strict=True)),
+        "examples": len(examples),
+        "epochs": held.epochs,
+        "split_by": args.split_by,
+        "held_out": finite(report),
+    }
     with learner.averaged() as fitted:
         manifest = export.write(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
-    print(f"{args.out}: checkpoint {manifest.version}")
+    sys.stdout.write(outcome(report) + f"{args.out}: checkpoint {manifest.version}\n")
     return 0
+
+
+def outcome(report: Mapping[str, Any]) -> str:
+    """What the command prints: how the held-out questions were routed."""
+    if "apgr" not in report:
+        return f"{report['prompts']} prompts; none has labels of two pools, so there is no routing to measure\n"
+    measured = {name: Measured(**m) for name, m in report["apgr"].items() if name != "random"}
+    return (
+        f"{report['with_all_labels']} held-out prompts, all small {report['small_quality']:.3f},"
+        f" all large {report['large_quality']:.3f}, perfect APGR {report['perfect_apgr']:.3f}\n\n"
+        f"{apgr_table(measured)}\n\n"
+    )

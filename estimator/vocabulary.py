@@ -1,0 +1,51 @@
+"""A smaller vocabulary for a narrow domain: most of a small encoder's bytes are embeddings of words it will never see.
+
+What stays: special tokens, every piece of one ASCII character (so that nothing Latin becomes unknown), and the pieces that
+the domain's texts use. Other words fall apart into smaller pieces. WordPiece only, as BERT-like encoders have it. Torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+
+def narrowed(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer with only the pieces that `texts` need. Raises ValueError if it is not WordPiece."""
+    settings = json.loads(tokenizer.to_str())
+    model = settings["model"]
+    if model["type"] != "WordPiece":
+        raise ValueError(f"only a WordPiece vocabulary can be narrowed, and this encoder's is {model['type']}")
+    used = {token for text in texts for token in tokenizer.encode(text).tokens}
+    special = {token["content"] for token in settings["added_tokens"]}
+    prefix = model["continuing_subword_prefix"]
+
+    def stays(token: str) -> bool:
+        piece = token.removeprefix(prefix)
+        return token in used or token in special or (len(piece) == 1 and piece.isascii())
+
+    kept = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1]) if stays(token)]
+    ids = {token: index for index, token in enumerate(kept)}
+    model["vocab"] = ids
+    for token in settings["added_tokens"]:
+        token["id"] = ids[token["content"]]
+    for token in (settings.get("post_processor") or {}).get("special_tokens", {}).values():
+        token["ids"] = [ids[name] for name in token["tokens"]]
+    return Tokenizer.from_str(json.dumps(settings))
+
+
+def narrow(encoder: Any, whole: Tokenizer, kept: Tokenizer) -> None:
+    """Leave the encoder only the embeddings of `kept`'s tokens, in its order. `whole` is the encoder's own tokenizer."""
+    rows = []
+    for token, _ in sorted(kept.get_vocab().items(), key=lambda item: item[1]):
+        row = whole.token_to_id(token)
+        if row is None:
+            raise ValueError(f"the vocabulary holds {token!r}, which the encoder does not know")
+        rows.append(row)
+    weight = encoder.get_input_embeddings().weight.detach()[rows]
+    encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight, freeze=False))
+    encoder.config.vocab_size = len(rows)
