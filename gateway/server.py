@@ -9,90 +9,19 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
-import orjson
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway import __version__, app, config, pools, scoring, surface
 from gateway.config import Config
+from gateway.connection import uvicorn_config
 from gateway.metrics import Metrics
 from gateway.state import Gateway, Live, served_names
 from gateway.upstream import Upstream
 
 KEEP_ALIVE_SECONDS = 75  # longer than the load balancers in front, which then are the ones that close
-HEADER_SECONDS = 20.0  # for a request's head; a peer that trickles it is cut off
 WATCH_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
-
-
-class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with what it lacks: a cap on the head, a deadline for it, and OpenAI-shaped errors.
-
-    httptools refuses Content-Length together with Transfer-Encoding (RFC 9112 6.3), which h11 lets through.
-    """
-
-    header_bytes = 65_536
-    _head: int = 0  # bytes of an unfinished head
-    _reading_head = True
-    _head_deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        peer = transport.get_extra_info("socket")
-        if peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else every first token waits 40 ms
-        self._head_deadline = self.loop.call_later(HEADER_SECONDS, self._too_slow)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._forget_deadline()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._reading_head:
-            if self._head_deadline is None:
-                self._head_deadline = self.loop.call_later(HEADER_SECONDS, self._too_slow)
-            self._head += len(data)
-        super().data_received(data)
-        if self._reading_head and self._head > self.header_bytes and not self.transport.is_closing():
-            self._refuse(431, f"The request's head is larger than limits.header_bytes ({self.header_bytes}).")
-
-    def on_headers_complete(self) -> None:
-        self._reading_head, self._head = False, 0
-        self._forget_deadline()
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self.header_bytes:
-            self._refuse(431, f"The request's head is larger than limits.header_bytes ({self.header_bytes}).")
-            return
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._reading_head, self._head = True, 0
-        if self.cycle is not None:
-            super().on_message_complete()
-
-    def on_body(self, body: bytes) -> None:
-        if self.cycle is not None:  # None: the head was refused
-            super().on_body(body)
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, msg)
-
-    def _refuse(self, status: int, message: str) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
-        body = orjson.dumps({"error": error})
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()
-
-    def _too_slow(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
-
-    def _forget_deadline(self) -> None:
-        if self._head_deadline is not None:
-            self._head_deadline.cancel()
-            self._head_deadline = None
 
 
 class _Server(uvicorn.Server):
@@ -109,6 +38,7 @@ def bind(host: str, port: int, setting: str) -> socket.socket:
     Raises:
         ValueError: names the setting and what is wrong with the address.
     """
+    made = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         made = socket.socket(family, socket.SOCK_STREAM)
@@ -116,6 +46,8 @@ def bind(host: str, port: int, setting: str) -> socket.socket:
         made.bind((host, port))
         made.listen(2048)
     except OSError as error:
+        if made is not None:
+            made.close()
         raise ValueError(
             f"can't listen on {setting} {host}:{port}: {error.strerror}; choose another port or free it"
         ) from None
@@ -166,7 +98,9 @@ async def serve(
 
     public = app.create_app(gateway, surface.create_public(gateway))
     admin = surface.create_admin(gateway, reload if path else None)
-    servers = [_Server(_uvicorn_config(item, settings.limits.header_bytes)) for item in (public, admin)]
+    servers = [
+        _Server(uvicorn_config(item, settings.limits.header_bytes, KEEP_ALIVE_SECONDS)) for item in (public, admin)
+    ]
     serving = [asyncio.create_task(server.serve([made])) for server, made in zip(servers, sockets, strict=True)]
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
@@ -271,22 +205,6 @@ async def _drain(gateway: Gateway) -> None:
             await gateway.idle.wait()
     except TimeoutError:
         log.warning("%d requests were still running after timeouts.drain_s and are cut off", gateway.active)
-
-
-def _uvicorn_config(application: app.AsgiApp, header_bytes: int) -> uvicorn.Config:
-    protocol = type("CappedProtocol", (Protocol,), {"header_bytes": header_bytes})
-    return uvicorn.Config(
-        application,
-        http=protocol,
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        log_level="warning",
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=1,
-    )
 
 
 def _address(item: socket.socket) -> str:

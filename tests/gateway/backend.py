@@ -24,6 +24,7 @@ class Seen:
     body: bytes
     arrived: float = field(default_factory=time.monotonic)
     closed: float | None = None  # when its connection ended before the answer was complete
+    finished: float | None = None  # when the answer was complete
 
     @property
     def json(self) -> Any:
@@ -94,11 +95,12 @@ class FakeVllm:
                 watch = asyncio.create_task(reader.read(1))
                 answer = asyncio.create_task(self._answer(request, writer))
                 await asyncio.wait((watch, answer), return_when=asyncio.FIRST_COMPLETED)
-                if not answer.done():
+                if not answer.done() or isinstance(answer.exception(), ConnectionError):
                     request.closed = time.monotonic()
                     answer.cancel()
                     return
                 answer.result()
+                request.finished = time.monotonic()
                 watch.cancel()
                 await asyncio.gather(watch, return_exceptions=True)
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -129,7 +131,11 @@ class FakeVllm:
             writer.write(_head(script.status, sized) + body)
             await writer.drain()
             return
-        streamed = {"content-type": "text/event-stream; charset=utf-8", "transfer-encoding": "chunked", **script.headers}
+        streamed = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "transfer-encoding": "chunked",
+            **script.headers,
+        }
         writer.write(_head(200, streamed))
         await writer.drain()
         await asyncio.sleep(script.before_first_s)
