@@ -189,6 +189,11 @@ async def _attempt(
         outcome = "timeout"
         backend.failed(time.monotonic())
         raise ApiError(504, f"No first token within timeouts.first_token_s ({limit:g} s).", "timeout") from None
+    except asyncio.CancelledError:
+        if not request.gone:  # timeouts.total_s, and not a byte of an answer
+            outcome = "timeout"
+            backend.failed(time.monotonic())
+        raise
     finally:
         gateway.metrics.attempts.labels(backend.url, outcome).inc()
         if reply is not None and not kept:
