@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from estimator import checkpoint
 from estimator.text import SURFACE, Prepared, TextConfig, load_tokenizer
+from estimator.vocabulary import narrow
 from estimator.wide import BUCKETS, Wide
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -114,8 +115,11 @@ def locate(encoder: str) -> str:
     return str(place) if place.is_dir() else encoder
 
 
-def create(config: ModelConfig) -> tuple[Estimator, Tokenizer]:
-    """A new estimator on a pretrained encoder, and its tokenizer. Raises ValueError if there is no such encoder."""
+def create(config: ModelConfig, kept: Tokenizer | None = None) -> tuple[Estimator, Tokenizer]:
+    """A new estimator on a pretrained encoder, and its tokenizer. Raises ValueError if there is no such encoder.
+
+    `kept`: a narrowed tokenizer (vocabulary.py) to use in place of the encoder's own.
+    """
     place = locate(config.encoder)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # it reports the pooler we drop on purpose
@@ -128,6 +132,9 @@ def create(config: ModelConfig) -> tuple[Estimator, Tokenizer]:
             f"encoder {config.encoder!r} can't be loaded; give a directory or an encoder's name: {first}"
         ) from None
     encoder = trim(encoder, config.layers)
+    if kept is not None and kept.get_vocab_size() < tokenizer.get_vocab_size():
+        narrow(encoder, tokenizer, kept)
+        tokenizer = load_tokenizer(kept.to_str())
     limit = int(getattr(encoder.config, "max_position_embeddings", 512))
     if config.text.max_tokens > limit:
         raise ValueError(f"max_tokens is {config.text.max_tokens}, but {config.encoder} reads at most {limit}")
@@ -168,11 +175,11 @@ def load(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
     """A checkpoint to train further: its base encoder by name, and what was changed."""
     manifest, files = checkpoint.load(path)
     config = ModelConfig(manifest.pools, manifest.text, manifest.base.encoder, manifest.base.layers)
-    model, _ = create(config)
+    model, tokenizer = create(config, Tokenizer.from_str(files[checkpoint.TOKENIZER].decode()))
     state = safetensors.torch.load(files[checkpoint.WEIGHTS])
     expected = {n for n in model.state_dict() if not n.startswith("encoder.")} | set(manifest.base.trained)
     if set(state) != expected:
         odd = sorted(set(state) ^ expected)
         raise ValueError(f"checkpoint {path}: {checkpoint.WEIGHTS} does not fit its manifest, see {odd[0]}")
     model.load_state_dict(state, strict=False)
-    return model, Tokenizer.from_str(files[checkpoint.TOKENIZER].decode()), manifest
+    return model, tokenizer, manifest

@@ -1,7 +1,8 @@
 """A smaller vocabulary for a narrow domain: most of a small encoder's bytes are embeddings of words it will never see.
 
-What stays: special tokens, every piece of one ASCII character (so that nothing Latin becomes unknown), and the pieces that
-the domain's texts use. Other words fall apart into smaller pieces. WordPiece only, as BERT-like encoders have it. Torch.
+What stays: special tokens, every piece of one ASCII character (so that nothing Latin becomes unknown), and the pieces
+that the domain's texts use. Other words fall apart into smaller pieces. WordPiece only, as BERT-like encoders have it.
+Torch.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def narrowed(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
 
 
 def narrow(encoder: Any, whole: Tokenizer, kept: Tokenizer) -> None:
-    """Leave the encoder only the embeddings of `kept`'s tokens, in its order. `whole` is the encoder's own tokenizer."""
+    """Leave the encoder only the embeddings of `kept`'s tokens, in its order. `whole` is its own tokenizer."""
     rows = []
     for token, _ in sorted(kept.get_vocab().items(), key=lambda item: item[1]):
         row = whole.token_to_id(token)
@@ -47,5 +48,5 @@ def narrow(encoder: Any, whole: Tokenizer, kept: Tokenizer) -> None:
             raise ValueError(f"the vocabulary holds {token!r}, which the encoder does not know")
         rows.append(row)
     weight = encoder.get_input_embeddings().weight.detach()[rows]
-    encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight, freeze=False))
+    encoder.set_input_embeddings(torch.nn.Embedding(len(rows), weight.shape[1], _weight=weight))
     encoder.config.vocab_size = len(rows)

@@ -26,6 +26,7 @@ from estimator.learner import Item, Learner, LearnerConfig
 from estimator.model import DEFAULT_ENCODER, Estimator, ModelConfig, create
 from estimator.records import Example
 from estimator.text import POOLINGS, TextConfig
+from estimator.vocabulary import narrowed
 from training.calibrate import calibrate
 from training.data import examples_of, folds_of, key_of, labels, parse_pools, read_tables
 from training.evaluate import finite, report_of
@@ -145,6 +146,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=int, default=5, help="keep the encoder's first so many layers, 0: all (%(default)s)"
     )
+    parser.add_argument(
+        "--vocabulary",
+        choices=("all", "used"),
+        default="all",
+        help="used: only the pieces of words in the tables, for a small checkpoint of a narrow domain (%(default)s)",
+    )
     parser.add_argument("--pooling", choices=POOLINGS, default=text.pooling, help="%(default)s")
     parser.add_argument(
         "--max-tokens", type=int, default=text.max_tokens, help="longer prompts: head and tail (%(default)s)"
@@ -174,7 +181,11 @@ def run(args: argparse.Namespace) -> int:
     rows = read_tables(args.outcomes)
     examples = examples_of(rows, pools, args.split_by)
     torch.manual_seed(config.seed)
-    model, tokenizer = create(ModelConfig(pools.names, text, args.encoder, args.layers))
+    created = ModelConfig(pools.names, text, args.encoder, args.layers)
+    model, tokenizer = create(created)
+    if args.vocabulary == "used":
+        texts = [part for example in examples for part in (example.prompt, example.context)]
+        model, tokenizer = create(created, narrowed(tokenizer, texts))
     learner, held = train(model, tokenizer, examples, config)
     t_NK, d_NK = labels(examples, pools.names)
     weights = np.array([example.weight for example in examples])

@@ -1,11 +1,16 @@
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from estimator.model import DEFAULT_ENCODER, ModelConfig, create, locate
-from estimator.text import TextConfig
+from estimator import export
+from estimator.calibration import STAGES, Calibration, Platt, Stage
+from estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create, load, locate
+from estimator.runtime import Runtime
+from estimator.text import TextConfig, prepare
 from estimator.vocabulary import narrow, narrowed
 
 if locate(DEFAULT_ENCODER) == DEFAULT_ENCODER:
@@ -37,3 +42,23 @@ def test_what_can_not_be_narrowed_is_said() -> None:
     settings["model"]["vocab"]["qqq"] = len(settings["model"]["vocab"])
     with pytest.raises(ValueError, match="'qqq', which the encoder does not know"):
         narrow(model.encoder, whole, Tokenizer.from_str(json.dumps(settings)))
+
+
+def test_a_narrowed_checkpoint_serves_and_trains_on(tmp_path: Path) -> None:
+    texts = [f"{i % 10}+{i // 10}=" for i in range(100)]
+    config = ModelConfig(("a", "b"), TextConfig(max_tokens=32), layers=1)
+    _, whole = create(config)
+    model, tokenizer = create(config, narrowed(whole, texts))
+    with torch.no_grad():
+        model.deep_weight.normal_()
+    platt = (Platt(), Platt())
+    stages = dict.fromkeys(STAGES, Stage(platt, platt))
+    export.write(tmp_path / "made", model, tokenizer, Calibration(("a", "b"), stages, {}), {})
+    assert sum(file.stat().st_size for file in (tmp_path / "made").iterdir()) < 4e6
+    again, read, _ = load(tmp_path / "made")
+    prepared = [prepare(read, config.text, text) for text in texts]
+    with torch.no_grad():
+        deep_BH = again.deep(again.embed(*collate(prepared)))
+    runtime = Runtime.load(tmp_path / "made")
+    served_BH = runtime.full_logits([runtime.prepare(text) for text in texts])
+    assert np.corrcoef(deep_BH.flatten(), (served_BH - runtime.cheap_logits(prepared)).flatten())[0, 1] > 0.99
