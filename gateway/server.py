@@ -72,14 +72,17 @@ async def serve(
     """
     loop = asyncio.get_running_loop()
     stop = stop or asyncio.Event()
-    sockets = [
-        bind(settings.listen.host, settings.listen.port, "listen"),
-        bind(settings.admin.host, settings.admin.port, "admin"),
-    ]
     metrics = Metrics(__version__)
+    with contextlib.ExitStack() as opened:
+        sockets = [
+            opened.enter_context(bind(settings.listen.host, settings.listen.port, "listen")),
+            opened.enter_context(bind(settings.admin.host, settings.admin.port, "admin")),
+        ]
+        live = await _live(settings, metrics)
+        opened.pop_all()  # from here on the servers close them
     upstream = Upstream(settings.timeouts.connect_s)
     budget = pools.RetryBudget(settings.retries.budget, settings.retries.per_second)
-    gateway = Gateway(await _live(settings, metrics), metrics, upstream, budget)
+    gateway = Gateway(live, metrics, upstream, budget)
     gateway.idle.set()
     _show(gateway)
     tasks = _Tasks(gateway)
@@ -88,8 +91,9 @@ async def serve(
         assert path is not None
         fresh = await asyncio.to_thread(config.load, path)
         for name in ("listen", "admin"):
-            if getattr(fresh, name) != getattr(gateway.live.config, name):
-                raise ValueError(f"{name} can't change while the gateway runs; restart it")
+            here, there = getattr(gateway.live.config, name), getattr(fresh, name)
+            if (here.host, here.port) != (there.host, there.port):
+                raise ValueError(f"{name}'s address can't change while the gateway runs; restart it")
         await _replace(gateway, await _live(fresh, metrics))
         upstream.set_connect_seconds(fresh.timeouts.connect_s)
         gateway.budget = pools.RetryBudget(fresh.retries.budget, fresh.retries.per_second)
