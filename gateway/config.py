@@ -9,11 +9,12 @@ import difflib
 import hashlib
 import ipaddress
 import itertools
+import math
 import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -187,14 +188,16 @@ def _check(config: Config, open_aloud: bool) -> None:
             raise ValueError(
                 f"pools.{name}.model {pool.model!r} also names pool {other!r}; requests could not tell them apart"
             )
+        if pool.model == "auto" or re.fullmatch(r"auto-[0-9.]+", pool.model):
+            raise ValueError(f"pools.{name}.model can't be {pool.model!r}, that name asks for routing")
         models[pool.model] = name
         if not pool.backends:
             raise ValueError(f"pools.{name}.backends is empty; list at least one url")
         for index, backend in enumerate(pool.backends):
             where = f"pools.{name}.backends[{index}]"
             _check_url(backend.url, where)
-            if backend.api_key_env is not None and not os.environ.get(backend.api_key_env):
-                raise ValueError(f"{where}.api_key_env: the environment variable {backend.api_key_env} is not set")
+            if backend.api_key_env is not None:
+                _check_secret(backend.api_key_env, f"{where}.api_key_env")
         _at_least(pool.cost, 0, f"pools.{name}.cost")
         _at_least(pool.max_in_flight, 1, f"pools.{name}.max_in_flight")
         if pool.context_tokens is not None:
@@ -270,11 +273,21 @@ def _check_digest(value: str, where: str) -> None:
         raise ValueError(f"{where} is not a sha256 in hex; depo-gateway keys new NAME prints the line to paste")
 
 
+def _check_secret(variable: str, where: str) -> None:
+    value = os.environ.get(variable, "")
+    if not value:
+        raise ValueError(f"{where}: the environment variable {variable!r} is not set")
+    if not value.isascii() or not value.isprintable() or value != value.strip():
+        raise ValueError(f"{where}: {variable!r} holds a line's end, blanks around it or non-ASCII; set the bare key")
+
+
 def _check_url(url: str, where: str) -> None:
+    if "@" in url:  # and not shown here: it would also stand in metrics and logs
+        raise ValueError(f"{where}.url holds an '@'; give the backend's key by api_key_env, not in the address")
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
-        _ = parts.port
+        valid = valid and parts.port != 0 and not re.search(r"[\s\x00-\x1f]", url)
     except ValueError:
         valid = False
     if not valid:
@@ -306,7 +319,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # what `<<` brings in may be overridden
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise ValueError(f"line {key_node.start_mark.line + 1}: a key must be plain text")
             if key in seen:
                 raise ValueError(f"line {key_node.start_mark.line + 1}: the key {key!r} is written twice")
             seen.add(key)
@@ -345,15 +362,18 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} is {_kind(value)}; write a list")
         return tuple(_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is Mapping:
-        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        if not isinstance(value, dict):
             raise ValueError(f"{where} is {_kind(value)}; write a mapping from names")
+        for name in value:
+            if not isinstance(name, str):  # YAML reads on, no and 7 as something else
+                raise ValueError(f"{where} has the name {name!r}, which YAML takes for {_kind(name)}; put it in quotes")
         return {name: _build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
         raise ValueError(f"{where} is {_kind(value)}; write {_KINDS[kind]}")
-    if kind is float and value != value:
-        raise ValueError(f"{where} is not a number")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}; write a finite number")
     return value
 
 
