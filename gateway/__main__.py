@@ -2,10 +2,12 @@
 
 import argparse
 import logging
+import os
 import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from gateway import __version__, config
 
@@ -19,16 +21,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"depo-gateway: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `depo-gateway check gateway.yaml | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
+        return 1
+    except OSError as error:
+        print(f"depo-gateway: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line, without the usage before it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--version", action="version", version=f"depo-gateway {__version__}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "depo-gateway",
+    parser = _Parser(
+        prog="depo-gateway",
         description="An OpenAI-compatible gateway that sends each query to the cheapest pool of models that will do.",
     )
-    parser.add_argument("--version", action="version", version=f"depo-gateway {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     serve = commands.add_parser(
         "serve", help="run the gateway", description="Runs the gateway until SIGTERM or Ctrl-C."
@@ -86,15 +104,19 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    print(config.resolved(config.load(options.config)), end="")
+    from gateway import scoring
+
+    settings = config.load(options.config)
+    scoring.load(settings.estimator.path, tuple(settings.pools), settings.routing.rule)
+    print(config.resolved(settings), end="", flush=True)
     return 0
 
 
 def _new_key(options: argparse.Namespace) -> int:
     key = "sk-depo-" + secrets.token_urlsafe(32)
     name = options.name
-    if not name.strip() or any(character in name for character in '"\\\n'):
-        raise ValueError(f"the name {name!r} must be plain text without quotes")
+    if not name.strip() or not name.isprintable() or '"' in name or "\\" in name:
+        raise ValueError(f"the name {name!r} must be plain text without quotes and backslashes")
     print(f"The key, shown this once: {key}")
     print("The line for auth.keys, or for the file that auth.keys_file names:")
     print(f'- {{name: "{name}", sha256: "{config.key_digest(key)}"}}')
