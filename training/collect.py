@@ -63,11 +63,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--k, --concurrency and --max-tokens must be at least 1 and --temperature at least 0")
     sampling = Sampling(args.k, args.temperature, args.max_tokens, verifier(args.verifier))
     urls = pairs("--backends", args.backends)
+    for pool, url in urls.items():
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--backends {pool}={url}: a URL begins with http:// or https://")
     prompts = read_prompts(args.prompts)
     try:
         asyncio.run(_collect(urls, args, prompts, sampling))
     except BackendFailed as error:
-        print(f"{error}; what is collected stays in {args.out}, the same command goes on", file=sys.stderr)
+        kept = f"; what is collected stays in {args.out}, the same command goes on" if args.out.exists() else ""
+        print(f"{error}{kept}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; {args.out} stays, the same command goes on", file=sys.stderr)

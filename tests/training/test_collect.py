@@ -210,7 +210,10 @@ def test_no_server_is_one_clear_line(prompts: Path, tmp_path: Path, capsys: pyte
     assert command("--prompts", prompts, "--backends", "s=http://127.0.0.1:9", "--out", tmp_path / "out.jsonl") == 1
     said = capsys.readouterr().err
     assert said.startswith("s: no OpenAI server at http://127.0.0.1:9 (")
+    assert said.endswith(")\n")
     assert said.count("\n") == 1
+    with pytest.raises(ValueError, match="--backends s=localhost:9: a URL begins with http"):
+        command("--prompts", prompts, "--backends", "s=localhost:9", "--out", tmp_path / "out.jsonl")
 
 
 def test_models_are_named_where_they_must_be(prompts: Path, tmp_path: Path) -> None:
