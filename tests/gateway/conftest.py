@@ -44,7 +44,7 @@ class Running:
         return False
 
 
-def settings(small: list[FakeVllm], large: list[FakeVllm], checkpoint: Path, **sections: Any) -> dict[str, Any]:
+def settings(small: list[FakeVllm], large: list[FakeVllm], checkpoint: Path, /, **sections: Any) -> dict[str, Any]:
     """The plain values of a gateway.yaml; `sections` replaces whole sections, `small` and `large` pool keys included."""
     pools = {
         "small": {"model": "org/small-1b", "cost": 1, "backends": [{"url": item.url} for item in small]},
@@ -88,7 +88,7 @@ StartGateway = Callable[..., contextlib.AbstractAsyncContextManager[Running]]
 def start(tiny_checkpoint: Path) -> StartGateway:
     """`async with start([small], [large], routing={...}) as gateway`."""
 
-    def begin(small: list[FakeVllm], large: list[FakeVllm], **sections: Any) -> Any:
+    def begin(small: list[FakeVllm], large: list[FakeVllm], /, **sections: Any) -> Any:
         return running(settings(small, large, tiny_checkpoint, **sections))
 
     return begin
