@@ -132,6 +132,7 @@ def create(config: ModelConfig, kept: Tokenizer | None = None) -> tuple[Estimato
             f"encoder {config.encoder!r} can't be loaded; give a directory or an encoder's name: {first}"
         ) from None
     encoder = trim(encoder, config.layers)
+    round_to_int8(encoder)
     if kept is not None and kept.get_vocab_size() < tokenizer.get_vocab_size():
         narrow(encoder, tokenizer, kept)
         tokenizer = load_tokenizer(kept.to_str())
@@ -151,6 +152,25 @@ def trim(encoder: Any, layers: int) -> Any:
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
     return encoder
+
+
+def round_to_int8(encoder: nn.Module) -> None:
+    """Round every matrix and embedding to 255 steps a row, in place: what an int8 checkpoint can hold, held from the start.
+
+    So heads are fitted on just what will be served. Rounding at export instead costs: hidden states of MiniLM's middle
+    layers differ by little around a large mean, and int8 arithmetic (dynamic quantisation) leaves a correlation of 0.7.
+    """
+    with torch.no_grad():
+        for module in encoder.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                rows, scale = int8_of(module.weight)
+                module.weight.copy_(rows * scale)
+
+
+def int8_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (R, C) -> (whole numbers from -127 to 127, the scale of each row (R, 1)), both fp32."""
+    scale = (weight.abs().amax(1, keepdim=True) / 127.0).clamp_min(1e-12)
+    return torch.round(weight / scale).clamp(-127, 127), scale
 
 
 def collate(prepared: Sequence[Prepared]) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ head and tail. Shapes: T tokens, S surface features.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,8 @@ def prompt_of_messages(messages: Sequence[Mapping[str, object]]) -> tuple[str, s
 
 def load_tokenizer(serialized: str) -> Tokenizer:
     """A tokenizer from the text of a tokenizer.json; its own padding and truncation go: prepare() cuts."""
+    if "model" not in json.loads(serialized):  # tokenizers itself would raise a bare Exception
+        raise ValueError("its tokenizer.json is no tokenizer")
     tokenizer = Tokenizer.from_str(serialized)
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -1,0 +1,117 @@
+"""Probabilities from logits, and thresholds that do what is asked of them."""
+
+import numpy as np
+import pytest
+
+from estimator import calibration
+from estimator.calibration import Calibration, Platt, Stage
+
+
+def outcomes(seed: int = 0, n: int = 4000) -> tuple[calibration.Array, calibration.Array]:
+    """Quality (N, 2) that is right about prompts, and outcomes drawn from it."""
+    generator = np.random.default_rng(seed)
+    quality = np.stack([generator.uniform(0.2, 0.9, n), generator.uniform(0.6, 0.95, n)], 1)
+    return quality, (generator.uniform(size=(n, 2)) < quality).astype(float)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Calibration:
+    quality, observed = outcomes()
+    curves = {rule: calibration.curve(quality, observed, np.ones(len(quality)), rule) for rule in calibration.RULES}
+    stage = Stage((Platt(), Platt(2.0, -1.0)), (Platt(), Platt()))
+    return Calibration(("small", "large"), {"full": stage, "cheap": stage}, curves, {"cost=0.5": {"gain": 0.7}})
+
+
+def test_platt_recovers_a_known_map() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=20_000)
+    observed = (generator.uniform(size=20_000) < calibration.sigmoid(0.5 * logits + 0.7)).astype(float)
+    fitted = calibration.fit_platt(logits, observed, np.ones(20_000))
+    assert fitted.slope == pytest.approx(0.5, abs=0.05)
+    assert fitted.offset == pytest.approx(0.7, abs=0.05)
+
+
+def test_platt_stays_the_identity_where_labels_tell_nothing() -> None:
+    logits = np.linspace(-1, 1, 100)
+    assert calibration.fit_platt(logits, np.full(100, np.nan), np.ones(100)) == Platt()
+    assert calibration.fit_platt(logits, np.ones(100), np.ones(100)) == Platt()
+    assert calibration.fit_platt(logits[:5], np.array([0, 1, 0, 1, 1.0]), np.ones(5)) == Platt()
+
+
+def test_platt_keeps_the_order_even_of_a_backward_model_and_is_finite_when_separable() -> None:
+    logits = np.linspace(-3, 3, 200)
+    assert calibration.fit_platt(logits, (logits < 0).astype(float), np.ones(200)).slope > 0
+    separable = calibration.fit_platt(logits, (logits > 0).astype(float), np.ones(200))
+    assert 1 < separable.slope < 100
+
+
+def test_confidence_is_what_the_contract_says() -> None:
+    quality = np.array([[0.5, 0.8], [0.9, 0.6], [0.1, 0.1]])
+    assert calibration.confidence(quality, "gain")[:, 0] == pytest.approx([0.7, 1.0, 1.0])
+    assert calibration.confidence(quality, "difficulty")[:, 0] == pytest.approx([0.5, 0.9, 0.1])
+    with pytest.raises(ValueError, match="'luck' is unknown"):
+        calibration.confidence(quality, "luck")
+
+
+def test_the_cheapest_sure_pool_serves_and_the_last_if_none_is() -> None:
+    quality = np.array([[0.5, 0.75, 0.8], [0.9, 0.6, 0.8], [0.2, 0.3, 0.9]])
+    assert calibration.route(quality, "gain", 0.9).tolist() == [1, 0, 2]
+    assert calibration.route(quality, "difficulty", 0.85).tolist() == [2, 0, 2]
+    assert calibration.route(quality, "difficulty", 0.95).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("rule", calibration.RULES)
+def test_a_threshold_for_a_share_gives_that_share(calibrated: Calibration, rule: str) -> None:
+    quality, _ = outcomes(seed=1)
+    for share in (0.1, 0.3, 0.55):
+        threshold = calibrated.threshold(rule, large_share=share)
+        served = (calibration.route(quality, rule, threshold) == 1).mean()
+        assert served == pytest.approx(share, abs=0.03)
+        assert calibrated.large_share(rule, threshold) == pytest.approx(share, abs=0.02)
+
+
+def test_a_threshold_for_quality_keeps_it_and_no_lower_one_does(calibrated: Calibration) -> None:
+    quality, observed = outcomes(seed=1)
+    threshold = calibrated.threshold("gain", quality=0.98)
+    pool = calibration.route(quality, "gain", threshold)
+    kept = observed[np.arange(len(pool)), pool].mean() / observed[:, 1].mean()
+    assert kept == pytest.approx(0.98, abs=0.02)
+    assert (pool == 1).mean() < 0.9
+
+
+def test_a_threshold_for_cost_spends_it(calibrated: Calibration) -> None:
+    threshold = calibrated.threshold("gain", cost=0.4, costs=(1.0, 5.0))
+    share = calibrated.large_share("gain", threshold)
+    assert share + (1 - share) * 0.2 == pytest.approx(0.4, abs=0.02)
+    with pytest.raises(ValueError, match=r"cost=0\.1 can't be met"):
+        calibrated.threshold("gain", cost=0.1, costs=(1.0, 5.0))
+    with pytest.raises(ValueError, match="cost of each of small, large"):
+        calibrated.threshold("gain", cost=0.5)
+
+
+def test_the_ends_of_a_curve(calibrated: Calibration) -> None:
+    assert calibrated.large_share("gain", 0.0) == 0.0
+    assert calibrated.large_share("difficulty", 1.0) == 1.0
+    assert calibrated.threshold("difficulty", large_share=0.0) <= calibrated.threshold("difficulty", large_share=1.0)
+    for wrong in ({}, {"large_share": 0.1, "quality": 0.9}, {"quality": 1.5}):
+        with pytest.raises(ValueError, match="one target"):
+            calibrated.threshold("gain", **wrong)
+    with pytest.raises(ValueError, match="no curve for the rule 'luck'"):
+        calibrated.large_share("luck", 0.5)
+
+
+def test_a_curve_without_labels_of_every_pool_has_no_quality() -> None:
+    quality, observed = outcomes()
+    observed[:, 1] = np.nan
+    measured = calibration.curve(quality, observed, np.ones(len(quality)), "gain")
+    assert measured.quality is None
+    stage = Stage((Platt(), Platt()), (Platt(), Platt()))
+    unlabelled = Calibration(("small", "large"), {"full": stage, "cheap": stage}, {"gain": measured})
+    with pytest.raises(ValueError, match="labels of every pool"):
+        unlabelled.threshold("gain", quality=0.9)
+
+
+def test_it_survives_being_written_and_read(calibrated: Calibration) -> None:
+    assert calibration.loads(calibration.dumps(calibrated)) == calibrated
+    with pytest.raises(ValueError, match="not a calibration"):
+        calibration.loads(b'{"pools": []}')

@@ -1,0 +1,103 @@
+"""A checkpoint is whole or not there; a damaged one is refused in one clear sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from estimator import checkpoint
+from estimator.checkpoint import Base
+from estimator.text import TextConfig
+
+FILES = {name: name.encode() for name in checkpoint.FILES}
+
+
+def write(place: Path) -> checkpoint.Manifest:
+    return checkpoint.write(place, FILES, Base("some/encoder", 5), ("small", "large"), TextConfig(), {"apgr": 0.6})
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    written = write(tmp_path / "a")
+    manifest, files = checkpoint.load(tmp_path / "a")
+    assert manifest == written
+    assert files == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]  # nothing half-written is left beside it
+
+
+def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    with pytest.raises(ValueError, match="never overwritten"):
+        write(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty")  # an empty directory is a place like any other
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        checkpoint.write(tmp_path / "a", FILES, Base("e", 5), ("small",), TextConfig(), {"not": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", checkpoint.FILES)
+def test_an_edited_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "a" / name).write_bytes(b"edited")
+    with pytest.raises(ValueError, match=f"{name} does not match the manifest's sha256"):
+        checkpoint.load(tmp_path / "a")
+    (tmp_path / "a" / name).unlink()
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        checkpoint.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 99}, "schema 99; this version reads schema 1"),
+        ({"files": {"model.onnx": "0"}}, "names no calibration.json"),
+        ({"files": {**dict.fromkeys(FILES, "0"), "../../etc/passwd": "0"}}, "does not lie in the checkpoint"),
+        ({"text": {"template": "?", "pooling": "cls", "max_tokens": 128}}, "text template '\\?' is unknown"),
+        ({"base": {}}, "not a manifest of schema 1"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    write(tmp_path / "a")
+    place = tmp_path / "a" / checkpoint.MANIFEST
+    place.write_text(json.dumps({**json.loads(place.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path / "a")
+
+
+def test_a_manifest_that_is_no_json_or_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it has no manifest.json"):
+        checkpoint.load(tmp_path)
+    (tmp_path / checkpoint.MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        checkpoint.load(tmp_path)
+
+
+def test_current_names_the_one_to_serve(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path / name)
+        checkpoint.publish(tmp_path / name)
+        assert checkpoint.resolve(tmp_path) == tmp_path / name
+        assert checkpoint.resolve(tmp_path / "current") == tmp_path / name
+    assert checkpoint.resolve(tmp_path / "one") == tmp_path / "one"
+
+
+def test_current_may_be_a_symlink(tmp_path: Path) -> None:
+    write(tmp_path / "one")
+    (tmp_path / "current").symlink_to("one")
+    assert checkpoint.resolve(tmp_path) == tmp_path / "one"
+    assert checkpoint.resolve(tmp_path / "current") == tmp_path / "one"
+
+
+def test_a_place_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            checkpoint.resolve(place)
+    write(tmp_path / "one")
+    checkpoint.publish(tmp_path / "one")
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        checkpoint.resolve(tmp_path)

@@ -1,0 +1,76 @@
+"""The model on a real two-layer encoder: what it reads, what it keeps, what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from estimator import checkpoint, model
+from estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create, locate
+from estimator.text import Prepared, TextConfig
+
+POOLS = ("small", "large")
+
+
+def config(encoder: Path, pooling: str = "cls", layers: int = 0, max_tokens: int = 32) -> ModelConfig:
+    return ModelConfig(POOLS, TextConfig(pooling=pooling, max_tokens=max_tokens), str(encoder), layers)
+
+
+def test_padding_does_not_change_a_prompt(tiny_encoder: Path) -> None:
+    short, long = Prepared((2, 5, 6, 3), False, ()), Prepared((2, *range(5, 25), 3), False, ())
+    for pooling in ("cls", "mean"):
+        built, _ = create(config(tiny_encoder, pooling))
+        built.eval()
+        with torch.no_grad():
+            alone, beside = built.embed(*collate([short])), built.embed(*collate([short, long]))
+        assert torch.allclose(alone[0], beside[0], atol=1e-5)
+
+
+def test_mean_and_cls_read_different_things(tiny_encoder: Path) -> None:
+    ids, mask = collate([Prepared((2, 5, 6, 3), False, ())])
+    (built, _), (mean, _) = create(config(tiny_encoder)), create(config(tiny_encoder, "mean"))
+    with torch.no_grad():
+        hidden = built.eval().encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert torch.allclose(built.embed(ids, mask), hidden[:, 0])
+        assert torch.allclose(mean.eval().embed(ids, mask), hidden.mean(1), atol=1e-6)
+
+
+def test_an_encoder_can_be_trimmed(tiny_encoder: Path) -> None:
+    built, _ = create(config(tiny_encoder, layers=1))
+    names = {name for name, _ in built.encoder.named_parameters()}
+    assert any("layer.0." in name for name in names)
+    assert not any("layer.1." in name or "pooler" in name for name in names)
+    with pytest.raises(ValueError, match="layers is 7, but the encoder has 2"):
+        create(config(tiny_encoder, layers=7))
+
+
+def test_an_encoder_that_is_not_there_or_reads_less_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="can't be loaded"):
+        create(config(tmp_path))
+    with pytest.raises(ValueError, match="reads at most 512"):
+        create(config(tiny_encoder, max_tokens=600))
+
+
+def test_a_directory_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate("some/other-encoder") == "some/other-encoder"
+    (tmp_path / DEFAULT_ENCODER).mkdir(parents=True)
+    assert locate(DEFAULT_ENCODER) == DEFAULT_ENCODER
+
+
+def test_a_checkpoint_loads_again_for_training(tiny_checkpoint: Path) -> None:
+    loaded, tokenizer, manifest = model.load(tiny_checkpoint)
+    assert manifest.pools == POOLS
+    assert loaded.wide_weight.abs().sum() > 0
+    assert tokenizer.get_vocab_size() == len(loaded.idf) - 2**16
+
+
+def test_weights_that_do_not_fit_the_manifest_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    _, files = checkpoint.load(tiny_checkpoint)
+    manifest = checkpoint.load_manifest(tiny_checkpoint)
+    base = checkpoint.Base(manifest.base.encoder, manifest.base.layers, ("encoder.encoder.layer.0.nothing",))
+    checkpoint.write(tmp_path / "odd", files, base, manifest.pools, manifest.text, {})
+    with pytest.raises(ValueError, match=r"does not fit its manifest, see encoder\.encoder\.layer\.0\.nothing"):
+        model.load(tmp_path / "odd")
+    assert json.loads((tmp_path / "odd" / "manifest.json").read_text())["schema"] == 1

