@@ -165,6 +165,8 @@ class RetryBudget:
 
 def open_pools(config: Config, metrics: Metrics) -> dict[str, Pool]:
     """The pools of a config, every backend presumed up until a check or a request says otherwise."""
+    metrics.backend_up.clear()  # a reload may leave some out
+    metrics.circuit.clear()
     pools = {}
     for name, pool in config.pools.items():
         backends = []
@@ -175,7 +177,7 @@ def open_pools(config: Config, metrics: Metrics) -> dict[str, Pool]:
             backends.append(Backend(backend.url.rstrip("/").removesuffix("/v1"), headers, metrics))
             metrics.backend_up.labels(backends[-1].url).set(1)
             metrics.circuit.labels(backends[-1].url).set(CLOSED)
-        metrics.in_flight.labels(name).set(0)
+        metrics.in_flight.labels(name)  # there from the start; after a reload the old pool's requests still count
         pools[name] = Pool(name, pool, tuple(backends))
     return pools
 

@@ -94,7 +94,9 @@ async def serve(
             here, there = getattr(gateway.live.config, name), getattr(fresh, name)
             if (here.host, here.port) != (there.host, there.port):
                 raise ValueError(f"{name}'s address can't change while the gateway runs; restart it")
-        await _replace(gateway, await _live(fresh, metrics))
+        live = await _live(fresh, metrics)
+        await pools.check_all(live.pools, upstream)
+        await _replace(gateway, live)
         upstream.set_connect_seconds(fresh.timeouts.connect_s)
         gateway.budget = pools.RetryBudget(fresh.retries.budget, fresh.retries.per_second)
         await tasks.restart()
