@@ -76,9 +76,11 @@ async def running(raw: dict[str, Any], path: Path | None = None) -> AsyncIterato
         task.result()
     async with aiohttp.ClientSession() as session:
         url, admin = await addresses
-        yield Running(url, admin, stop, session)
-    stop.set()
-    await task
+        try:
+            yield Running(url, admin, stop, session)
+        finally:
+            stop.set()
+            await task
 
 
 StartGateway = Callable[..., contextlib.AbstractAsyncContextManager[Running]]
