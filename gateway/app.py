@@ -223,13 +223,19 @@ def authenticate(live: Live, headers: Mapping[bytes, bytes]) -> str:
     """The name of the caller's key, "" where the gateway is open."""
     if not live.keys:
         return ""
-    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-    if scheme.lower() != "bearer" or not key:
+    key = bearer_key(headers)
+    if not key:
         raise ApiError(401, "No API key: send it as 'Authorization: Bearer KEY'.", "missing_api_key")
-    name = live.keys.get(key_digest(key.strip()))
+    name = live.keys.get(key_digest(key))
     if name is None:
         raise ApiError(401, "The API key is not known here.", "invalid_api_key")
     return name
+
+
+def bearer_key(headers: Mapping[bytes, bytes]) -> str:
+    """The key of `Authorization: Bearer KEY`, "" without one."""
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 async def read_body(receive: Receive, headers: Mapping[bytes, bytes], config: Config) -> bytes:

@@ -1,5 +1,6 @@
 """The endpoints beside the hot path: models, the decision alone, health; and the admin port's."""
 
+import hmac
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -45,7 +46,9 @@ def create_public(gateway: Gateway) -> FastAPI:
         live, headers = gateway.live, dict(request.headers.raw)
         key = app.authenticate(live, headers)
         body = await app.read_body(request.receive, headers, live.config)
-        query = protocol.parse("chat" if b'"messages"' in body else "completions", body)
+        query = protocol.parse("completions", body)
+        if "messages" in query.fields:
+            query = protocol.parse("chat", body)
         book = Bookkeeping(query.endpoint, app.request_id(headers), time.perf_counter())
         _, decision = await app.decide(gateway, live, query, key, book)
         told: dict[str, Any] = {
@@ -94,8 +97,8 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
                 "(depo-gateway keys new admin prints one).",
                 "no_admin_key",
             )
-        key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if key_digest(key) != wanted:
+        key = app.bearer_key(dict(request.headers.raw))
+        if not hmac.compare_digest(key_digest(key), wanted):
             raise ApiError(
                 401, "The admin key is not right: send it as 'Authorization: Bearer KEY'.", "invalid_api_key"
             )
@@ -160,7 +163,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
 
 
 def _new(title: str) -> FastAPI:
-    surface = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None)
+    surface = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
     @surface.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -170,7 +173,9 @@ def _new(title: str) -> FastAPI:
     async def http_error(request: Request, error: HTTPException) -> Response:
         remedy = REMEDIES.get(error.status_code)
         message = f"{request.method} {request.url.path}: {error.detail}" + (f"; {remedy}." if remedy else ".")
-        return _error(ApiError(error.status_code, message, "not_found" if error.status_code == 404 else "http_error"))
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        headers = tuple((name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items())
+        return _error(ApiError(error.status_code, message, code, headers=headers))
 
     return surface
 
