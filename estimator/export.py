@@ -1,7 +1,7 @@
 """Estimator -> the files of a checkpoint: ONNX of the deep part with int8 weights, the rest's weights, the tokenizer.
 
-Weights are stored as int8 with a scale a row; arithmetic is fp32. ONNX Runtime expands the matrices once, when it loads;
-of the embedding table only the rows asked for. So the file is a quarter of the size, and scores are what torch says.
+Weights are stored as int8 with a scale a row; arithmetic is fp32. ONNX Runtime expands the matrices once, when it
+loads; of the embedding table only the rows asked for. So the file is a quarter of the size, and scores are what torch says.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def onnx_bytes(model: Estimator) -> bytes:
 
 
 def store_as_int8(exported: onnx.ModelProto) -> None:
-    """Replace, in place, the large matrices that are multiplied by (rows: columns of the stored matrix) and looked up."""
+    """Replace, in place, the large matrices that are multiplied by and looked up in.
+
+    Scales are per row of the torch weight, which is a column of a MatMul's matrix.
+    """
     graph = exported.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     nodes = []

@@ -155,7 +155,7 @@ def trim(encoder: Any, layers: int) -> Any:
 
 
 def round_to_int8(encoder: nn.Module) -> None:
-    """Round every matrix and embedding to 255 steps a row, in place: what an int8 checkpoint can hold, held from the start.
+    """Round every matrix and embedding to 255 steps a row, in place: what an int8 checkpoint can hold, from the start.
 
     So heads are fitted on just what will be served. Rounding at export instead costs: hidden states of MiniLM's middle
     layers differ by little around a large mean, and int8 arithmetic (dynamic quantisation) leaves a correlation of 0.7.

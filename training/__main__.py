@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 # command -> (module with add_arguments(parser) and run(args) -> exit code, what it does)
 COMMANDS = {
@@ -17,10 +18,17 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a mistake is one line: its usage stays with --help. The one way argparse offers is to inherit."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: 0 done, 1 failed or interrupted, 2 the user's mistake, told in one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="depo-train", description="Learn to route: outcomes in, estimators out.")
+    parser = Parser(prog="depo-train", description="Learn to route: outcomes in, estimators out.")
     parser.add_argument("--version", action="version", version=f"depo-train {version('depo-gateway')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 def pools_of(specifications: Sequence[str] | None, manifest: Manifest) -> Pools:
     """The pools asked for, or those the checkpoint was fitted on. Raises ValueError if they aren't the checkpoint's."""
     models: Mapping[str, Sequence[str]] = manifest.metrics.get("models", {name: [name] for name in manifest.pools})
-    given = specifications or [f"{name}={','.join(members)}" for name, members in models.items()]
+    given = specifications or [f"{name}={','.join(models[name])}" for name in manifest.pools]
     pools = parse_pools(given)
     alone = len(manifest.pools) == 1 and pools.names[0] == manifest.pools[0]  # routes under difficulty alone
     if pools.names != manifest.pools and not alone:

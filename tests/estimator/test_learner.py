@@ -98,7 +98,9 @@ def test_a_frozen_encoder_stays_and_a_trained_layer_moves(tiny_encoder: Path) ->
     start = dict(learner(tiny_encoder).model.named_parameters())
     for name, parameter in frozen.model.named_parameters():
         assert not name.startswith("encoder.") or torch.equal(parameter, start[name])
-    moved = {n for n, p in trained.model.named_parameters() if n.startswith("encoder.") and not torch.equal(p, start[n])}
+    moved = {
+        n for n, p in trained.model.named_parameters() if n.startswith("encoder.") and not torch.equal(p, start[n])
+    }
     assert moved <= set(trained.trained)
     assert any(".layer.1." in name for name in moved)
     assert all(".layer.0." not in name for name in moved)
