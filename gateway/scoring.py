@@ -93,15 +93,16 @@ class Scorer:
             return None
         if prepared.truncated:
             self._metrics.estimator_truncated.inc()
+        left = self.deadline_s - (time.perf_counter() - started)
+        if left <= 0:
+            return self._cheap(prepared, "deadline")
         running = self._running.get(name)
         if running is None and len(self._jobs) * self._seconds_per_prompt > self.deadline_s:
             return self._cheap(prepared, "queue")
         if running is None:
             running = self._submit(name, prepared)
         try:
-            done, _ = await asyncio.wait(
-                (running,), timeout=max(0.0, self.deadline_s - (time.perf_counter() - started))
-            )
+            done, _ = await asyncio.wait((running,), timeout=left)
             if not done:
                 return self._cheap(prepared, "deadline")
             scores = running.result()
@@ -167,7 +168,8 @@ class Scorer:
                 self._deliver([(job, error) for job in batch])
                 continue
             each = (time.perf_counter() - started) / len(batch) / len(self._threads)
-            self._seconds_per_prompt += SMOOTHING * (each - self._seconds_per_prompt)
+            before = self._seconds_per_prompt or each
+            self._seconds_per_prompt = before + SMOOTHING * (each - before)
             self._deliver(list(zip(batch, results, strict=True)))
 
     def _deliver(self, answers: list[tuple[_Job, Scores | Exception]]) -> None:

@@ -1,0 +1,413 @@
+"""Prompts -> scores with a deadline, on a real checkpoint."""
+
+import asyncio
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estimator import checkpoint
+from estimator.calibration import Calibration, Platt, Stage
+from estimator.runtime import Runtime
+from gateway import __version__, scoring
+from gateway.metrics import Metrics
+from gateway.scoring import Scorer
+from tests.gateway.backend import FakeVllm
+from tests.gateway.conftest import StartGateway
+
+COLUMNS = {"small": 0, "large": 1}
+LONG = "prove the hard theorem " * 400
+
+
+@dataclass
+class Broken:
+    """An ONNX session, or weights, of a checkpoint that has gone bad."""
+
+    gate: threading.Event | None = None  # hangs until it is set, instead of failing
+
+    def run(self, *_: Any) -> Any:
+        if self.gate is None:
+            raise RuntimeError("the encoder is broken")
+        self.gate.wait(10)
+        raise RuntimeError("the encoder was slow and is broken")
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_checkpoint: Path) -> Runtime:
+    return Runtime.load(tiny_checkpoint)
+
+
+Make = Callable[..., Scorer]
+
+
+@pytest.fixture
+async def make(runtime: Runtime) -> Any:
+    made: list[Scorer] = []
+
+    def begin(deadline_s: float = 10.0, of: Runtime = runtime, workers: int = 1) -> Scorer:
+        made.append(Scorer(of, COLUMNS, deadline_s, Metrics(__version__), workers))
+        return made[-1]
+
+    yield begin
+    for scorer in made:
+        scorer.close()
+    await asyncio.sleep(0.01)
+
+
+def outcomes(scorer: Scorer) -> dict[str, float]:
+    samples = [sample for family in scorer._metrics.estimator_outcomes.collect() for sample in family.samples]
+    return {sample.labels["outcome"]: sample.value for sample in samples if sample.name.endswith("_total")}
+
+
+async def test_the_full_stage_scores_as_the_runtime_does(make: Make, runtime: Runtime) -> None:
+    scorer = make()
+    scored = await scorer.score("prove the hard theorem", "what is the easy sum")
+    assert scored is not None
+    expected = runtime.score([runtime.prepare("prove the hard theorem", "what is the easy sum")])[0]
+    assert (scored.quality["small"], scored.quality["large"]) == pytest.approx(expected.quality, abs=1e-5)
+    assert (scored.stage, scored.version) == ("full", runtime.version)
+
+
+async def test_the_same_prompt_is_scored_once(make: Make) -> None:
+    scorer = make()
+    first = await scorer.score("easy sum", "")
+    again = await scorer.score("easy sum", "")
+    other = await scorer.score("easy sum", "hard hard hard")
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert (again.quality, again.stage, other.stage) == (first.quality, "cached", "full")
+    assert outcomes(scorer) == {"full": 2, "cached": 1}
+    assert (await scorer.score("easy sumhard", " hard hard")) != other  # the seam between turn and context counts
+
+
+async def test_the_cache_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "CACHE_ENTRIES", 2)
+    scorer = make()
+    for text in ("one", "two", "three", "three", "one"):
+        await scorer.score(text, "")
+    assert outcomes(scorer) == {"full": 4, "cached": 1}
+
+
+async def test_same_prompts_that_come_together_share_one_run(make: Make, runtime: Runtime) -> None:
+    gate = threading.Event()
+    slow = replace(runtime, session=Gated(runtime.session, gate))  # type: ignore[arg-type]
+    scorer = make(of=slow)
+    tasks = [asyncio.create_task(scorer.score("easy", "")) for _ in range(5)]
+    await asyncio.sleep(0.05)
+    gate.set()
+    scored = await asyncio.gather(*tasks)
+    assert len({str(item.quality) for item in scored if item}) == 1
+    assert slow.session.runs == 1  # type: ignore[attr-defined]
+    assert outcomes(scorer) == {"full": 5}
+
+
+@dataclass
+class Gated:
+    """A real session that waits for a gate before it runs: an encoder on a busy machine."""
+
+    session: Any
+    gate: threading.Event
+    runs: int = 0
+
+    def run(self, *arguments: Any) -> Any:
+        self.runs += 1
+        self.gate.wait(10)
+        return self.session.run(*arguments)
+
+
+@dataclass
+class Slow:
+    """A real session that takes its time."""
+
+    session: Any
+    seconds: float
+
+    def run(self, *arguments: Any) -> Any:
+        time.sleep(self.seconds)
+        return self.session.run(*arguments)
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    made = threading.Event()
+    yield made
+    made.set()
+
+
+async def test_at_the_deadline_the_cheap_stage_answers_and_the_late_score_is_kept(
+    make: Make, runtime: Runtime, gate: threading.Event
+) -> None:
+    scorer = make(0.05, replace(runtime, session=Gated(runtime.session, gate)))
+    began = time.perf_counter()
+    scored = await scorer.score("prove the hard theorem", "")
+    assert time.perf_counter() - began < 1.0
+    assert scored is not None
+    cheap = runtime.cheap([runtime.prepare("prove the hard theorem")])[0]
+    assert (scored.stage, tuple(scored.quality.values())) == ("cheap", pytest.approx(cheap.quality))
+    assert outcomes(scorer) == {"deadline": 1}
+    gate.set()
+    for _ in range(200):
+        late = await scorer.score("prove the hard theorem", "")
+        if late is not None and late.stage == "cached":
+            break
+        await asyncio.sleep(0.01)
+    assert late is not None
+    assert late.stage == "cached"
+
+
+async def test_a_deadline_of_zero_means_the_cheap_stage(make: Make) -> None:
+    scorer = make(0.0)
+    scored = await scorer.score(LONG, "")
+    assert scored is not None
+    assert scored.stage == "cheap"
+    assert not scorer._running
+
+
+async def test_a_queue_longer_than_the_deadline_is_not_joined(make: Make, runtime: Runtime) -> None:
+    """A real encoder, more prompts at once than it can score in time."""
+    scorer = make(10.0, runtime)
+    await scorer.score("warm", "")
+    seconds = scorer._seconds_per_prompt
+    assert seconds > 0.0  # known after one batch, not after dozens
+    gate = threading.Event()
+    slow = make(0.2, replace(runtime, session=Gated(runtime.session, gate)))
+    slow._seconds_per_prompt = 0.1  # three in line are more than the deadline
+    waiting = [asyncio.create_task(slow.score(f"easy {index}", "")) for index in range(20)]
+    began = time.perf_counter()
+    await asyncio.sleep(0.02)
+    assert sum(task.done() for task in waiting) >= 10  # at once, not at the deadline
+    assert time.perf_counter() - began < 0.2
+    await asyncio.gather(*waiting)
+    assert outcomes(slow)["queue"] >= 10
+    gate.set()
+
+
+async def test_a_flood_is_answered_at_the_deadline(make: Make, runtime: Runtime) -> None:
+    scorer = make(0.05, replace(runtime, session=Slow(runtime.session, 0.1)))
+    await scorer.score("warm", "")
+    began = time.perf_counter()
+    scored = await asyncio.gather(*(scorer.score(f"easy {index}", "") for index in range(300)))
+    assert time.perf_counter() - began < 2.0  # the encoder would need four
+    assert sum(item.stage == "cheap" for item in scored if item) > 200
+    assert all(item is not None for item in scored)
+
+
+async def test_a_failing_encoder_leaves_the_cheap_stage(make: Make, runtime: Runtime) -> None:
+    scorer = make(of=replace(runtime, session=Broken()))
+    for _ in range(3):  # and a failure is not cached
+        scored = await scorer.score("easy", "")
+        assert scored is not None
+        assert scored.stage == "cheap"
+    assert outcomes(scorer) == {"error": 3}
+
+
+async def test_nothing_is_left_when_both_stages_fail(make: Make, runtime: Runtime) -> None:
+    scorer = make(of=replace(runtime, session=Broken(), wide=Broken()))
+    assert await scorer.score("easy", "") is None
+    assert outcomes(scorer) == {"error": 1}
+
+
+async def test_a_tokenizer_that_fails_leaves_nothing_too(make: Make, runtime: Runtime) -> None:
+    scorer = make(of=replace(runtime, tokenizer=Broken()))
+    assert await scorer.score("easy", "") is None
+    assert outcomes(scorer) == {"error": 1}
+
+
+async def test_long_prompts_are_cut_and_counted(make: Make) -> None:
+    scorer = make()
+    await scorer.score(LONG, "")
+    await scorer.score("easy", "")
+    assert scorer._metrics.estimator_truncated._value.get() == 1
+
+
+async def test_each_worker_stays_on_a_core_of_its_own(make: Make) -> None:
+    cores = os.sched_getaffinity(0)
+    scorer = make(workers=min(2, len(cores)))
+    await scorer.score("easy", "")
+    await asyncio.sleep(0.05)
+    pinned = [os.sched_getaffinity(thread.native_id or 0) for thread in scorer._threads]
+    assert all(len(core) == 1 for core in pinned)
+    assert len(set.union(*pinned)) == len(pinned)
+    assert os.sched_getaffinity(0) == cores  # the loop's thread is free
+
+
+async def test_a_closed_scorers_threads_end(make: Make) -> None:
+    scorer = make(workers=2)
+    scorer.close()
+    for thread in scorer._threads:
+        await asyncio.to_thread(thread.join, 5)
+        assert not thread.is_alive()
+
+
+# Loading.
+
+
+def one_pool(source: Path, place: Path, name: str = "policy") -> Path:
+    """A checkpoint of one pool, as depo-train rl leaves it: the first pool's part of another one."""
+    import numpy as np
+    import onnx
+    import safetensors.numpy
+    from onnx import helper
+
+    files = {name: (source / name).read_bytes() for name in checkpoint.FILES}
+    weights = dict(safetensors.numpy.load(files[checkpoint.WEIGHTS]))
+    for key in ("wide_weight", "surface_weight", "bias"):
+        weights[key] = np.ascontiguousarray(weights[key][..., :2])
+    graph = onnx.load_from_string(files[checkpoint.ENCODER])
+    was = graph.graph.output[0].name
+    graph.graph.node.append(helper.make_node("Gather", [was, "first_two"], ["first_pool"], axis=1))
+    graph.graph.initializer.append(helper.make_tensor("first_two", onnx.TensorProto.INT64, [2], [0, 1]))
+    del graph.graph.output[:]
+    graph.graph.output.append(helper.make_tensor_value_info("first_pool", onnx.TensorProto.FLOAT, ["prompts", 2]))
+    straight = Stage((Platt(),), (Platt(),))
+    from estimator import calibration
+
+    files[checkpoint.WEIGHTS] = safetensors.numpy.save(weights)
+    files[checkpoint.ENCODER] = graph.SerializeToString()
+    files[checkpoint.CALIBRATION] = calibration.dumps(
+        Calibration((name,), {"full": straight, "cheap": straight}, {}, {})
+    )
+    manifest = checkpoint.load_manifest(source)
+    checkpoint.write(place, files, manifest.base, (name,), manifest.text, {})
+    return place
+
+
+def test_a_checkpoint_scores_pools_by_name(tiny_checkpoint: Path) -> None:
+    assert scoring.load(str(tiny_checkpoint), ("small", "large"), "gain")[1] == {"small": 0, "large": 1}
+
+
+def test_a_checkpoint_of_other_pools_is_refused(tiny_checkpoint: Path) -> None:
+    for pools in (("tiny", "large"), ("small", "large", "huge")):
+        with pytest.raises(ValueError, match="scores the pools small, large, the config has") as caught:
+            scoring.load(str(tiny_checkpoint), pools, "gain")
+        assert ", ".join(pools) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_policys_checkpoint_routes_by_difficulty_only(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    place = one_pool(tiny_checkpoint, tmp_path / "policy")
+    _, columns = scoring.load(str(place), ("small", "large"), "difficulty")
+    assert columns == {"small": 0}
+    with pytest.raises(ValueError, match=r"scores one pool \(policy\) and can't route by gain; set routing.rule"):
+        scoring.load(str(place), ("small", "large"), "gain")
+
+
+async def test_a_gateway_routes_by_a_policys_checkpoint(
+    start: StartGateway, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    place = one_pool(tiny_checkpoint, tmp_path / "policy")
+    sections = {
+        "estimator": {"path": str(place), "deadline_ms": 5000},
+        "routing": {"rule": "difficulty", "threshold": 0.5},
+    }
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], **sections) as gateway:
+        assert (await gateway.chat("easy sum")).headers["x-depo-pool"] == "small"
+        assert (await gateway.chat("hard " * 9)).headers["x-depo-pool"] == "large"
+
+
+def test_damage_is_one_sentence(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    place = tmp_path / "bad"
+    shutil.copytree(tiny_checkpoint, place)
+    (place / checkpoint.ENCODER).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"model\.onnx does not match"):
+        scoring.load(str(place), ("small", "large"), "gain")
+
+
+# Swapping.
+
+
+def version(tiny: Path, place: Path, offset: float) -> str:
+    """A new version of a checkpoint: the same with another calibration."""
+    from estimator import calibration
+
+    files = {name: (tiny / name).read_bytes() for name in checkpoint.FILES}
+    shifted = Stage((Platt(1.0, offset), Platt(1.0, 9.0)), (Platt(), Platt()))
+    pools = ("small", "large")
+    files[checkpoint.CALIBRATION] = calibration.dumps(Calibration(pools, {"full": shifted, "cheap": shifted}, {}, {}))
+    manifest = checkpoint.load_manifest(tiny)
+    return checkpoint.write(place, files, manifest.base, pools, manifest.text, {}).version
+
+
+async def test_a_new_checkpoint_is_taken_while_requests_run_and_a_bad_one_is_not(
+    start: StartGateway, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gateway import server
+
+    monkeypatch.setattr(server, "WATCH_SECONDS", 0.05)
+    home = tmp_path / "checkpoints"
+    first = version(tiny_checkpoint, home / "1", 9.0)  # the small pool can do everything
+    checkpoint.publish(home / "1")
+    sections = {"estimator": {"path": str(home), "deadline_ms": 5000}}
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], **sections) as gateway:
+        seen: list[tuple[int, str, str]] = []
+        stop = asyncio.Event()
+
+        async def traffic(number: int) -> None:
+            while not stop.is_set():
+                answer = await gateway.chat(f"hard {number} {len(seen)}", stream=bool(number % 2))
+                await answer.read()
+                seen.append((answer.status, answer.headers["x-depo-estimator"], answer.headers["x-depo-pool"]))
+
+        async def until(estimator: str) -> None:
+            async with asyncio.timeout(15):
+                while not seen or seen[-1][1] != estimator:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+        tasks = [asyncio.create_task(traffic(number)) for number in range(4)]
+        await until(first)
+        second = version(tiny_checkpoint, home / "2", -9.0)  # and now nothing
+        checkpoint.publish(home / "2")
+        await until(second)
+        shutil.copytree(home / "2", home / "3")
+        manifest = (home / "3" / checkpoint.MANIFEST).read_text().replace(second, "the-third")
+        (home / "3" / checkpoint.MANIFEST).write_text(manifest)
+        (home / "3" / checkpoint.WEIGHTS).write_bytes(b"damaged")
+        checkpoint.publish(home / "3")
+        assert await gateway.settles("gateway_estimator_loads_total", 1, 15, result="refused")
+        await asyncio.sleep(0.3)
+        stop.set()
+        await asyncio.gather(*tasks)
+        assert {status for status, _, _ in seen} == {200}
+        assert {(estimator, pool) for _, estimator, pool in seen} == {(first, "small"), (second, "large")}
+        assert seen[-1][1] == second
+        assert await gateway.metric("gateway_estimator_loads_total", result="applied") == 1
+        assert await gateway.metric("gateway_estimator_loads_total", result="refused") == 1  # told once
+        assert await gateway.metric("gateway_estimator_info", version=second) == 1
+        assert await gateway.metric("gateway_estimator_info") == 1
+
+
+# Without scores.
+
+
+async def test_on_overload_decides_when_no_stage_answers(start: StartGateway, tiny_checkpoint: Path) -> None:
+    from gateway import server
+
+    for setting, expected in (("large", {"large"}), ("share", {"small", "large"})):
+        loaded = Runtime.load(tiny_checkpoint)
+        broken = replace(loaded, session=Broken(), wide=Broken())
+        original = server._scorer
+
+        async def scorer(_: Any, metrics: Metrics, of: Runtime = broken) -> Scorer:
+            return Scorer(of, COLUMNS, 1.0, metrics, 1)
+
+        server._scorer = scorer
+        try:
+            async with (
+                FakeVllm() as small,
+                FakeVllm() as large,
+                start([small], [large], routing={"on_overload": setting}) as gateway,
+            ):
+                answers = [await gateway.chat(f"easy {index}") for index in range(24)]
+        finally:
+            server._scorer = original
+        assert {answer.status for answer in answers} == {200}
+        assert {answer.headers["x-depo-reason"] for answer in answers} == {"overload"}
+        assert {answer.headers["x-depo-pool"] for answer in answers} == expected
+        assert all("x-depo-confidence" not in answer.headers for answer in answers)
