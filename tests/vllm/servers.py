@@ -22,9 +22,10 @@ SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two servers share the cores: bound to the same one, both would crawl
+    # --enforce-eager leaves one torch.compile, for log-probabilities: 18 s at the first request, and a C++ compiler.
+    "TORCH_COMPILE_DISABLE": "1",
 }
-
-CACHES = ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TORCHINDUCTOR_CACHE_DIR")  # else under the home directory and /tmp
+CACHES = ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT")  # else under the home directory
 
 
 @dataclass(slots=True)
@@ -50,8 +51,16 @@ class VllmServer:
         place = ("--host", "127.0.0.1", "--port", str(self.port))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [self.python, "-m", "vllm.entrypoints.openai.api_server", *words, *place, *FLAGS],
-                cwd=self.log.parent,  # not the checkout, whose packages -m would find first
+                [
+                    self.python,
+                    "-P",
+                    "-m",
+                    "vllm.entrypoints.openai.api_server",
+                    *words,
+                    *place,
+                    *FLAGS,
+                ],  # -P: nothing of ours
+                cwd=self.log.parent,
                 env={**os.environ, **SETTINGS, **{name: str(self.log.parent) for name in CACHES}},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -11,9 +11,10 @@ from typing import Any
 import openai
 import pytest
 
+import estimator
 from tests.gateway.conftest import running
 from tests.vllm.conftest import DEMO_DATA, PYTHON
-from tests.vllm.front import PATHS, Both, settings
+from tests.vllm.front import PATHS, Message, settings, watched
 from tests.vllm.servers import VllmServer
 
 pytestmark = [
@@ -21,6 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get(PYTHON), reason=f"{PYTHON} names no Python that has vLLM"),
 ]
 Servers = dict[str, VllmServer]
+COMMANDS = Path(sys.executable).parent
+BUILTIN = Path(estimator.__file__).parent / "builtin" / "manifest.json"
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [3, 4]}}, "required": ["a"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
@@ -63,48 +66,54 @@ REFUSED = {
 @pytest.mark.parametrize("name", SAME)
 async def test_answers_are_vllms_own(name: str, servers: Servers, checkpoint: Path) -> None:
     endpoint, fields = SAME[name]
-    async with running(settings(servers, checkpoint)) as gateway:
-        both = Both(gateway, servers)
+    async with watched(servers, checkpoint) as front:
         for model in ("auto", "small", "demo/large"):
-            ours, theirs = await both.ask(endpoint, model, fields)
-            assert (ours.status, theirs.status) == (200, 200)
-            assert ours.body == theirs.body
-            assert ours.headers["content-type"] == theirs.headers["content-type"]
+            seen = await front.ask(endpoint, model, fields)
+            assert seen.ours.status == 200
+            assert seen.ours.body == seen.answer.body
+            assert seen.ours.headers["content-type"] == seen.answer.headers["content-type"]
+            pool = seen.ours.headers["x-depo-pool"]
+            assert seen.sent.body == json.dumps({"model": f"demo/{pool}", **fields}).encode()
+            direct = await front.ask_vllm(endpoint, seen, fields)
+            assert seen.ours.timeless() == direct.timeless()
 
 
 @pytest.mark.parametrize("name", SAME)
 async def test_streams_are_vllms_own(name: str, servers: Servers, checkpoint: Path) -> None:
     endpoint, fields = SAME[name]
-    if fields.get("echo"):
-        fields = {key: value for key, value in fields.items() if key != "echo"}
-    async with running(settings(servers, checkpoint)) as gateway:
-        both = Both(gateway, servers)
-        for model in ("auto", "large"):
-            ours, theirs = await both.ask(endpoint, model, {**fields, "stream": True})
-            assert (ours.status, theirs.status) == (200, 200)
-            assert _in_order(ours.events) == _in_order(theirs.events[:-2] + theirs.events[-1:])
-            assert ours.body == theirs.without_usage_event() or "n" in fields or isinstance(fields.get("prompt"), list)
-            assert b'"usage":{' in theirs.body
-            assert b'"usage":{' not in ours.body
-            assert ours.events[-1] == b"data: [DONE]\n\n"
-            assert ours.headers["content-type"] == theirs.headers["content-type"]
-            asked, theirs = await both.ask(
-                endpoint, model, {**fields, "stream": True, "stream_options": {"include_usage": True}}
-            )
-            assert _in_order(asked.events) == _in_order(theirs.events)
+    fields = {key: value for key, value in fields.items() if key != "echo"} | {"stream": True}
+    asking = {**fields, "stream_options": {"include_usage": True}}
+    async with watched(servers, checkpoint) as front:
+        for model in ("auto", "small", "large"):
+            seen = await front.ask(endpoint, model, fields)
+            assert seen.ours.status == 200
+            assert seen.ours.body == seen.answer.as_a_client_sees_it()
+            assert seen.ours.events[-1] == b"data: [DONE]\n\n"
+            assert (b'"usage":{' in seen.answer.body, b'"usage":{' in seen.ours.body) == (True, False)
+            assert seen.ours.headers["content-type"] == seen.answer.headers["content-type"]
+            pool = seen.ours.headers["x-depo-pool"]
+            assert json.loads(seen.sent.body) == {"model": f"demo/{pool}", **asking}
+            # vLLM puts the tokens that wait for a slow reader into one event: two streams are alike in what they say.
+            assert said(seen.ours) == said(await front.ask_vllm(endpoint, seen, fields))
+            asked = await front.ask(endpoint, model, asking)
+            assert asked.ours.body == asked.answer.body
+            assert b'"usage":{' in asked.ours.body
+            assert asked.sent.body == json.dumps({"model": f"demo/{pool}", **asking}).encode()
 
 
 @pytest.mark.parametrize("name", REFUSED)
 async def test_errors_are_vllms_own(name: str, servers: Servers, checkpoint: Path) -> None:
     endpoint, fields = REFUSED[name]
-    async with running(settings(servers, checkpoint)) as gateway:
-        both = Both(gateway, servers)
+    async with watched(servers, checkpoint) as front:
         for model in ("auto", "large"):
             for stream in (False, True):
-                ours, theirs = await both.ask(endpoint, model, {**fields, "stream": stream})
-                assert ours.status == theirs.status == 400
-                assert ours.body == theirs.body
-                assert "error" in json.loads(ours.body)
+                seen = await front.ask(endpoint, model, {**fields, "stream": stream})
+                direct = await front.ask_vllm(endpoint, seen, {**fields, "stream": stream})
+                assert seen.ours.body == seen.answer.body == direct.body
+                assert seen.ours.status == seen.answer.status == direct.status
+                if not stream:  # some mistakes in a stream come as its first event, after a 200
+                    assert direct.status == 400
+                    assert set(json.loads(direct.body)["error"]) == {"message", "type", "param", "code"}
 
 
 async def test_a_prompt_too_long_for_the_small_model_is_served_by_the_large_one(
@@ -112,21 +121,21 @@ async def test_a_prompt_too_long_for_the_small_model_is_served_by_the_large_one(
 ) -> None:
     long = {**CHAT, "messages": [{"role": "user", "content": "1+" * 300 + "1="}]}  # 602 tokens, estimated as 170
     contexts = {name: {"context_tokens": server.context} for name, server in servers.items()}
-    async with running(settings(servers, checkpoint, **contexts)) as gateway:
+    async with watched(servers, checkpoint, **contexts) as front:
         for stream in (False, True):
-            both = Both(gateway, servers)
-            ours, theirs = await both.ask("chat", "auto-0", {**long, "stream": stream})
-            assert (ours.headers["x-depo-pool"], ours.headers["x-depo-reason"]) == ("large", "context")
-            assert ours.status == 200
-            assert ours.body == (theirs.without_usage_event() if stream else theirs.body)
-        ours, theirs = await both.ask("chat", "small", long)
-        assert (ours.status, ours.headers["x-depo-pool"]) == (400, "small")
-        assert ours.body == theirs.body
-        assert b"maximum context length is 512 tokens" in ours.body
+            seen = await front.ask("chat", "auto-0", {**long, "stream": stream})
+            assert (seen.ours.headers["x-depo-pool"], seen.ours.headers["x-depo-reason"]) == ("large", "context")
+            assert seen.ours.status == 200
+            assert seen.ours.body == (seen.answer.as_a_client_sees_it() if stream else seen.answer.body)
+            assert front.wires["small"].answer.status == 400
+        seen = await front.ask("chat", "small", long)
+        assert (seen.ours.status, seen.ours.headers["x-depo-pool"]) == (400, "small")
+        assert seen.ours.body == seen.answer.body
+        assert b"maximum context length is 512 tokens" in seen.ours.body
         longer = {**CHAT, "messages": [{"role": "user", "content": "1+" * 1500 + "1="}]}
-        ours, theirs = await both.ask("chat", "auto-0", longer)
-        assert (ours.status, ours.headers["x-depo-pool"]) == (400, "large")
-        assert ours.body == theirs.body
+        seen = await front.ask("chat", "auto-0", longer)
+        assert (seen.ours.status, seen.ours.headers["x-depo-pool"]) == (400, "large")
+        assert seen.ours.body == seen.answer.body
 
 
 async def test_tokens_are_counted_as_vllm_counts_them(servers: Servers, checkpoint: Path) -> None:
@@ -211,6 +220,36 @@ async def test_the_openai_client_works_unchanged(servers: Servers, checkpoint: P
             await client.chat.completions.create(model="auto", messages=question, tools=[TOOL])  # type: ignore[list-item]
 
 
+async def test_the_example_client_runs(servers: Servers, checkpoint: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "client.py"
+    async with running(settings(servers, checkpoint)) as gateway:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            example,
+            f"{gateway.url}/v1",
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        told, _ = await asyncio.wait_for(process.communicate(), 120)
+    assert process.returncode == 0, told.decode()
+    assert told.count(b"confident") + told.count(b"unsure") == 2
+
+
+@pytest.mark.skipif(not BUILTIN.exists(), reason="no general estimator is shipped yet")
+def test_the_demo_runs_on_servers_of_ones_own(servers: Servers) -> None:
+    backends = [f"{name}={server.url}" for name, server in servers.items()]
+    words = ["--once", "--queries", "20", "--port", "0", "--admin-port", "0", "--backends", *backends]
+    done = subprocess.run(
+        [COMMANDS / "depo-gateway", "demo", *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "demo/" in done.stdout or "small" in done.stdout
+
+
 def test_collect_writes_outcomes_of_both_servers(servers: Servers, tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "outcomes.jsonl"
     lines = (DEMO_DATA / "queries.jsonl").read_text().splitlines()[:20]
@@ -218,7 +257,7 @@ def test_collect_writes_outcomes_of_both_servers(servers: Servers, tmp_path: Pat
     backends = [f"{name}={server.url}" for name, server in servers.items()]
     words = ["--prompts", str(prompts), "--backends", *backends, "--out", str(out), "--k", "4", "--max-tokens", "64"]
     done = subprocess.run(
-        [Path(sys.executable).parent / "depo-train", "collect", *words],
+        [COMMANDS / "depo-train", "collect", *words],
         capture_output=True,
         text=True,
         timeout=300,
@@ -233,11 +272,16 @@ def test_collect_writes_outcomes_of_both_servers(servers: Servers, tmp_path: Pat
         assert all(0 < sure <= 1 for sure in row["token_confidence"].values())
 
 
-def _in_order(events: list[bytes]) -> list[list[bytes]]:
-    """Events by choice: vLLM sends those of several choices in whatever order they are made."""
-    choices: dict[str, list[bytes]] = {}
-    for event in events:
-        data = event.removeprefix(b"data: ").strip()
-        made = [] if data == b"[DONE]" else json.loads(data)["choices"]
-        choices.setdefault(str([choice["index"] for choice in made]), []).append(event)
-    return [choices[index] for index in sorted(choices)]
+def said(stream: Message) -> dict[int, dict[str, Any]]:
+    """By choice: the text, the tokens with their log-probabilities, and the end, whatever the events' cut."""
+    choices: dict[int, dict[str, Any]] = {}
+    for event in stream.events[:-1]:
+        for choice in json.loads(event[6:])["choices"]:
+            whole = choices.setdefault(choice["index"], {"text": "", "tokens": [], "end": None})
+            whole["text"] += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            logprobs = choice["logprobs"] or {}
+            whole["tokens"] += logprobs.get("content") or list(
+                zip(logprobs.get("tokens", ()), logprobs.get("token_logprobs", ()), strict=True)
+            )
+            whole["end"] = choice["finish_reason"]
+    return choices

@@ -29,7 +29,9 @@ ASK: dict[str, dict[str, Any]] = {
     "chat": {"messages": [{"role": "user", "content": "3+4="}]},
     "completions": {"prompt": "3+4="},
 }
-LONG = {"max_tokens": 2000, "ignore_eos": True, "n": 3, "temperature": 1, "seed": 1}  # 5 s and more, 6,000 tokens
+LONG = {"max_tokens": 2000, "ignore_eos": True, "n": 16, "temperature": 1}  # 8 at a time: 20 s and more if not stopped
+
+TOKENS = 480  # of each answer that a killed server owed
 
 
 @pytest.mark.parametrize("endpoint", PATHS)
@@ -42,7 +44,8 @@ async def test_vllm_stops_within_a_second_of_the_client_hanging_up(
     async with running(settings(servers, checkpoint)) as gateway:
         body = {"model": "large", **ASK[endpoint], **LONG, "stream": stream}
         asking = asyncio.create_task(_start(gateway, endpoint, body))
-        await _until(large, "running", lambda running: running == 3)
+        await _until(large, "running", lambda running: running > 0)
+        assert stream or not asking.done()
         if stream:
             await asyncio.wait_for(asking, 10)
             (await asking).close()
@@ -54,7 +57,7 @@ async def test_vllm_stops_within_a_second_of_the_client_hanging_up(
         made = (await _seen(large))["generated"]
         await asyncio.sleep(1.0)
         assert (await _seen(large))["generated"] == made  # it makes no more tokens for nobody
-        assert made - before["generated"] < 0.9 * 6000
+        assert made - before["generated"] < 0.5 * 16 * 2000
         assert await gateway.settles("gateway_in_flight_requests", 0, pool="large")
         phase = "streaming" if stream else "waiting"
         assert await gateway.metric("gateway_client_disconnects_total", phase=phase) == 1
@@ -101,7 +104,7 @@ async def test_health_is_vllms(servers: Servers, checkpoint: Path) -> None:
 
 async def test_sigterm_lets_streams_from_vllm_finish(servers: Servers, checkpoint: Path, tmp_path: Path) -> None:
     config = tmp_path / "gateway.yaml"
-    config.write_text(yaml.safe_dump(settings(servers, checkpoint)))
+    config.write_text(yaml.safe_dump(settings(servers, checkpoint), sort_keys=False))
     command = Path(sys.executable).parent / "depo-gateway"
     process = await asyncio.create_subprocess_exec(
         command, "serve", "--config", config, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
@@ -128,19 +131,19 @@ async def test_a_server_killed_under_load_costs_no_client_an_answer_that_had_not
     small = servers["small"]
     async with running(settings(servers, checkpoint)) as gateway:
         asked = [
-            {"model": "auto-0", **ASK[endpoint], "max_tokens": 300, "ignore_eos": True, "stream": index % 2 == 0}
-            for index, endpoint in enumerate(list(ASK) * 20)
+            {"model": "auto-0", **ASK[endpoint], "max_tokens": TOKENS, "ignore_eos": True, "stream": index % 4 < 2}
+            for index, endpoint in enumerate(list(ASK) * 24)
         ]
-        requests = [asyncio.create_task(_outcome(gateway, body)) for body in asked]
-        await _until(small, "running", lambda running: running == 8)
-        await asyncio.sleep(0.2)
+        begun = asyncio.Event()
+        requests = [asyncio.create_task(_outcome(gateway, body, begun)) for body in asked]
+        await asyncio.wait_for(begun.wait(), 60)
         small.kill()
         outcomes = Counter(await asyncio.gather(*requests))
         assert set(outcomes) <= {"small confident", "large fallback", "small confident, broke off"}
-        assert outcomes["large fallback"] >= 20
-        assert outcomes["small confident, broke off"] <= 8  # those whose first bytes were with the client
+        assert outcomes["large fallback"] >= 30
+        assert 0 < outcomes["small confident, broke off"] <= 8  # those whose first bytes were with the client
         assert await gateway.metric("gateway_backend_up", backend=small.url) == 0
-        assert await gateway.metric("gateway_fallbacks_total", from_pool="small", to_pool="large") >= 20
+        assert await gateway.metric("gateway_fallbacks_total", from_pool="small", to_pool="large") >= 30
         after = [await gateway.chat("3+4=", model="auto-0", max_tokens=4) for _ in range(5)]
         assert [(item.status, item.headers["x-depo-pool"]) for item in after] == [(200, "large")] * 5
         assert {item.headers["x-depo-reason"] for item in after} == {"fallback"}
@@ -157,16 +160,17 @@ async def _start(gateway: Running, endpoint: str, body: dict[str, Any]) -> aioht
     return answer
 
 
-async def _outcome(gateway: Running, body: dict[str, Any]) -> str:
-    """Who answered and why, and how it ended."""
+async def _outcome(gateway: Running, body: dict[str, Any], begun: asyncio.Event) -> str:
+    """Who answered and why, and how it ended. `begun` is set when the first bytes of an answer are here."""
     endpoint = "chat" if "messages" in body else "completions"
     async with gateway.session.post(gateway.url + PATHS[endpoint], json=body) as answer:
+        begun.set()
         text = await answer.text()
     if answer.status != 200:
         return f"{answer.status}: {text}"
     who = f"{answer.headers['x-depo-pool']} {answer.headers['x-depo-reason']}"
     if not body["stream"]:
-        return who if json.loads(text)["usage"]["completion_tokens"] == 300 else f"{who}: {text}"
+        return who if json.loads(text)["usage"]["completion_tokens"] == TOKENS else f"{who}: {text}"
     if text.endswith("data: [DONE]\n\n"):
         return who
     last = text.rstrip().splitlines()[-1]
