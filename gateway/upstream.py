@@ -121,8 +121,8 @@ class _Origin:
 class _Connection(asyncio.Protocol):
     """One connection; at most one exchange at a time."""
 
-    __slots__ = ("_expiry", "_head_bytes", "_headers", "_loop", "_origin", "_parser", "_paused", "_sized", "_transport",
-                 "answered", "reply")  # fmt: skip
+    __slots__ = ("_expiry", "_head_bytes", "_headers", "_loop", "_nominated", "_origin", "_parser", "_paused", "_sized",
+                 "_transport", "answered", "reply")  # fmt: skip
 
     def __init__(self, origin: _Origin) -> None:
         self._origin = origin
@@ -130,6 +130,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._headers: list[tuple[bytes, bytes]] = []
+        self._nominated: tuple[bytes, ...] = ()  # hop-by-hop headers as this answer names them
         self._head_bytes = 0
         self._sized = False  # the body's end is marked by length or chunks, not by the connection's end
         self._paused = False
@@ -206,12 +207,16 @@ class _Connection(asyncio.Protocol):
     # httptools
 
     def on_message_begin(self) -> None:
-        self._headers, self._head_bytes, self._sized = [], 0, False
+        if self.reply is None:  # bytes behind a complete answer: what would come next could be anyone's
+            self.abort()
+        self._headers, self._nominated, self._head_bytes, self._sized = [], (), 0, False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         if name in (b"content-length", b"transfer-encoding"):
             self._sized = True
+        elif name == b"connection":
+            self._nominated = tuple(token.strip() for token in value.lower().split(b","))
         if name not in _HOP_BY_HOP and not name.startswith(b"x-depo-"):
             self._headers.append((name, value))
 
@@ -219,7 +224,8 @@ class _Connection(asyncio.Protocol):
         assert self._parser is not None
         status = self._parser.get_status_code()
         if self.reply is not None and status >= 200:  # 1xx only announce the answer (RFC 9110 15.2)
-            self.reply.status, self.reply.headers = status, self._headers
+            kept = [item for item in self._headers if item[0] not in self._nominated]  # RFC 9110 7.6.1
+            self.reply.status, self.reply.headers = status, kept
 
     def on_body(self, body: bytes) -> None:
         if self.reply is not None and self.reply.feed(body) and self._transport is not None and not self._paused:
