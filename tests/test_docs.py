@@ -1,0 +1,105 @@
+"""The documentation names what exists, and all of it."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gateway import config
+from gateway.metrics import Metrics
+
+ROOT = Path(__file__).parent.parent
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "examples/*.md") for path in ROOT.glob(pattern))
+
+
+def settings(kind: Any = config.Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the config tree, as the documentation writes it."""
+    for name, hint in typing.get_type_hints(kind).items():
+        key, inner = prefix + name, hint
+        if typing.get_origin(hint) is Mapping:
+            key, inner = f"{key}.NAME", typing.get_args(hint)[1]
+        elif typing.get_origin(hint) is tuple:
+            inner = typing.get_args(hint)[0]
+            key += "[]" if dataclasses.is_dataclass(inner) else ""
+        elif options := [option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)]:
+            inner = options[0]
+        if dataclasses.is_dataclass(inner):
+            yield from settings(inner, key + ".")
+        else:
+            yield key
+
+
+def metrics() -> dict[str, set[str]]:
+    """Every metric's name, as Prometheus shows it, and its labels."""
+    registry = Metrics("0").registry
+    names = {}
+    for metric in list(registry._collector_to_names):
+        name = metric._name + ("_total" if metric._type == "counter" else "")
+        names[name] = set(metric._labelnames)
+    return names
+
+
+def test_every_setting_is_documented() -> None:
+    known = list(settings())
+    assert {"version", "pools.NAME.backends[].api_key_env", "auth.keys[].sha256", "timeouts.drain_s"} <= set(known)
+    table = OPERATIONS.split("## Settings")[1].split("\n## ")[0]
+    missing = [key for key in known if f"`{key}`" not in table]
+    assert not missing
+
+
+def test_no_setting_is_documented_that_does_not_exist() -> None:
+    table = OPERATIONS.split("## Settings")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
+    assert named - set(settings()) == {"pools.NAME"}
+
+
+def test_every_metric_is_documented_with_its_labels() -> None:
+    for name, labels in metrics().items():
+        found = re.search(rf"`{name}(?:\{{([a-z_,]+)\}})?` \|", OPERATIONS)
+        assert found is not None, name
+        assert set((found[1] or "").split(",")) - {""} == labels, name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_metric_named_exists(path: Path) -> None:
+    known = set(metrics())
+    for name in re.findall(r"\bgateway_[a-z_]+[a-z]", path.read_text()):
+        base = re.sub(r"_(bucket|sum|count)$", "", name)
+        assert name in known or base in known, name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not re.match(r"https?:|#|mailto:", target):
+            assert (path.parent / target.split("#")[0]).exists(), target
+
+
+def test_every_error_code_is_documented() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "gateway").glob("*.py"))
+    codes = set(re.findall(r"ApiError\(\s*\d{3},(?:[^()]|\([^()]*\))*?\"([a-z_]+)\"(?:,|\s*\))", sources))
+    assert {"invalid_json", "timeout", "missing_api_key"} <= codes
+    table = OPERATIONS.split("## Errors")[1].split("\n## ")[0]
+    assert sorted(code for code in codes if f"`{code}`" not in table and code != "client_gone") == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_example_configs_are_taken(path: Path) -> None:
+    raw = yaml.safe_load(path.read_text())
+    if "keys_file" in (raw.get("auth") or {}):
+        raw["auth"] = "none"  # the keys are the reader's own
+    assert len(config.parse(raw, path.parent).pools) >= 2
+
+
+def test_reasons_are_documented() -> None:
+    from gateway.routing import Reason
+
+    for reason in set(typing.get_args(Reason)) - {"budget"}:  # per-key shares come later
+        assert f"`{reason}`" in OPERATIONS
