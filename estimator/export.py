@@ -1,7 +1,7 @@
 """Estimator -> the files of a checkpoint: ONNX of the deep part with int8 weights, the rest's weights, the tokenizer.
 
 Weights are stored as int8 with a scale a row; arithmetic is fp32. ONNX Runtime expands the matrices once, when it
-loads; of the embedding table only the rows asked for. So the file is a quarter of the size, and scores are what torch says.
+loads; of the embedding table only the rows asked for. So the file is a quarter of the size, and scores are torch's.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ AVERAGE = 0.99  # decay of the running average of the heads, a step
 
 @dataclass(frozen=True, slots=True)
 class LearnerConfig:
-    learning_rate: float = 0.3  # of the deep heads
-    wide_learning_rate: float = 0.3
+    learning_rate: float = 0.15  # of the deep heads
+    wide_learning_rate: float = 0.4
     encoder_learning_rate: float = 3e-5
     train_layers: int = 0  # of the encoder's layers kept, the last so many are trained; 0: frozen
     ranking_weight: float = 0.0  # of the ranking term
@@ -76,18 +76,14 @@ class Learner:
         self.steps = 0
         model.eval()  # no dropout: a handful of epochs on a pretrained encoder, and cached embeddings must stay true
 
-    def items(self, examples: Sequence[Example], batch_size: int = 64) -> list[Item]:
-        """Tokenise, and embed if the encoder is frozen. Sorting by length first saves padding; the order is kept."""
+    def items(
+        self, examples: Sequence[Example], batch_size: int = 64, embeddings: Sequence[Tensor] | None = None
+    ) -> list[Item]:
+        """Tokenise, and embed if the encoder is frozen, unless the embeddings are known already."""
         prepared = [prepare(self.tokenizer, self.model.config.text, e.prompt, e.context) for e in examples]
-        embeddings: list[Tensor | None] = [None] * len(prepared)
+        embedded: Sequence[Tensor | None] = [None] * len(prepared)
         if not self.trained:
-            order = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids))
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                with torch.no_grad():  # not inference_mode: what it makes can't be used in a step later
-                    embedded = self.model.embed(*collate([prepared[i] for i in rows]))
-                for row, embedding in zip(rows, embedded, strict=True):
-                    embeddings[row] = embedding
+            embedded = self._embed_all(prepared, batch_size) if embeddings is None else embeddings
         pools, vocabulary = self.model.config.pools, len(self.model.idf) - wide.BUCKETS
         return [
             Item(
@@ -98,7 +94,7 @@ class Learner:
                 tuple(_label(example.token_confidence.get(pool)) for pool in pools),
                 example.weight,
             )
-            for example, ready, embedding in zip(examples, prepared, embeddings, strict=True)
+            for example, ready, embedding in zip(examples, prepared, embedded, strict=True)
         ]
 
     def fit_statistics(self, items: Sequence[Item]) -> None:
@@ -189,6 +185,16 @@ class Learner:
         )
         cheap = model.wide(indices, offsets, values / norms[rows], surface)
         return cheap + model.deep(self._embed(items)), cheap
+
+    def _embed_all(self, prepared: Sequence[Prepared], batch_size: int) -> list[Tensor]:
+        """An embedding each. Like lengths go together, which saves padding; the order is kept."""
+        order = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids))
+        embedded: dict[int, Tensor] = {}
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            with torch.no_grad():  # not inference_mode: what it makes can't be used in a step later
+                embedded |= zip(rows, self.model.embed(*collate([prepared[i] for i in rows])), strict=True)
+        return [embedded[row] for row in range(len(prepared))]
 
     def _embed(self, items: Sequence[Item]) -> Tensor:
         cached = [item.embedding for item in items if item.embedding is not None]

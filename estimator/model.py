@@ -65,7 +65,10 @@ class Estimator(nn.Module):
 
     def embed(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Pooled hidden states (B, D), as the encoder gives them."""
-        hidden_BTD: Tensor = self.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        return self.pool(self.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state, mask_BT)
+
+    def pool(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Hidden states -> (B, D), as the manifest says."""
         if self.config.text.pooling == "cls":
             return hidden_BTD[:, 0]
         weight_BT1 = mask_BT[..., None].to(hidden_BTD.dtype)

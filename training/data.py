@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,13 @@ def key_of(question: str) -> str:
     return " ".join(question.lower().split())
 
 
-def examples_of(rows: Sequence[Row], pools: Pools, split_by: str = "question") -> list[Example]:
+def examples_of(rows: Sequence[Row], pools: Pools, balance: float = 0.0) -> list[Example]:
     """One Example a distinct question: rows of the same question are merged, a model's label their mean, a pool's label
     the mean over its models that have one.
 
-    Questions without a label for any pool are left out. `group` is what a split keeps together: the question, or
-    (split_by "group") the row's group. Raises ValueError for a model that no row names.
+    Questions without a label for any pool are left out. A source of n questions weighs each n ** -balance, so that 0
+    lets every question count alike and 1 every source; the mean weight is 1. Raises ValueError for a model that no row
+    names.
     """
     known = {model for row in rows for model in row.correct}
     for model in (model for models in pools.models for model in models):
@@ -127,19 +129,23 @@ def examples_of(rows: Sequence[Row], pools: Pools, split_by: str = "question") -
     merged: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         merged.setdefault((key_of(row.question), row.context), []).append(row)
-    examples = []
-    for (key, _), same in merged.items():
+    examples, sources = [], []
+    for same in merged.values():
         quality = {n: _mean(m, [row.correct for row in same]) for n, m in zip(pools.names, pools.models, strict=True)}
         if all(value is None for value in quality.values()):
             continue
         tokens = {
             n: _mean(m, [row.token_confidence for row in same]) for n, m in zip(pools.names, pools.models, strict=True)
         }
-        group = key if split_by == "question" else f"{same[0].source}/{same[0].group}"
+        group = f"{same[0].source}/{same[0].group}" if same[0].group else ""
+        sources.append(same[0].source)
         examples.append(Example(same[0].question, quality, tokens, 1.0, group, same[0].context))
     if not examples:
         raise ValueError(f"no row has an outcome of any model of the pools {', '.join(pools.names)}")
-    return examples
+    sizes = Counter(sources)
+    weights = [sizes[source] ** -balance for source in sources]
+    mean = sum(weights) / len(weights)
+    return [replace(example, weight=weight / mean) for example, weight in zip(examples, weights, strict=True)]
 
 
 def labels(examples: Sequence[Example], pools: tuple[str, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -32,13 +32,16 @@ from training.data import examples_of, folds_of, key_of, labels, parse_pools, re
 from training.evaluate import finite, report_of
 from training.measure import Array, Measured, apgr_table
 
+HELD_OUT = ("questions", "groups")  # names of foldings_of's foldings
+GROUPS = 10  # from so many groups on, whole groups are held out as well
+
 
 @dataclass(frozen=True, slots=True)
 class FitConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     folds: int = 5
-    max_epochs: int = 30
-    patience: int = 6  # epochs without a better held-out loss before all folds stop
+    max_epochs: int = 60
+    patience: int = 5  # epochs without a better held-out loss before all folds stop
     batch_size: int = 128
     seed: int = 0
 
@@ -49,7 +52,6 @@ class Held:
 
     full: Array
     cheap: Array
-    epochs: int
 
 
 def fresh(model: Estimator, tokenizer: Tokenizer, config: LearnerConfig) -> Learner:
@@ -65,35 +67,49 @@ def epoch(learner: Learner, items: Sequence[Item], batch_size: int, order: np.ra
         learner.step_items([items[i] for i in rows[start : start + batch_size]])
 
 
+def foldings_of(examples: Sequence[Example], config: FitConfig) -> list[NDArray[np.int64]]:
+    """Ways to hold out (N,): every question once, and, if the table has many groups, every group once.
+
+    The first tells how questions like the known ones will fare, the second those of a kind never seen.
+    """
+    questions = [key_of(example.prompt) for example in examples]
+    groups = [example.group or question for example, question in zip(examples, questions, strict=True)]
+    foldings = [folds_of(questions, config.folds, config.seed)]
+    if len({example.group for example in examples if example.group}) >= GROUPS:
+        foldings.append(folds_of(groups, config.folds, config.seed))
+    return foldings
+
+
 def cross_fit(
-    start: Callable[[], Learner], items: Sequence[Item], folds: NDArray[np.int64], config: FitConfig, bar: bool = True
-) -> Held:
-    """Fit one learner a fold, all in step, and stop where the held-out loss of all of them together is least."""
-    count = int(folds.max()) + 1
-    learners, sides = [], []
-    for fold in range(count):
-        train = [item for item, f in zip(items, folds, strict=True) if f != fold]
-        learner = start()
-        learner.fit_statistics(train)
-        learners.append((learner, np.random.default_rng([config.seed, fold])))
-        sides.append(train)
-    best, best_loss = None, np.inf
-    pools = len(learners[0][0].model.config.pools)
-    with tqdm(total=config.max_epochs, desc="fit", unit="epoch", disable=None if bar else True) as progress:
+    start: Callable[[], Learner], items: Sequence[Item], foldings: Sequence[NDArray[np.int64]], config: FitConfig
+) -> tuple[list[Held], int]:
+    """Fit a learner a fold of each folding, all in step, and stop where the mean of the foldings' held-out losses is
+    least: (held-out predictions by folding, epochs).
+    """
+    sides = []
+    for folds in foldings:
+        for fold in range(int(folds.max()) + 1):
+            train = [item for item, f in zip(items, folds, strict=True) if f != fold]
+            learner = start()
+            learner.fit_statistics(train)
+            sides.append((learner, train, np.flatnonzero(folds == fold), np.random.default_rng([config.seed, fold])))
+    best: tuple[list[Held], int] = ([], 0)
+    best_loss = np.inf
+    pools = len(sides[0][0].model.config.pools)
+    with tqdm(total=config.max_epochs, desc="fit", unit="epoch", disable=None) as progress:
         for number in range(1, config.max_epochs + 1):
-            full, cheap = np.zeros((2, len(items), pools, 2))
-            for fold, ((learner, order), train) in enumerate(zip(learners, sides, strict=True)):
+            held = [Held(*np.zeros((2, len(items), pools, 2))) for _ in foldings]
+            for index, (learner, train, rows, order) in enumerate(sides):
                 epoch(learner, train, config.batch_size, order)
-                rows = np.flatnonzero(folds == fold)
-                full[rows], cheap[rows] = learner.predict([items[i] for i in rows.tolist()])
-            loss = held_out_loss(full, items)
+                into = held[index * len(foldings) // len(sides)]
+                into.full[rows], into.cheap[rows] = learner.predict([items[i] for i in rows.tolist()])
+            loss = sum(held_out_loss(one.full, items) for one in held) / len(held)
             progress.update()
             progress.set_postfix(held_out=f"{loss:.4f}")
             if loss < best_loss:
-                best, best_loss = Held(full, cheap, number), loss
-            elif best is not None and number - best.epochs >= config.patience:
+                best, best_loss = (held, number), loss
+            elif number - best[1] >= config.patience:
                 break
-    assert best is not None
     return best
 
 
@@ -110,23 +126,22 @@ def held_out_loss(logits: Array, items: Sequence[Item]) -> float:
 
 def train(
     model: Estimator, tokenizer: Tokenizer, examples: Sequence[Example], config: FitConfig
-) -> tuple[Learner, Held]:
-    """Cross-fit for the number of epochs, then fit on everything."""
-    pools = model.config.pools
+) -> tuple[Learner, list[Held], int]:
+    """Cross-fit for the number of epochs, then fit on everything: (the learner, held-out predictions, epochs)."""
     learner = fresh(model, tokenizer, config.learner)
+    items: list[Item] = []
     with tqdm(total=len(examples), desc="read prompts", unit="prompt", disable=None) as progress:
-        items = []
         for start in range(0, len(examples), 512):
             items += learner.items(examples[start : start + 512])
             progress.update(len(items) - progress.n)
-    folds = folds_of([example.group or key_of(example.prompt) for example in examples], config.folds, config.seed)
-    held = cross_fit(lambda: fresh(model, tokenizer, config.learner), items, folds, config)
+    held, epochs = cross_fit(
+        lambda: fresh(model, tokenizer, config.learner), items, foldings_of(examples, config), config
+    )
     learner.fit_statistics(items)
     order = np.random.default_rng([config.seed, config.folds])
-    for _ in range(held.epochs):
+    for _ in tqdm(range(epochs), desc="fit on everything", unit="epoch", disable=None):
         epoch(learner, items, config.batch_size, order)
-    assert len(pools) == held.full.shape[1]
-    return learner, held
+    return learner, held, epochs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train the encoder's last so many layers (%(default)s)",
     )
     parser.add_argument(
-        "--split-by", choices=("question", "group"), default="question", help="kept on one side (%(default)s)"
+        "--balance", type=float, default=0.0, help="0: every question counts alike, 1: every source (%(default)s)"
     )
     parser.add_argument("--folds", type=int, default=fitting.folds, help="%(default)s")
     parser.add_argument("--max-epochs", type=int, default=fitting.max_epochs, help="%(default)s")
@@ -179,43 +194,47 @@ def run(args: argparse.Namespace) -> int:
         LearnerConfig(train_layers=args.train_layers), folds=args.folds, max_epochs=args.max_epochs, seed=args.seed
     )
     rows = read_tables(args.outcomes)
-    examples = examples_of(rows, pools, args.split_by)
+    examples = examples_of(rows, pools, args.balance)
     torch.manual_seed(config.seed)
     created = ModelConfig(pools.names, text, args.encoder, args.layers)
     model, tokenizer = create(created)
     if args.vocabulary == "used":
         texts = [part for example in examples for part in (example.prompt, example.context)]
         model, tokenizer = create(created, narrowed(tokenizer, texts))
-    learner, held = train(model, tokenizer, examples, config)
+    learner, held, epochs = train(model, tokenizer, examples, config)
     t_NK, d_NK = labels(examples, pools.names)
     weights = np.array([example.weight for example in examples])
-    calibrated = calibrate(held.full, held.cheap, t_NK, d_NK, weights, pools.names)
-    report = report_of(
-        {stage: apply(calibrated.stages[stage], getattr(held, stage))[0] for stage in STAGES},
-        t_NK,
-        np.array([len(example.prompt) for example in examples], float),
-        pools.names,
-    )
+    calibrated = calibrate(held[0].full, held[0].cheap, t_NK, d_NK, weights, pools.names)
+    length = np.array([len(example.prompt) for example in examples], float)
+    reports = {
+        name: report_of(
+            {stage: apply(calibrated.stages[stage], getattr(one, stage))[0] for stage in STAGES},
+            t_NK,
+            length,
+            pools.names,
+        )
+        for name, one in zip(HELD_OUT, held, strict=False)
+    }
     metrics = {
         "models": dict(zip(pools.names, pools.models, strict=True)),
         "examples": len(examples),
-        "epochs": held.epochs,
-        "split_by": args.split_by,
-        "held_out": finite(report),
+        "epochs": epochs,
+        "held_out": finite(reports),
     }
     with learner.averaged() as fitted:
         manifest = export.write(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
-    sys.stdout.write(outcome(report) + f"{args.out}: checkpoint {manifest.version}\n")
+    told = [outcome(name, report) for name, report in reports.items()]
+    sys.stdout.write("".join(told) + f"{args.out}: checkpoint {manifest.version}\n")
     return 0
 
 
-def outcome(report: Mapping[str, Any]) -> str:
-    """What the command prints: how the held-out questions were routed."""
+def outcome(name: str, report: Mapping[str, Any]) -> str:
+    """What the command prints: how prompts were routed by models that had not seen them."""
     if "apgr" not in report:
         return f"{report['prompts']} prompts; none has labels of two pools, so there is no routing to measure\n"
     measured = {name: Measured(**m) for name, m in report["apgr"].items() if name != "random"}
     return (
-        f"{report['with_all_labels']} held-out prompts, all small {report['small_quality']:.3f},"
+        f"Held-out {name}: {report['with_all_labels']} prompts, all small {report['small_quality']:.3f},"
         f" all large {report['large_quality']:.3f}, perfect APGR {report['perfect_apgr']:.3f}\n\n"
         f"{apgr_table(measured)}\n\n"
     )

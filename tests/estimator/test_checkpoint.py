@@ -54,7 +54,7 @@ def test_an_edited_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
     ("change", "message"),
     [
         ({"schema": 99}, "schema 99; this version reads schema 1"),
-        ({"files": {"model.onnx": "0"}}, "names no calibration.json"),
+        ({"files": {"model.onnx": "0"}}, "names no calibration\\.json"),
         ({"files": {**dict.fromkeys(FILES, "0"), "../../etc/passwd": "0"}}, "does not lie in the checkpoint"),
         ({"text": {"template": "?", "pooling": "cls", "max_tokens": 128}}, "text template '\\?' is unknown"),
         ({"base": {}}, "not a manifest of schema 1"),
@@ -69,7 +69,7 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, change: dict[str,
 
 
 def test_a_manifest_that_is_no_json_or_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="it has no manifest.json"):
+    with pytest.raises(ValueError, match=r"it has no manifest\.json"):
         checkpoint.load(tmp_path)
     (tmp_path / checkpoint.MANIFEST).write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):

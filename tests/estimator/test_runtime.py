@@ -1,4 +1,4 @@
-"""What is served is what was trained: ONNX with int8 weights against torch, on a two-layer BERT and on the real MiniLM."""
+"""What is served is what was trained: int8 ONNX against torch, on a two-layer BERT and on the real MiniLM."""
 
 import importlib.util
 import os

@@ -11,18 +11,19 @@ from estimator.runtime import Runtime
 from training.__main__ import main
 
 POOLS = ["--pools", "small=s", "large=l"]
+WORDS = ("what", "is", "the", "sum", "of", "one", "two", "three", "question", "about", "number", "model")
 
 
 def write_table(place: Path, count: int, seed: int) -> Path:
     """Questions of which those with "hard" need the large model, mostly. Length tells nothing."""
-    chance, words = random.Random(seed), "what is the sum of one two three question about number model".split()
+    chance = random.Random(seed)
     with open(place, "w") as file:
         for index in range(count):
             hard = index % 2 == 1
-            text = " ".join(chance.choice(words) for _ in range(chance.randint(4, 10)))
+            text = " ".join(chance.choice(WORDS) for _ in range(chance.randint(4, 10)))
             small = chance.random() < (0.15 if hard else 0.9)
             row = {
-                "question": f"{text} {'hard' if hard else 'easy'} {chance.choice(words)}",
+                "question": f"{text} {'hard' if hard else 'easy'} {chance.choice(WORDS)}",
                 "correct": {"s": int(small), "l": int(chance.random() < 0.95)},
                 "token_confidence": {"s": 0.3 if hard else 0.8, "l": 0.9},
                 "source": "even" if index % 4 < 2 else "odd",
@@ -47,7 +48,7 @@ def fit(outcomes: Path, encoder: Path, out: Path, *more: str) -> int:
 
 def test_fit_says_how_held_out_questions_were_routed(places: dict[str, Path]) -> None:
     manifest = checkpoint.load_manifest(places["fitted"])
-    held_out = manifest.metrics["held_out"]["apgr"]
+    held_out = manifest.metrics["held_out"]["questions"]["apgr"]
     assert held_out["gain (full)"]["low"] > 0.6
     assert held_out["gain (full)"]["difference_low"] > 0  # against prompt length
     assert manifest.metrics["models"] == {"small": ["s"], "large": ["l"]}
@@ -57,6 +58,16 @@ def test_fit_says_how_held_out_questions_were_routed(places: dict[str, Path]) ->
     assert easy.quality[0] > 0.7 > 0.4 > hard.quality[0]
     assert easy.token_confidence[0] == pytest.approx(0.8, abs=0.2)
     assert hard.token_confidence[0] == pytest.approx(0.3, abs=0.25)
+
+
+def test_fit_holds_out_whole_groups_too_where_there_are_many(places: dict[str, Path], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in places["first"].read_text().splitlines()]
+    grouped = tmp_path / "grouped.jsonl"
+    grouped.write_text("".join(json.dumps({**row, "group": f"g{i % 12}"}) + "\n" for i, row in enumerate(rows)))
+    assert fit(grouped, places["encoder"], tmp_path / "grouped") == 0
+    held_out = checkpoint.load_manifest(tmp_path / "grouped").metrics["held_out"]
+    assert set(held_out) == {"questions", "groups"}
+    assert held_out["groups"]["apgr"]["gain (full)"]["low"] > 0.6
 
 
 def test_fit_is_deterministic_by_seed(places: dict[str, Path], tmp_path: Path) -> None:

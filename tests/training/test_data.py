@@ -69,10 +69,23 @@ def test_rows_of_the_same_question_become_one_example(tmp_path: Path) -> None:
     assert len(examples) == 2
     assert examples[0].quality == {"small": 0.5, "large": 0.625}  # a: (1 + 0) / 2; large: b 0.25 and c 1
     assert examples[1].quality == {"small": None, "large": 1.0}
-    assert examples_of(read, parse_pools(["small=a", "large=b"]), "group")[0].group == "t/sums"
+    assert examples[0].group == "t/sums"
     t_NK, d_NK = labels(examples, ("small", "large"))
     assert np.isnan(t_NK).tolist() == [[False, False], [True, False]]
     assert d_NK[0, 0] == 0.9
+
+
+def test_sources_can_be_kept_from_drowning_each_other(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "correct": {"a": 1}, "source": "big" if i else "lone"} for i in range(5)]
+    read = read_tables([table(tmp_path / "t.jsonl", *rows)])
+    weights = {
+        balance: [e.weight for e in examples_of(read, parse_pools(["p=a"]), balance=balance)]
+        for balance in (0.0, 0.5, 1.0)
+    }
+    assert weights[0.0] == [1.0] * 5
+    assert weights[0.5][0] == pytest.approx(2 * weights[0.5][1])
+    assert weights[1.0][0] == pytest.approx(sum(weights[1.0][1:]))
+    assert sum(weights[0.5]) == pytest.approx(5)
 
 
 def test_a_model_nobody_asked_is_a_mistake(tmp_path: Path) -> None:
