@@ -124,7 +124,7 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
             "model_not_routable",
             "model",
         )
-    if query.endpoint == "completions" and not query.text and query.fields.get("prompt") != "":
+    if query.endpoint == "completions" and not query.text and query.fields.get("prompt") not in ("", [""]):
         raise ApiError(
             400,
             "Only text can be routed; for a prompt of token ids name a pool as 'model'.",

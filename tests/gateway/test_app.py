@@ -1,6 +1,9 @@
 """The life of a request through a real gateway in front of scripted backends."""
 
 import json
+from typing import Any
+
+import pytest
 
 from tests.gateway.backend import FakeVllm
 from tests.gateway.conftest import StartGateway
@@ -27,3 +30,180 @@ async def test_a_stream_comes_back_byte_for_byte_without_the_usage_we_asked_for(
         assert body == b"".join(events)
         assert await gateway.settles("gateway_tokens_total", 5, pool="small", type="completion")
         assert json.loads(body.split(b"\n\n")[0][6:])["choices"][0]["delta"]
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+@pytest.mark.parametrize(
+    ("model", "pool", "reason"),
+    [
+        ("small", "small", "pinned"),
+        ("large", "large", "pinned"),
+        ("org/small-1b", "small", "pinned"),
+        ("org/large-9b", "large", "pinned"),
+        ("auto-0", "small", "confident"),
+        ("auto-1.0", "large", "unsure"),
+    ],
+)
+async def test_a_model_name_pins_a_pool_or_sets_the_threshold(
+    start: StartGateway, endpoint: str, model: str, pool: str, reason: str
+) -> None:
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
+        if endpoint == "chat":
+            answer = await gateway.chat("hard " * 9, model=model)
+        else:
+            body = {"model": model, "prompt": "hard " * 9}
+            answer = await gateway.session.post(f"{gateway.url}/v1/completions", json=body)
+        assert (answer.status, answer.headers["x-depo-pool"], answer.headers["x-depo-reason"]) == (200, pool, reason)
+        backend, name = (small, "org/small-1b") if pool == "small" else (large, "org/large-9b")
+        assert backend.seen[0].json["model"] == name
+        if reason != "pinned":
+            assert float(answer.headers["x-depo-threshold"]) == float(model.removeprefix("auto-"))
+
+
+@pytest.mark.parametrize("model", ["gpt-7", "Small", "auto-", "auto-1.5", "auto-x", "AUTO", "org", " small"])
+async def test_an_unknown_model_is_404(start: StartGateway, model: str) -> None:
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
+        answer = await gateway.chat("easy", model=model)
+        error = (await answer.json())["error"]
+        assert (answer.status, error["code"], error["param"]) == (404, "model_not_found", "model")
+        assert "x-request-id" in answer.headers
+        assert not small.seen
+        assert not large.seen
+
+
+async def test_a_pinned_pool_that_is_down_is_503_and_no_other_answers(start: StartGateway) -> None:
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
+        await large.kill()
+        for _ in range(2):
+            answer = await gateway.chat("easy", model="org/large-9b")
+            assert answer.status == 503
+            assert "pool large" in (await answer.json())["error"]["message"]
+        assert not small.seen
+
+
+async def test_system_and_tool_text_does_not_change_the_score(start: StartGateway) -> None:
+    async with (
+        FakeVllm() as small,
+        FakeVllm() as large,
+        start([small], [large], routing={"sticky": False}) as gateway,
+    ):
+
+        async def confidence(messages: list[dict[str, Any]], **fields: Any) -> str:
+            body = {"model": "auto", "messages": messages, **fields}
+            answer = await gateway.session.post(f"{gateway.url}/v1/chat/completions", json=body)
+            assert answer.status == 200
+            return answer.headers["x-depo-confidence"]
+
+        user = {"role": "user", "content": "what is the sum of two"}
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"q": "hard theorem"}'}}
+        huge = "prove the hard theorem " * 20_000
+        plain = await confidence([user])
+        assert await confidence([{"role": "system", "content": huge}, user]) == plain
+        assert await confidence([{"role": "developer", "content": huge}, user]) == plain
+        loop = [
+            user,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": huge},
+        ]
+        assert await confidence(loop) == plain
+        tools = [{"type": "function", "function": {"name": "f", "description": huge}}]
+        assert await confidence([user], tools=tools) == plain
+        parts = [{"type": "text", "text": user["content"]}]
+        assert await confidence([{"role": "user", "content": parts}]) == plain
+        assert await confidence([{"role": "user", "content": "hard " + user["content"]}]) != plain
+        earlier = [{"role": "user", "content": "hard hard"}, {"role": "assistant", "content": "hard"}]
+        assert await confidence([*earlier, user]) != plain
+
+
+async def test_completions_are_scored_by_their_prompt(start: StartGateway) -> None:
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
+
+        async def complete(prompt: Any, model: str = "auto") -> tuple[int, str | None, Any]:
+            body = {"model": model, "prompt": prompt}
+            answer = await gateway.session.post(f"{gateway.url}/v1/completions", json=body)
+            return answer.status, answer.headers.get("x-depo-pool"), await answer.json()
+
+        assert (await complete("what is the easy sum"))[:2] == (200, "small")
+        assert (await complete("hard " * 9))[:2] == (200, "large")
+        assert (await complete(["hard " * 9, "hard " * 9]))[:2] == (200, "large")
+        assert (await complete(""))[0] == 200
+        assert (await complete([""]))[0] == 200
+        for ids in ([1, 2, 3], [[1, 2], [3]], None, {}):
+            status, _, body = await complete(ids)
+            assert (status, body["error"]["code"], body["error"]["param"]) == (400, "prompt_not_routable", "prompt")
+            assert "name a pool" in body["error"]["message"]
+        assert (await complete([1, 2, 3], "small"))[:2] == (200, "small")
+
+
+async def test_what_the_small_pool_can_not_take_goes_up(start: StartGateway) -> None:
+    small_pool = {"context_tokens": 1000, "accepts": ["text", "tools"]}
+    large_pool = {"accepts": ["text", "image"]}
+    picture = [{"type": "image_url", "image_url": {"url": "data:x"}}, {"type": "text", "text": "easy"}]
+    sound = [{"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    async with (
+        FakeVllm() as small,
+        FakeVllm() as large,
+        start([small], [large], small=small_pool, large=large_pool) as gateway,
+    ):
+
+        async def sent(content: Any, **fields: Any) -> tuple[int, str | None, str | None]:
+            answer = await gateway.chat(content, **fields)
+            return answer.status, answer.headers.get("x-depo-pool"), answer.headers.get("x-depo-reason")
+
+        assert await sent("easy sum") == (200, "small", "confident")
+        assert await sent("easy " * 2000) == (200, "large", "context")
+        assert await sent("easy sum", max_tokens=2000) == (200, "large", "context")
+        assert await sent(picture) == (200, "large", "accepts")
+        assert await sent("hard " * 9, tools=tools) == (200, "small", "confident")  # the large one takes no tools
+        refused = await gateway.chat(sound)  # type: ignore[arg-type]
+        error = (await refused.json())["error"]
+        assert (refused.status, error["code"]) == (400, "modality_not_accepted")
+        assert "audio" in error["message"]
+        assert (await gateway.chat(picture, model="small")).status == 200  # type: ignore[arg-type]  # pinned
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model":"auto","messages":[{"role":"user","content":NaN}]}'])
+async def test_a_bad_body_is_400_and_reaches_no_backend(start: StartGateway, body: bytes) -> None:
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
+        for path in ("chat/completions", "completions", "embeddings"):
+            answer = await gateway.session.post(f"{gateway.url}/v1/{path}", data=body)
+            assert (answer.status, (await answer.json())["error"]["code"]) == (400, "invalid_json")
+        assert not small.seen
+        assert not large.seen
+
+
+async def test_request_ids_are_passed_along_and_made_up(start: StartGateway) -> None:
+    body = {"model": "small", "messages": [{"role": "user", "content": "x"}]}
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
+
+        async def id_for(given: str) -> str:
+            headers = {"x-request-id": given, "traceparent": "00-ab-cd-01", "cookie": "secret"}
+            answer = await gateway.session.post(f"{gateway.url}/v1/chat/completions", json=body, headers=headers)
+            assert small.seen[-1].headers["x-request-id"] == answer.headers["x-request-id"]
+            return answer.headers["x-request-id"]
+
+        assert await id_for("mine-1.2:3") == "mine-1.2:3"
+        for odd in ("", "a b", "x" * 129, "é"):
+            assert (await id_for(odd)).startswith("req-")
+        assert small.seen[-1].headers["traceparent"] == "00-ab-cd-01"
+        assert "cookie" not in small.seen[-1].headers
+
+
+async def test_a_shares_coin_follows_the_traffic(start: StartGateway) -> None:
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
+
+        async def shares() -> dict[str, float]:
+            answer = await gateway.session.get(f"{gateway.admin}/admin/status")
+            return (await answer.json())["shares"]  # type: ignore[no-any-return]
+
+        for index in range(10):
+            await gateway.chat(f"easy {index}")
+        before = await shares()
+        assert before["small"] > 0.52
+        assert sum(before.values()) == pytest.approx(1.0, abs=1e-3)
+        for model in ("large", "small"):
+            await gateway.chat("easy", model=model)
+        body = {"model": "auto", "prompt": "easy"}
+        await gateway.session.post(f"{gateway.url}/v1/route", json=body)
+        assert await shares() == before  # neither pinned requests nor questions count
