@@ -46,6 +46,7 @@ class Cycle:
         self.message_event = asyncio.Event()
         self._expects_continue = expects_continue
         self._chunked = False
+        self._head = b""  # of the answer, until its first bytes go with it: a write is a system call
         self._left = 0  # of the answer's content-length
         self._bodiless = scope["method"] == "HEAD"
 
@@ -89,8 +90,7 @@ class Cycle:
             self._start(message["status"], message["headers"])
             return
         body, more = message.get("body", b""), message.get("more_body", False)
-        if not self._bodiless:
-            self._write(body, more)
+        self._write(body, more)
         if not more:
             self.response_complete = True
             self.message_event.set()
@@ -122,17 +122,21 @@ class Cycle:
             parts.append(b"connection: close\r\n")
         head = b"".join(parts)
         assert head.count(b"\n") == len(parts), "a line break in a header"
-        self.transport.write(head + b"\r\n")
+        self._head = head + b"\r\n"
 
     def _write(self, body: bytes, more: bool) -> None:
-        if self._chunked:
-            framed = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
-            self.transport.write(framed if more else framed + b"0\r\n\r\n")
-            return
-        if self.scope["http_version"] == "1.1" or self._left:
+        head, self._head = self._head, b""
+        if self._bodiless:
+            body = b""
+        elif self._chunked:
+            body = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            if not more:
+                body += b"0\r\n\r\n"
+        elif self.scope["http_version"] == "1.1" or self._left:
             self._left -= len(body)
             assert self._left >= 0, "an answer longer than its content-length"
-        self.transport.write(body)
+        if head or body:
+            self.transport.write(head + body)
 
 
 class Protocol(HttpToolsProtocol):
@@ -331,6 +335,7 @@ def uvicorn_config(application: Callable[..., Awaitable[None]], header_bytes: in
         ws="none",
         lifespan="off",
         access_log=False,
+        proxy_headers=False,
         log_config=None,
         log_level="warning",
         server_header=False,
