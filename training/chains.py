@@ -60,7 +60,7 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("small", 64, 2, 2200, 3e-3, (8.0, 4.0, 0.5), (0.8, 4)),  # chats from the start kept it from learning
+    Recipe("small", 64, 2, 4500, 3e-3, (8.0, 4.0, 0.15), (0.8, 4)),  # chats from the start kept it from learning
     Recipe("large", 192, 4, 700, 1.5e-3, TRAFFIC, (0.0, 8)),
 )
 
