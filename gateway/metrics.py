@@ -1,5 +1,7 @@
 """Every Prometheus metric of the gateway, declared once. Labels come from closed sets only."""
 
+from functools import cache
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -96,3 +98,8 @@ class Metrics:
         )
         self.config_reloads = Counter("gateway_config_reloads_total", "Config reloads", ["result"], registry=registry)
         Gauge("gateway_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
+        # A request touches a dozen children, and prometheus_client takes a lock to look one up. All but estimator_info
+        # keep their children for good, so they can be remembered.
+        for metric in vars(self).values():
+            if isinstance(metric, (Counter, Gauge, Histogram)) and metric is not self.estimator_info:
+                vars(metric)["labels"] = cache(metric.labels)
