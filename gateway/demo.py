@@ -1,7 +1,7 @@
 """The embedded demo: two small real language models, the gateway, and queries that show where each one goes and why.
 
-What is printed is measured while it runs. Every query is asked three times, each time sampled anew: routed, and pinned
-to either pool, which gives the rows to compare with.
+What is printed is measured while it runs. Every query is routed, and then asked of the pool that was not chosen, so
+that all rows of the table compare the same answers.
 """
 
 import argparse
@@ -85,9 +85,7 @@ async def _with_own_backends(options: argparse.Namespace) -> int:
     models = {name: await _served_model(name, url) for name, url in urls.items()}
     if models["small"] == models["large"]:
         raise ValueError(f"both servers serve the model {models['small']!r}; routing between them saves nothing")
-    settings = _config(
-        urls, models, options, "builtin", config.Routing().threshold
-    )
+    settings = _config(urls, models, options, "builtin", config.Routing().threshold)
     return await _serve_and_ask(settings, _questions(DATA / "general.jsonl", options.queries), options)
 
 
@@ -150,10 +148,13 @@ async def _ask_and_report(settings: Config, questions: Sequence[Question], url: 
         routed = dict(enumerate(shown))
         rest = {index: question for index, question in enumerate(questions) if index >= SHOWN}
         routed |= await _ask_all(session, url, rest, "auto", "routed")
-        everything = dict(enumerate(questions))
-        pinned = {name: await _ask_all(session, url, everything, name, f"all {name}") for name in settings.pools}
+        replies = {name: {i: reply for i, reply in routed.items() if reply.pool == name} for name in settings.pools}
+        for name, known in replies.items():
+            others = {index: question for index, question in enumerate(questions) if index not in known}
+            known |= await _ask_all(session, url, others, name, f"the others, {name}")
     outcomes = [
-        _outcome(settings, question, routed[i], {n: pinned[n][i] for n in pinned}) for i, question in everything.items()
+        _outcome(settings, question, routed[index].pool, {name: replies[name][index] for name in replies})
+        for index, question in enumerate(questions)
     ]
     print("\n" + demo_report.summary(outcomes))
     sample = json.dumps({"model": "auto", "messages": [{"role": "user", "content": questions[0].text}]})
@@ -161,20 +162,15 @@ async def _ask_and_report(settings: Config, questions: Sequence[Question], url: 
     print(f"Metrics:  curl -s {admin}/metrics | grep ^gateway_", flush=True)
 
 
-def _outcome(settings: Config, question: Question, routed: Reply, pinned: dict[str, Reply]) -> Outcome:
-    def right(reply: Reply) -> bool | None:
-        return None if question.answer is None else _final(reply.text) == question.answer
-
-    def cost(pool: str, reply: Reply) -> float:
-        return settings.pools[pool].cost * reply.tokens / 1000
-
+def _outcome(settings: Config, question: Question, pool: str, replies: dict[str, Reply]) -> Outcome:
     return Outcome(
         length=len(question.text),
-        pool=routed.pool,
-        right=right(routed),
-        cost=cost(routed.pool, routed),
-        pinned_right={name: right(reply) for name, reply in pinned.items()},
-        pinned_cost={name: cost(name, reply) for name, reply in pinned.items()},
+        pool=pool,
+        right={
+            name: None if question.answer is None else _final(reply.text) == question.answer
+            for name, reply in replies.items()
+        },
+        cost={name: settings.pools[name].cost * reply.tokens / 1000 for name, reply in replies.items()},
     )
 
 

@@ -1,7 +1,7 @@
 """The demo's figures: routed beside all small, all large, a coin and prompt length at the same share. Pure."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 RESAMPLES = 2_000
@@ -10,14 +10,12 @@ HEADER = f"{'query':<22} {'confidence':>10}  {'pool':<6} {'reason':<10} answer"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one query gave, routed and pinned to each pool. `right` is None where nobody knows."""
+    """What each pool made of one query, cheapest first, and which was chosen. `right` is None where nobody knows."""
 
     length: int  # of the prompt, in characters
     pool: str
-    right: bool | None
-    cost: float
-    pinned_right: dict[str, bool | None]
-    pinned_cost: dict[str, float]
+    right: dict[str, bool | None]
+    cost: dict[str, float]
 
 
 def row_start(query: str, confidence: float | None, pool: str, reason: str) -> str:
@@ -28,45 +26,35 @@ def row_start(query: str, confidence: float | None, pool: str, reason: str) -> s
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """A table; accuracy only where every answer could be judged."""
-    small, large = outcomes[0].pinned_cost
+    small, large = outcomes[0].cost
     share = sum(outcome.pool == large for outcome in outcomes) / len(outcomes)
     longest = longest_first(outcomes, round(share * len(outcomes)))
-    full_cost = _mean([outcome.pinned_cost[large] for outcome in outcomes])
-
-    def cost(pick: Callable[[int], float]) -> float:
-        return _mean([pick(index) for index in range(len(outcomes))]) / full_cost if full_cost else 0.0
-
-    def by_length(index: int) -> str:
-        return large if index in longest else small
-
-    rows = [
-        (f"all {small}", 0.0, cost(lambda i: outcomes[i].pinned_cost[small])),
-        (f"all {large}", 1.0, cost(lambda i: outcomes[i].pinned_cost[large])),
-        ("random, same share", share, cost(lambda i: _mixed(outcomes[i].pinned_cost, small, large, share))),
-        ("length, same share", share, cost(lambda i: outcomes[i].pinned_cost[by_length(i)])),
-        ("routed", share, cost(lambda i: outcomes[i].cost)),
+    full_cost = _mean([outcome.cost[large] for outcome in outcomes])
+    policies: list[tuple[str, float, list[float]]] = [  # name, share, and each query's weight on the large pool
+        (f"all {small}", 0.0, [0.0] * len(outcomes)),
+        (f"all {large}", 1.0, [1.0] * len(outcomes)),
+        ("random, same share", share, [share] * len(outcomes)),
+        ("length, same share", share, [float(index in longest) for index in range(len(outcomes))]),
+        ("routed", share, [float(outcome.pool == large) for outcome in outcomes]),
     ]
-    lines = [f"{len(outcomes)} queries"]
-    judged = all(outcome.right is not None for outcome in outcomes)
-    if not judged:
-        lines.append(f"{'':<20} {large + ' share':>12} {'cost':>8}")
-        lines += [f"{name:<20} {part:>12.0%} {price:>8.0%}" for name, part, price in rows]
-        return "\n".join(lines)
-    scores = [
-        [float(bool(outcome.pinned_right[small])) for outcome in outcomes],
-        [float(bool(outcome.pinned_right[large])) for outcome in outcomes],
-        [_mixed(_floats(outcome.pinned_right), small, large, share) for outcome in outcomes],
-        [float(bool(outcome.pinned_right[by_length(index)])) for index, outcome in enumerate(outcomes)],
-        [float(bool(outcome.right)) for outcome in outcomes],
-    ]
-    lines.append(f"{'':<20} {'accuracy':>9} {large + ' share':>12} {'cost':>8}")
-    for (name, part, price), right in zip(rows, scores, strict=True):
-        lines.append(f"{name:<20} {_mean(right):>9.1%} {part:>12.0%} {price:>8.0%}")
-    for name, other in (("random", scores[2]), ("length", scores[3])):
-        low, high = interval([mine - theirs for mine, theirs in zip(scores[4], other, strict=True)])
-        lines.append(
-            f"routed minus {name}: {_mean(scores[4]) - _mean(other):+.1%}, 95% interval {low:+.1%} to {high:+.1%}"
-        )
+
+    def expected(values: Sequence[dict[str, float]], weights: list[float]) -> list[float]:
+        return [(1 - w) * value[small] + w * value[large] for value, w in zip(values, weights, strict=True)]
+
+    judged = all(None not in outcome.right.values() for outcome in outcomes)
+    costs = [outcome.cost for outcome in outcomes]
+    rights = [{name: float(bool(value)) for name, value in outcome.right.items()} for outcome in outcomes]
+    lines = [f"{len(outcomes)} queries", f"{'':<20}{' accuracy' * judged:>10} {large + ' share':>12} {'cost':>8}"]
+    for name, part, weights in policies:
+        accuracy = f"{_mean(expected(rights, weights)):.1%}" if judged else ""
+        price = _mean(expected(costs, weights)) / full_cost if full_cost else 0.0
+        lines.append(f"{name:<20}{accuracy:>10} {part:>12.0%} {price:>8.0%}")
+    if judged:
+        routed = expected(rights, policies[-1][2])
+        for name, weights in (("random", policies[2][2]), ("length", policies[3][2])):
+            differences = [mine - other for mine, other in zip(routed, expected(rights, weights), strict=True)]
+            low, high = interval(differences)
+            lines.append(f"routed minus {name}: {_mean(differences):+.1%}, 95% interval {low:+.1%} to {high:+.1%}")
     return "\n".join(lines)
 
 
@@ -82,15 +70,6 @@ def interval(differences: Sequence[float], seed: int = 0) -> tuple[float, float]
     chance = random.Random(seed)
     means = sorted(_mean(chance.choices(differences, k=len(differences))) for _ in range(RESAMPLES))
     return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
-
-
-def _mixed(values: dict[str, float], small: str, large: str, share: float) -> float:
-    """The expectation of a coin that calls the large pool with probability `share`."""
-    return (1 - share) * values[small] + share * values[large]
-
-
-def _floats(values: dict[str, bool | None]) -> dict[str, float]:
-    return {name: float(bool(value)) for name, value in values.items()}
 
 
 def _mean(values: Sequence[float]) -> float:
