@@ -11,7 +11,6 @@ from tests.gateway.backend import FakeVllm
 from tests.gateway.conftest import Running, StartGateway
 
 Message = dict[str, Any]
-EASY, HARD = "easy " * 20, "hard " * 20  # whatever stands before them
 
 
 def user(text: Any) -> Message:
@@ -192,42 +191,53 @@ async def turn(gateway: Running, turns: list[Message], text: str | Message, **fi
     return answer.headers["x-depo-pool"], answer.headers["x-depo-reason"]
 
 
+# Under `difficulty` a predicted quality lies between 0 and 1, so these thresholds decide and not the estimator.
+EASY: dict[str, Any] = {"model": "auto-0"}
+HARD: dict[str, Any] = {"model": "auto-1"}
+BY_THRESHOLD = {"rule": "difficulty"}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_conversation_keeps_its_pool_and_moves_up(start: StartGateway, stream: bool) -> None:
-    async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], routing=BY_THRESHOLD) as gateway:
+
+        async def say(turns: list[Message], text: str, how: dict[str, Any]) -> tuple[str, str]:
+            return await turn(gateway, turns, text, stream=stream, **how)
+
         turns: list[Message] = []
-        assert await turn(gateway, turns, "easy sum", stream=stream) == ("small", "confident")
-        assert await turn(gateway, turns, "easy number", stream=stream) == ("small", "sticky")
+        assert await say(turns, "sum", EASY) == ("small", "confident")
+        assert await say(turns, "number", EASY) == ("small", "sticky")
         fork = list(turns)
-        assert await turn(gateway, turns, HARD, stream=stream) == ("large", "unsure")
-        assert await turn(gateway, turns, "easy thanks", stream=stream) == ("large", "sticky")
-        assert await turn(gateway, fork, "easy again", stream=stream) == ("small", "sticky")
-        assert await turn(gateway, [], "easy thanks", stream=stream) == ("small", "confident")
-        shots = [user(HARD), assistant("nobody said this")]
-        assert await turn(gateway, shots, EASY, stream=stream) == ("small", "confident")
+        assert await say(turns, "theorem", HARD) == ("large", "unsure")
+        assert await say(turns, "thanks", EASY) == ("large", "sticky")
+        assert await say(fork, "again", EASY) == ("small", "sticky")
+        assert await say([], "theorem", HARD) == ("large", "unsure")
+        assert await say([user("theorem"), assistant("nobody said this")], "thanks", EASY) == ("small", "confident")
 
 
 async def test_a_tool_loop_does_not_move(start: StartGateway) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": assistant(None, "call-1")["tool_calls"]}
-    async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], routing=BY_THRESHOLD) as gateway:
         turns: list[Message] = []
         small.script.body = json.dumps({"choices": [{"index": 0, "message": call}]}).encode()
-        assert await turn(gateway, turns, HARD, model="auto-0") == ("small", "confident")
-        assert await turn(gateway, turns, tool("call-1")) == ("small", "sticky")  # alone it would be unsure
-        assert await turn(gateway, turns, HARD) == ("large", "unsure")
+        assert await turn(gateway, turns, "theorem", **EASY) == ("small", "confident")
+        assert await turn(gateway, turns, tool("call-1"), **HARD) == ("small", "sticky")  # alone it would be unsure
+        assert await turn(gateway, turns, "theorem", **HARD) == ("large", "unsure")
 
 
 async def test_stickiness_can_be_turned_off(start: StartGateway) -> None:
-    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], routing={"sticky": False}) as gateway:
+    routing = {**BY_THRESHOLD, "sticky": False}
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], routing=routing) as gateway:
         turns: list[Message] = []
-        assert await turn(gateway, turns, "hard theorem") == ("large", "unsure")
-        assert await turn(gateway, turns, "easy", model="auto-0.1") == ("small", "confident")
+        assert await turn(gateway, turns, "theorem", **HARD) == ("large", "unsure")
+        assert await turn(gateway, turns, "sum", **EASY) == ("small", "confident")
 
 
 async def test_a_known_conversation_is_not_explored(start: StartGateway) -> None:
-    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], routing={"explore": 1.0}) as gateway:
+    routing = {**BY_THRESHOLD, "explore": 1.0}
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], routing=routing) as gateway:
         turns: list[Message] = []
-        pool, reason = await turn(gateway, turns, "easy")
+        pool, reason = await turn(gateway, turns, "sum", **EASY)
         assert reason == "explore"
-        for _ in range(6):
-            assert await turn(gateway, turns, "easy thanks") == (pool, "sticky")
+        for _ in range(8):
+            assert await turn(gateway, turns, "thanks", **EASY) == (pool, "sticky")
