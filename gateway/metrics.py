@@ -98,8 +98,8 @@ class Metrics:
         )
         self.config_reloads = Counter("gateway_config_reloads_total", "Config reloads", ["result"], registry=registry)
         Gauge("gateway_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
-        # A request touches a dozen children, and prometheus_client takes a lock to look one up. These are never cleared,
-        # so they can be remembered.
+        # A request touches a dozen children, and prometheus_client takes a lock to look one up. These are never
+        # cleared, so they can be remembered.
         for metric in vars(self).values():
             if isinstance(metric, (Counter, Histogram)) or metric is self.in_flight:
                 vars(metric)["labels"] = cache(metric.labels)
