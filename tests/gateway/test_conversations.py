@@ -237,7 +237,7 @@ async def test_a_known_conversation_is_not_explored(start: StartGateway) -> None
     routing = {**BY_THRESHOLD, "explore": 1.0}
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large], routing=routing) as gateway:
         turns: list[Message] = []
-        pool, reason = await turn(gateway, turns, "sum", **EASY)
-        assert reason == "explore"
+        assert await turn(gateway, turns, "sum", model="small") == ("small", "pinned")
         for _ in range(8):
-            assert await turn(gateway, turns, "thanks", **EASY) == (pool, "sticky")
+            assert await turn(gateway, turns, "thanks", **EASY) == ("small", "sticky")
+        assert (await turn(gateway, [], "sum", **EASY))[1] == "explore"
