@@ -207,6 +207,14 @@ def load(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime, dict[st
     return runtime, columns
 
 
+def usual_shares(runtime: Runtime, pools: tuple[str, ...], rule: str, threshold: float) -> dict[str, float]:
+    """Each pool's share of the calls on the prompts that the checkpoint was calibrated with; {} where it can't say."""
+    if len(runtime.pools) != 2 or len(pools) != 2 or rule not in runtime.calibration.curves:
+        return {}
+    large = runtime.calibration.large_share(rule, threshold)
+    return {pools[0]: 1.0 - large, pools[1]: large}
+
+
 def _columns(runtime: Runtime, pools: tuple[str, ...], by_order: bool) -> dict[str, int]:
     """By name; the shipped checkpoint, which is nobody's own, by order; a policy's one score is the cheapest pool's."""
     known = runtime.pools

@@ -82,7 +82,9 @@ async def serve(
         opened.pop_all()  # from here on the servers close them
     upstream = Upstream(settings.timeouts.connect_s)
     budget = pools.RetryBudget(settings.retries.budget, settings.retries.per_second)
-    gateway = Gateway(live, metrics, upstream, budget)
+    routing, runtime = settings.routing, live.scorer.runtime
+    shares = scoring.usual_shares(runtime, tuple(settings.pools), routing.rule, routing.threshold)
+    gateway = Gateway(live, metrics, upstream, budget, shares=shares)
     gateway.idle.set()
     _show(gateway)
     tasks = _Tasks(gateway)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import gateway
 from estimator import checkpoint
 from estimator.calibration import Calibration, Platt, Stage
 from estimator.runtime import Runtime
@@ -410,3 +411,12 @@ async def test_on_overload_decides_when_no_stage_answers(start: StartGateway, ti
         assert {answer.headers["x-depo-reason"] for answer in answers} == {"overload"}
         assert {answer.headers["x-depo-pool"] for answer in answers} == expected
         assert all("x-depo-confidence" not in answer.headers for answer in answers)
+
+
+def test_the_overload_coin_starts_at_the_calibrations_share() -> None:
+    runtime = Runtime.load(Path(gateway.__file__).parent / "demo_data" / "estimator")
+    low = scoring.usual_shares(runtime, ("a", "b"), "gain", 0.3)
+    high = scoring.usual_shares(runtime, ("a", "b"), "gain", 0.95)
+    assert 0 < low["b"] < high["b"] < 1
+    assert low["a"] + low["b"] == pytest.approx(1)
+    assert scoring.usual_shares(runtime, ("a", "b", "c"), "gain", 0.5) == {}
