@@ -126,6 +126,9 @@ def examples_of(rows: Sequence[Row], pools: Pools, balance: float = 0.0) -> list
     for model in (model for models in pools.models for model in models):
         if model not in known:
             raise ValueError(f"no row has an outcome of {model!r}; the table knows {_some(sorted(known))}")
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        kinds.setdefault(row.source, set()).add(row.group)
     merged: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         merged.setdefault((key_of(row.question), row.context), []).append(row)
@@ -137,7 +140,8 @@ def examples_of(rows: Sequence[Row], pools: Pools, balance: float = 0.0) -> list
         tokens = {
             n: _mean(m, [row.token_confidence for row in same]) for n, m in zip(pools.names, pools.models, strict=True)
         }
-        group = f"{same[0].source}/{same[0].group}" if same[0].group else ""
+        # a source's only group tells nothing of its own: its questions are not kept together
+        group = f"{same[0].source}/{same[0].group}" if len(kinds[same[0].source]) > 1 and same[0].group else ""
         sources.append(same[0].source)
         examples.append(Example(same[0].question, quality, tokens, 1.0, group, same[0].context))
     if not examples:

@@ -20,6 +20,7 @@ def test_the_last_user_turn_is_the_prompt_and_the_rest_its_context() -> None:
     messages: list[dict[str, object]] = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "first"},
+        {"role": "tool", "content": "an earlier tool result"},
         {"role": "assistant", "content": "answer"},
         {"role": "user", "content": [{"type": "text", "text": "second"}, {"type": "image_url", "image_url": {}}]},
         {"role": "assistant", "content": None, "tool_calls": []},

@@ -69,10 +69,15 @@ def test_rows_of_the_same_question_become_one_example(tmp_path: Path) -> None:
     assert len(examples) == 2
     assert examples[0].quality == {"small": 0.5, "large": 0.625}  # a: (1 + 0) / 2; large: b 0.25 and c 1
     assert examples[1].quality == {"small": None, "large": 1.0}
-    assert examples[0].group == "t/sums"
+    assert [example.group for example in examples] == ["t/sums", ""]
     t_NK, d_NK = labels(examples, ("small", "large"))
     assert np.isnan(t_NK).tolist() == [[False, False], [True, False]]
     assert d_NK[0, 0] == 0.9
+
+
+def test_a_group_that_is_its_whole_source_is_none(tmp_path: Path) -> None:
+    read = read_tables([table(tmp_path / "t.jsonl", GOOD, {**GOOD, "question": "else"})])
+    assert [example.group for example in examples_of(read, parse_pools(["p=a"]))] == ["", ""]
 
 
 def test_sources_can_be_kept_from_drowning_each_other(tmp_path: Path) -> None:
