@@ -1,6 +1,6 @@
 """The openai client against the gateway: nothing changes but the address and the model's name.
 
-    python examples/client.py http://127.0.0.1:8000/v1
+python examples/client.py http://127.0.0.1:8000/v1
 """
 
 import sys

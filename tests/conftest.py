@@ -1,12 +1,16 @@
 """Small real parts that many tests share: a two-layer BERT, and a checkpoint fitted to tell easy prompts from hard ones."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
 
-WORDS = ("easy hard small large what is the sum of one two three prove theorem hello thanks again please why how "
-         "question about user assistant model answer number").split()  # fmt: skip
+WORDS = re.findall(
+    r"\w+",
+    "easy hard small large what is the sum of one two three prove theorem hello thanks again "
+    "please why how question about user assistant model answer number",
+)
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +21,15 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *letters, *(f"##{letter}" for letter in letters if letter.isalnum())]
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *WORDS,
+        *letters,
+        *(f"##{letter}" for letter in letters if letter.isalnum()),
+    ]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # type: ignore[call-arg]
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -64,5 +76,7 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
             learner.step_items(items[start : start + 50])
     straight = Stage((Platt(), Platt()), (Platt(), Platt()))
     place = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    export.write(place, model, tokenizer, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {})
+    export.write(
+        place, model, tokenizer, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {}
+    )
     return place

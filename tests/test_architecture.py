@@ -1,4 +1,4 @@
-"""Arrows point one way: gateway -> estimator <- training. No cycles, no relative imports, and serving needs no torch."""
+"""Arrows point one way, gateway -> estimator <- training; no cycles; serving needs no torch."""
 
 import ast
 import subprocess

@@ -45,7 +45,7 @@ class Running:
 
 
 def settings(small: list[FakeVllm], large: list[FakeVllm], checkpoint: Path, /, **sections: Any) -> dict[str, Any]:
-    """The plain values of a gateway.yaml; `sections` replaces whole sections, `small` and `large` pool keys included."""
+    """The plain values of a gateway.yaml; `sections` adds whole sections, and to the pools `small` and `large`."""
     pools = {
         "small": {"model": "org/small-1b", "cost": 1, "backends": [{"url": item.url} for item in small]},
         "large": {"model": "org/large-9b", "cost": 5, "backends": [{"url": item.url + "/v1"} for item in large]},
@@ -86,7 +86,7 @@ async def running(raw: dict[str, Any], path: Path | None = None) -> AsyncIterato
 StartGateway = Callable[..., contextlib.AbstractAsyncContextManager[Running]]
 
 
-@pytest.fixture()
+@pytest.fixture
 def start(tiny_checkpoint: Path) -> StartGateway:
     """`async with start([small], [large], routing={...}) as gateway`."""
 
