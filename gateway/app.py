@@ -245,14 +245,15 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], config: Co
     if int(headers.get(b"content-length", b"0")) > limit:
         raise too_large
     parts, size = [], 0
+    limits = config.timeouts
+    until = time.monotonic() + limits.total_s
     while True:
         try:
-            async with asyncio.timeout(config.timeouts.idle_s):
+            async with asyncio.timeout(min(limits.idle_s, until - time.monotonic())):
                 message = await receive()
         except TimeoutError:
-            raise ApiError(
-                408, f"The body stopped coming for {config.timeouts.idle_s:g} s.", "body_timeout", headers=close
-            ) from None
+            why = f"The body stopped coming for {limits.idle_s:g} s, or took longer than {limits.total_s:g} s."
+            raise ApiError(408, why, "body_timeout", headers=close) from None
         if message["type"] == "http.disconnect":
             raise ApiError(CLIENT_GONE, "The client hung up.", "client_gone")
         part = message.get("body", b"")

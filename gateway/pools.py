@@ -15,6 +15,7 @@ from gateway.upstream import Upstream, UpstreamError
 
 HEALTH_INTERVAL_SECONDS = 2.0
 HEALTH_TIMEOUT_SECONDS = 5.0
+MISSES_TO_GO_DOWN = 2
 FAILURES_TO_OPEN = 3  # in a row
 OPEN_SECONDS = 2.0  # doubled with every failed trial, up to:
 LONGEST_OPEN_SECONDS = 30.0
@@ -36,6 +37,7 @@ class Backend:
     in_flight: int = 0
     up: bool = True
     failures: int = 0
+    missed: int = 0  # health checks without an answer in a row
     opened: int = 0  # trials failed in a row
     open_until: float = 0.0
     state: int = CLOSED
@@ -194,17 +196,32 @@ async def check_all(pools: Mapping[str, Pool], upstream: Upstream) -> None:
 
 
 async def _check(backend: Backend, upstream: Upstream) -> None:
-    up = False
+    """One health check. A server may be too busy to answer one in time: only the second miss in a row takes it down."""
     try:
         async with asyncio.timeout(HEALTH_TIMEOUT_SECONDS):
-            # /health is vLLM's, llama.cpp's and SGLang's; a server without it is up if it lists its models.
-            for path in ("/health", "/v1/models"):
-                reply = await upstream.send("GET", backend.url + path, backend.headers, None)
-                await reply.read()
-                up = reply.status == 200
-                if reply.status not in (404, 405):
-                    break
-    except (UpstreamError, TimeoutError):
-        up = False
+            up = await _healthy(backend, upstream)
+    except TimeoutError:
+        backend.missed += 1
+        up = backend.up and backend.missed < MISSES_TO_GO_DOWN
+    else:
+        backend.missed = 0
     if up != backend.up:
         backend.set_up(up)
+
+
+async def _healthy(backend: Backend, upstream: Upstream) -> bool:
+    # /health is vLLM's, llama.cpp's and SGLang's; a server without it is healthy if it lists its models.
+    for path in ("/health", "/v1/models"):
+        try:
+            reply = await upstream.send("GET", backend.url + path, backend.headers, None)
+        except UpstreamError:
+            return False
+        try:
+            await reply.read()
+        except UpstreamError:
+            return False
+        finally:
+            reply.close()
+        if reply.status not in (404, 405):
+            break
+    return reply.status == 200

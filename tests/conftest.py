@@ -1,4 +1,4 @@
-"""Small real parts that many tests share: a two-layer BERT, and a checkpoint fitted to tell easy prompts from hard ones."""
+"""Small real parts that many tests share: a two-layer BERT, and a checkpoint that tells easy prompts from hard ones."""
 
 import random
 import re

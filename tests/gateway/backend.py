@@ -47,6 +47,7 @@ class Script:
     reset_after_events: int | None = None
     stop_after_events: int | None = None  # a clean end of the body without [DONE]
     healthy: bool = True
+    health_s: float = 0.0  # before a health check is answered
     repeat: int | None = None  # after so many model requests the script becomes `then`
     then: "Script | None" = None
 
@@ -79,7 +80,7 @@ class FakeVllm:
 
     async def wait_for(self, condition: Callable[[], bool], seconds: float = 5.0) -> bool:
         until = time.monotonic() + seconds
-        while not condition() and time.monotonic() < until:
+        while not condition() and time.monotonic() < until:  # noqa: ASYNC110  any fact of a test's
             await asyncio.sleep(0.01)
         return condition()
 
@@ -110,6 +111,7 @@ class FakeVllm:
             writer.close()
 
     async def _probe(self, request: Seen, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(self.script.health_s)
         body = b"" if request.path == "/health" else json.dumps({"data": [{"id": self.model}]}).encode()
         writer.write(_head(200 if self.script.healthy else 503, {"content-length": str(len(body))}) + body)
         await writer.drain()

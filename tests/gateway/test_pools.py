@@ -9,6 +9,7 @@ from gateway import pools
 from gateway.config import BackendConfig, PoolConfig
 from gateway.metrics import Metrics
 from gateway.pools import Backend, NoSlotError, Pool, RetryBudget
+from gateway.upstream import Upstream
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import StartGateway
 
@@ -189,6 +190,24 @@ async def test_health_checks_take_a_backend_out_and_back(start: StartGateway, mo
         small.script = Script()
         assert await gateway.settles("gateway_backend_up", 1, backend=small.url)
         assert (await gateway.chat()).headers["x-depo-pool"] == "small"
+
+
+async def test_one_health_check_that_goes_unanswered_is_forgiven() -> None:
+    metrics = Metrics("test")
+    upstream = Upstream(connect_s=2)
+    async with FakeVllm(script=Script(health_s=5)) as slow:
+        found = Backend(slow.url, {}, metrics)
+        one = {"small": Pool("small", PoolConfig("model", (BackendConfig(slow.url),)), (found,))}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pools, "HEALTH_TIMEOUT_SECONDS", 0.1)
+            await pools.check_all(one, upstream)
+            assert found.up
+            await pools.check_all(one, upstream)
+            assert not found.up
+        slow.script = Script()
+        await pools.check_all(one, upstream)
+        assert found.up
+        await upstream.close()
 
 
 async def test_a_backend_that_starts_later_is_found(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
