@@ -1,0 +1,83 @@
+"""What scoring a prompt costs on one core: preparing, the cheap stage, the full stage, alone and in batches.
+
+    python benchmarks/routing_speed.py --out benchmarks/results/routing_speed.md
+
+CPU seconds, not wall seconds, so that a busy machine does not count; the best of five rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+
+from estimator import checkpoint
+from estimator.runtime import Runtime
+from training.measure import table
+
+SHORT = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="builtin", help="a checkpoint (%(default)s)")
+    parser.add_argument("--out", type=Path, help="the Markdown file to write (default: stdout)")
+    args = parser.parse_args()
+    started = time.process_time()
+    runtime = Runtime.load(checkpoint.resolve(args.checkpoint))
+    load = time.process_time() - started
+    texts = {"short": SHORT, "longer than max_tokens": SHORT * 20, "4 MB": SHORT * 40_000}
+    rows = []
+    for name, text in texts.items():
+        prepared = runtime.prepare(text)
+        cells = [
+            milliseconds(lambda text=text: runtime.prepare(text), 100),
+            milliseconds(lambda prepared=prepared: runtime.cheap([prepared]), 200),
+            milliseconds(lambda prepared=prepared: runtime.score([prepared]), 40),
+            milliseconds(lambda prepared=prepared: runtime.score([prepared] * 8), 10) / 8,
+        ]
+        rows.append(
+            [name, len(prepared.ids), *(f"{cell:.2f}" for cell in cells), f"{1000 / (cells[0] + cells[2]):.0f}"]
+        )
+    header = ("prompt", "tokens", "prepare ms", "cheap ms", "full ms", "full in eights ms", "prompts/s, one core")
+    text = (
+        "# What scoring costs\n\n"
+        f"`python benchmarks/routing_speed.py --out benchmarks/results/routing_speed.md`; {processor()}, one thread,"
+        f" onnxruntime {onnxruntime.__version__}, checkpoint {runtime.version}, loaded in {load:.2f} s of CPU."
+        " CPU time, best of five rounds.\n\n" + table(rows, header) + "\n"
+    )
+    if args.out is None:
+        sys.stdout.write(text)
+    else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+def milliseconds(work: Callable[[], object], times: int) -> float:
+    """CPU milliseconds a call, the best of five rounds."""
+    rounds = []
+    for _ in range(5):
+        started = time.process_time()
+        for _ in range(times):
+            work()
+        rounds.append((time.process_time() - started) / times * 1000)
+    return min(rounds)
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
