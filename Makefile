@@ -28,11 +28,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -c constraints.txt -e '.[demo]'
+	@echo "installing what serving and the demo need into $(VENV) (once)"
+	@$(PIP) -c constraints.txt -e '.[demo]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -c constraints.txt torch
+	@echo "installing torch and the development tools into $(VENV) (once)"
+	@$(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.demo
 
