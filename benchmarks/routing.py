@@ -20,14 +20,14 @@ import torch
 from tqdm import tqdm
 
 from estimator import calibration
-from estimator.learner import Learner
+from estimator.learner import Learner, LearnerConfig
 from estimator.model import ModelConfig, collate, create
 from estimator.text import TextConfig, prepare
 from training.calibrate import calibrate
 from training.data import Row, examples_of, labels, parse_pools, read_table
 from training.evaluate import scores_of
 from training.fit import FitConfig, cross_fit, foldings_of, fresh
-from training.measure import Array, Measured, apgr, apgr_table, at_thresholds, measure, table
+from training.measure import Array, Measured, apgr, apgr_table, at_thresholds, measure, routing_scores, table
 
 SOURCES = ("mmlu_mixtral_gpt4", "gsm8k_mixtral_gpt4", "gsm8k_many_models", "math_l5_many_models")
 MIXTRAL_GPT4 = ["small=mistralai/Mixtral-8x7B-Instruct-v0.1", "large=gpt-4-1106-preview"]
@@ -35,6 +35,14 @@ FAMILIES = {
     "Llama-3.1 8B/70B": ["small=Meta-Llama-3.1-8B-Instruct", "large=Meta-Llama-3.1-70B-Instruct"],
     "Qwen2 7B/72B": ["small=Qwen2-7B-Instruct", "large=Qwen2-72B-Instruct"],
     "gemma-2 2b/9b": ["small=gemma-2-2b-it", "large=gemma-2-9b-it"],
+}
+NO_TERMS: Mapping[str, float] = {}
+TERMS = {
+    "advantage + distillation (the default)": NO_TERMS,
+    "+ gain": {"gain_weight": 1.0},
+    "+ ranking at a tenth of the paper's weight": {"ranking_weight": 0.1},
+    "+ ranking at the paper's weight": {"ranking_weight": 1.0},
+    "+ both": {"ranking_weight": 1.0, "gain_weight": 1.0},
 }
 PAPER = (0.3, 0.5, 0.7, 0.75)  # the paper's thresholds
 GAIN = (0.7, 0.8, 0.85, 0.9, 0.95)  # gain's confidence is a loss forgone: its scale is another
@@ -56,6 +64,7 @@ def main() -> int:
     ]
     for name in SOURCES[:2]:
         parts += [f"## {name}", *comparison(tables[name], embedded)]
+    parts += ["## The terms of the loss", *(losses(name, tables[name], embedded["cls"]) for name in SOURCES[:2])]
     parts.append("## The paper's routing table")
     parts.append(
         "Trained and measured on the named source alone. `coin` is the quality of sending prompts to the large model at"
@@ -74,8 +83,8 @@ def main() -> int:
     return 0
 
 
-def start(pooling: str) -> tuple[Learner, FitConfig]:
-    config = FitConfig()
+def start(pooling: str, terms: Mapping[str, float] = NO_TERMS) -> tuple[Learner, FitConfig]:
+    config = FitConfig(LearnerConfig(**terms))
     torch.manual_seed(config.seed)
     model, tokenizer = create(ModelConfig(("small", "large"), TextConfig(pooling=pooling)))
     return Learner(model, tokenizer, config.learner), config
@@ -99,12 +108,16 @@ def embed(questions: Sequence[str]) -> Mapping[str, Mapping[str, torch.Tensor]]:
 
 
 def held_out(
-    rows: Sequence[Row], pools: Sequence[str], embedded: Mapping[str, torch.Tensor], pooling: str
+    rows: Sequence[Row],
+    pools: Sequence[str],
+    embedded: Mapping[str, torch.Tensor],
+    pooling: str,
+    terms: Mapping[str, float] = NO_TERMS,
 ) -> tuple[list[dict[str, Array]], Array, Array, int]:
     """([stage -> calibrated held-out quality (N, K)] by folding, observed (N, K), prompt lengths (N,), epochs)."""
     parsed = parse_pools(list(pools))
     examples = examples_of(rows, parsed)
-    first, config = start(pooling)
+    first, config = start(pooling, terms)
     items = first.items(examples, embeddings=[embedded[example.prompt] for example in examples])
     held, epochs = cross_fit(
         lambda: fresh(first.model, first.tokenizer, config.learner), items, foldings_of(examples, config), config
@@ -133,6 +146,20 @@ def comparison(rows: Sequence[Row], embedded: Mapping[str, Mapping[str, torch.Te
         scores["gain (full, mean pooling)"] = scores_of({"full": mean["full"]}, length)["gain (full)"]
         lines += [f"{name} held out:", apgr_table(measure(scores, small, large))]
     return lines
+
+
+def losses(title: str, rows: Sequence[Row], embedded: Mapping[str, torch.Tensor]) -> str:
+    """APGR of both rules with each set of terms; every one stopped where its own held-out loss is least."""
+    lines = []
+    for name, terms in TERMS.items():
+        by_folding, observed, _, epochs = held_out(rows, MIXTRAL_GPT4, embedded, "cls", terms)
+        cells = []
+        for quality in by_folding:
+            scores = routing_scores(quality["full"])
+            cells += [f"{apgr(scores[rule], *observed.T):.3f}" for rule in ("gain", "difficulty")]
+        lines.append((name, *cells, epochs))
+    header = ["terms", "gain", "difficulty", "gain, groups held out", "difficulty, groups held out"]
+    return f"{title}, APGR:\n\n" + table(lines, (*header[: len(lines[0]) - 1], "epochs"))
 
 
 def paper_table(

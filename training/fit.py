@@ -134,13 +134,19 @@ def train(
         for start in range(0, len(examples), 512):
             items += learner.items(examples[start : start + 512])
             progress.update(len(items) - progress.n)
-    held, epochs = cross_fit(
-        lambda: fresh(model, tokenizer, config.learner), items, foldings_of(examples, config), config
-    )
-    learner.fit_statistics(items)
-    order = np.random.default_rng([config.seed, config.folds])
-    for _ in tqdm(range(epochs), desc="fit on everything", unit="epoch", disable=None):
-        epoch(learner, items, config.batch_size, order)
+    threads = torch.get_num_threads()
+    if not config.learner.train_layers:
+        torch.set_num_threads(1)  # steps on known embeddings are too small to share: threads would wait for each other
+    try:
+        held, epochs = cross_fit(
+            lambda: fresh(model, tokenizer, config.learner), items, foldings_of(examples, config), config
+        )
+        learner.fit_statistics(items)
+        order = np.random.default_rng([config.seed, config.folds])
+        for _ in tqdm(range(epochs), desc="fit on everything", unit="epoch", disable=None):
+            epoch(learner, items, config.batch_size, order)
+    finally:
+        torch.set_num_threads(threads)
     return learner, held, epochs
 
 
@@ -178,6 +184,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train the encoder's last so many layers (%(default)s)",
     )
     parser.add_argument(
+        "--ranking-weight", type=float, default=learner.ranking_weight, help="1: the paper's ranking term (%(default)s)"
+    )
+    parser.add_argument("--gain-weight", type=float, default=learner.gain_weight, help="of the gain term (%(default)s)")
+    parser.add_argument(
         "--balance", type=float, default=0.0, help="0: every question counts alike, 1: every source (%(default)s)"
     )
     parser.add_argument("--folds", type=int, default=fitting.folds, help="%(default)s")
@@ -190,9 +200,10 @@ def run(args: argparse.Namespace) -> int:
     checkpoint.ensure_free(args.out)
     pools = parse_pools(args.pools)
     text = TextConfig(pooling=args.pooling, max_tokens=args.max_tokens)
-    config = FitConfig(
-        LearnerConfig(train_layers=args.train_layers), folds=args.folds, max_epochs=args.max_epochs, seed=args.seed
+    learning = LearnerConfig(
+        train_layers=args.train_layers, ranking_weight=args.ranking_weight, gain_weight=args.gain_weight
     )
+    config = FitConfig(learning, folds=args.folds, max_epochs=args.max_epochs, seed=args.seed)
     rows = read_tables(args.outcomes)
     examples = examples_of(rows, pools, args.balance)
     torch.manual_seed(config.seed)

@@ -79,7 +79,7 @@ def test_fit_is_deterministic_by_seed(places: dict[str, Path], tmp_path: Path) -
 
 
 def test_fit_trains_the_encoder_too(places: dict[str, Path], tmp_path: Path) -> None:
-    trained = ("--train-layers", "1", "--max-epochs", "2")
+    trained = ("--train-layers", "1", "--max-epochs", "2", "--ranking-weight", "1", "--gain-weight", "1")
     assert fit(places["first"], places["encoder"], tmp_path / "deep", *trained) == 0
     manifest = checkpoint.load_manifest(tmp_path / "deep")
     assert manifest.base.trained
