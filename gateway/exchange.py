@@ -220,14 +220,15 @@ def _order(decision: Decision, candidates: Eligible) -> list[str]:
 
 
 def _goes_up(live: Live, query: Query, exchange: Exchange, order: list[str]) -> bool:
-    """Whether a backend found the prompt too long and the next pool has a longer context."""
+    """Whether a backend found the prompt too long and a dearer pool follows, not known to have as short a context."""
     if exchange.status != 400 or not TOO_LONG.search(exchange.body):
         return False
     after = order.index(exchange.pool.name) + 1
-    if after >= len(order):
+    names = list(live.pools)
+    if after >= len(order) or names.index(order[after]) < names.index(exchange.pool.name):
         return False
     here, there = exchange.pool.config.context_tokens, live.pools[order[after]].config.context_tokens
-    return here is not None and (there is None or there > here)
+    return here is None or there is None or there > here
 
 
 def _unavailable(order: list[str], failure: str) -> ApiError:

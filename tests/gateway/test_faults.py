@@ -317,3 +317,8 @@ async def test_a_prompt_too_long_for_small_goes_up(start: StartGateway) -> None:
             assert await gateway.metric("gateway_circuit_state") == 0
         async with start([small], [large], small={"context_tokens": 1000}, large={"context_tokens": 1000}) as gateway:
             assert (await gateway.chat("easy")).status == 400  # no more room there
+        async with start([small], [large]) as gateway:  # nobody said how much either holds: it is worth a try
+            assert (await gateway.chat("easy")).headers["x-depo-reason"] == "context"
+            large.script, small.script = small.script, Script()
+            answer = await gateway.chat("hard")  # and never down to a cheaper one
+            assert (answer.status, answer.headers["x-depo-pool"]) == (400, "large")
