@@ -40,7 +40,7 @@ GROUPS = 10  # from so many groups on, whole groups are held out as well
 class FitConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     folds: int = 5
-    max_epochs: int = 60
+    max_epochs: int = 200  # a narrow domain takes 150, exam questions 5 to 15
     patience: int = 5  # epochs without a better held-out loss before all folds stop
     batch_size: int = 128
     seed: int = 0
