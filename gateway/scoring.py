@@ -97,7 +97,7 @@ class Scorer:
         if left <= 0:
             return self._cheap(prepared, "deadline")
         running = self._running.get(name)
-        if running is None and len(self._jobs) * self._seconds_per_prompt > self.deadline_s:
+        if running is None and len(self._running) * self._seconds_per_prompt > self.deadline_s:
             return self._cheap(prepared, "queue")
         if running is None:
             running = self._submit(name, prepared)
