@@ -17,6 +17,8 @@ TRIES = 6
 FIRST_WAIT_SECONDS = 0.5  # doubled each time, 15 s in all: a backend may restart meanwhile
 Messages = Sequence[Mapping[str, Any]]
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
+SIMPLEST: Messages = ({"role": "user", "content": "1+1="},)
+ALIVE_SECONDS = 60.0
 
 
 class BackendFailed(Exception):
@@ -61,11 +63,20 @@ async def outcome(
     reference: str,
     sampling: Sampling,
 ) -> Outcome | str:
-    """k completions, graded; or the server's words where it refuses this one prompt."""
+    """k completions, graded; or the server's words where it refuses, or keeps failing at, this one prompt.
+
+    Raises:
+        BackendFailed: it does not answer the simplest chat either.
+    """
 
     async def ask(count: int) -> list[Mapping[str, Any]] | str:
         async with gate:
-            status, answer = await post(session, backend, body_of(backend, messages, sampling, count))
+            try:
+                status, answer = await post(session, backend, body_of(backend, messages, sampling, count))
+            except BackendFailed as failure:
+                if not await answers(session, backend):
+                    raise
+                return str(failure)
         return answer["choices"] if status == 200 else f"{status} {error_text(answer)}"
 
     sizes = [sampling.k] if backend.many else [1] * sampling.k
@@ -129,21 +140,36 @@ async def connect(
 
 
 async def probe(session: aiohttp.ClientSession, backend: Backend, sampling: Sampling) -> Backend:
-    """The backend with what it takes, found by one short request: n at all, log-probabilities at all."""
-    short = Sampling(sampling.k, sampling.temperature, 1, sampling.grade)
-    messages = [{"role": "user", "content": "1+1="}]
+    """The backend with what it takes, found by one short request: n at all, log-probabilities at all.
+
+    It asks for as many tokens as the prompts will: a limit beyond the server's context shows now, not at each prompt.
+    """
     words = ""
     for logprobs in (True, False):
         for many in (True, False) if sampling.k > 1 else (True,):
             trial = Backend(backend.pool, backend.url, backend.model, backend.headers, many, logprobs)
             count = sampling.k if many else 1
-            status, answer = await post(session, trial, body_of(trial, messages, short, count))
+            status, answer = await post(session, trial, body_of(trial, SIMPLEST, sampling, count))
             if status == 200 and len(answer["choices"]) == count:
                 return trial
             words = (
                 f"{status} {error_text(answer)}" if status != 200 else f"{len(answer['choices'])} choices for {count}"
             )
     raise BackendFailed(f"{backend.pool}: {backend.url} does not complete a chat: {words}")
+
+
+async def answers(session: aiohttp.ClientSession, backend: Backend) -> bool:
+    """Whether the simplest chat is answered now. A server that only lists its models may be failing at every chat."""
+    body = {"model": backend.model, "messages": list(SIMPLEST), "max_tokens": 1}
+    limit = aiohttp.ClientTimeout(total=ALIVE_SECONDS)
+    try:
+        async with session.post(
+            f"{backend.url}/v1/chat/completions", json=body, headers=backend.headers, timeout=limit
+        ) as response:
+            await response.read()
+            return response.status == 200
+    except (aiohttp.ClientError, TimeoutError):
+        return False
 
 
 async def post(session: aiohttp.ClientSession, backend: Backend, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -157,7 +183,7 @@ async def post(session: aiohttp.ClientSession, backend: Backend, body: Mapping[s
                 f"{backend.url}/v1/chat/completions", json=body, headers=backend.headers
             ) as response:
                 if response.status in BUSY:
-                    words = f"answers {response.status}"
+                    words = f"answers {response.status} {_said(await response.read())}".rstrip()
                     continue
                 answer = await response.json(content_type=None)
                 if response.status in (401, 403):
@@ -168,6 +194,16 @@ async def post(session: aiohttp.ClientSession, backend: Backend, body: Mapping[s
         except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError) as error:
             words = f"fails ({error or type(error).__name__})"
     raise BackendFailed(f"{backend.pool}: {backend.url} {words}, {TRIES} times in a row")
+
+
+def _said(body: bytes) -> str:
+    """What an error's body says, "" where that is nothing."""
+    text = body.decode("utf-8", "replace").strip()
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        return error_text(text)
+    return error_text(answer) if answer else ""
 
 
 def error_text(answer: Any) -> str:

@@ -2,25 +2,24 @@
 
 A row is written, whole and synced, when every pool has answered its prompt; so the file is a resumable record of what
 is done, and the same command goes on after Ctrl-C, a crash or a backend's death. Rows are keyed by the model's name as
-its server gives it. Nothing here imports torch.
+its server gives it, and how they were drawn stands beside the table (resume.py). Nothing here imports torch.
 """
 
 import argparse
 import asyncio
-import fcntl
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import aiohttp
 from tqdm import tqdm
 
-from training.backends import Backend, BackendFailed, Outcome, Sampling, connect, mean, outcome
+from training.backends import Backend, BackendFailed, Outcome, Sampling, connect, outcome
+from training.resume import json_lines, key_of, outcome_file
 from training.rewards import VERIFIERS, verifier
 
 
@@ -58,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; 1 where a backend failed or the user interrupted. ValueError for the user's mistakes."""
+    """Exit code 0; 1 where a backend failed, refused every prompt, or the user interrupted. ValueError for mistakes."""
     if args.k < 1 or args.concurrency < 1 or args.max_tokens < 1 or args.temperature < 0:
         raise ValueError("--k, --concurrency and --max-tokens must be at least 1 and --temperature at least 0")
     sampling = Sampling(args.k, args.temperature, args.max_tokens, verifier(args.verifier))
@@ -67,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"--backends {pool}={url}: a URL begins with http:// or https://")
     prompts = read_prompts(args.prompts)
+    if args.out.exists() and args.out.samefile(args.prompts):
+        raise ValueError(f"--out {args.out} is the prompts file; give --out another file")
     try:
-        asyncio.run(_collect(urls, args, prompts, sampling))
+        return asyncio.run(_collect(urls, args, prompts, sampling))
     except BackendFailed as error:
         kept = f"; what is collected stays in {args.out}, the same command goes on" if args.out.exists() else ""
         print(f"{error}{kept}", file=sys.stderr)
@@ -76,12 +77,11 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; {args.out} stays, the same command goes on", file=sys.stderr)
         return 1
-    return 0
 
 
 async def _collect(
     urls: Mapping[str, str], args: argparse.Namespace, prompts: Sequence[Prompt], sampling: Sampling
-) -> None:
+) -> int:
     async with aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=600, sock_connect=5), connector=aiohttp.TCPConnector(limit=0)
     ) as session:
@@ -97,26 +97,50 @@ async def _collect(
                 f"two backends call their model {names[0]!r}, and rows are keyed by that: "
                 "start one under another name (vLLM: --served-model-name, llama.cpp: --alias)"
             )
-        with outcome_file(args.out) as (file, done):
-            check_same_models(args.out, done, names)
+        settings = {
+            "k": args.k,
+            "temperature": args.temperature,
+            "verifier": args.verifier,
+            "max_tokens": args.max_tokens,
+            "models": sorted(names),
+        }
+        refusals: dict[str, list[str]] = {}
+        sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+
+        def count(row: Mapping[str, Any]) -> None:
+            for name, rate in row["correct"].items():
+                sums[name] += rate
+                counts[name] += 1
+
+        def rates(digits: int) -> dict[str, str]:
+            return {name: f"{sums[name] / counts[name]:.{digits}f}" for name in names if counts[name]}
+
+        with outcome_file(args.out, settings) as (file, done):
             missing = [prompt for prompt in prompts if prompt.key not in done]
-            passed = {name: [row["correct"][name] for row in done.values() if name in row["correct"]] for name in names}
-            bar = tqdm(
-                total=len(prompts), initial=len(prompts) - len(missing), unit="prompt", disable=not sys.stderr.isatty()
-            )
-            with bar:
-                async for row in outcomes(session, backends, missing, sampling, args.concurrency):
+            for row in done.values():
+                count(row)
+            begun = len(prompts) - len(missing)
+            with tqdm(total=len(prompts), initial=begun, unit="prompt", disable=not sys.stderr.isatty()) as bar:
+                async for row in outcomes(session, backends, missing, sampling, args.concurrency, refusals):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
-                    for name, rate in row["correct"].items():
-                        passed[name].append(rate)
+                    count(row)
                     bar.update()
-                    bar.set_postfix({name: f"{mean(rates):.2f}" for name, rates in passed.items() if rates})
-    rates_text = ", ".join(f"{name} {mean(rates):.3f} of {len(rates)}" for name, rates in passed.items() if rates)
+                    if not bar.disable:
+                        bar.set_postfix(rates(2), refresh=False)
+    for name, words in refusals.items():
+        some = f"{len(words)} of {len(prompts)} prompts, for instance"
+        print(f"{name} refused {some if counts[name] else 'every prompt'}: {words[0]}", file=sys.stderr)
+    unknown = [name for name in names if not counts[name]]
+    if unknown:
+        print(f"{args.out} has no outcome of {', '.join(unknown)}: there is nothing to fit", file=sys.stderr)
+        return 1
+    rates_text = ", ".join(f"{name} {rate} of {counts[name]}" for name, rate in rates(3).items())
     pools_text = " ".join(f"{backend.pool}={backend.model}" for backend in backends)
     print(f"{args.out}: pass rates {rates_text}")
     print(f"next: depo-train fit --outcomes {args.out} --pools {pools_text} --out DIR")
+    return 0
 
 
 async def outcomes(
@@ -125,11 +149,14 @@ async def outcomes(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     concurrency: int,
+    refusals: dict[str, list[str]],
 ) -> AsyncIterator[dict[str, Any]]:
-    """Rows as they are done, in no order. A prompt that every backend refuses gives no row."""
+    """Rows as they are done, in no order. A prompt that every backend refuses gives no row.
+
+    `refusals` takes the words of each model's refusals as they come.
+    """
     gates = {backend.pool: asyncio.Semaphore(concurrency) for backend in backends}
     waiting = iter(prompts)
-    refusals: dict[str, list[str]] = {}
 
     async def row_of(prompt: Prompt) -> dict[str, Any] | None:
         async with asyncio.TaskGroup() as group:
@@ -171,8 +198,6 @@ async def outcomes(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-    for name, messages in refusals.items():
-        print(f"{name} refused {len(messages)} prompts, for instance: {messages[0]}", file=sys.stderr)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -199,60 +224,6 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return list(prompts.values())
-
-
-def key_of(row: Mapping[str, Any]) -> str:
-    """What makes two rows the same prompt."""
-    return json.dumps(row["question"] if "question" in row else row["messages"], sort_keys=True)
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers from 1 and objects; blank lines are skipped. ValueError names file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: must be a JSON object")
-            yield number, record
-
-
-@contextmanager
-def outcome_file(path: Path) -> Iterator[tuple[IO[str], dict[str, dict[str, Any]]]]:
-    """The table opened for appending, ours alone, and its rows by prompt; a line torn by a crash is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another collect is writing {path}") from None
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
-        rows = {}
-        for number, row in json_lines(path):
-            if not isinstance(row.get("correct"), dict) or not ("question" in row or "messages" in row):
-                raise ValueError(f"{path}, line {number}: not a row of an outcome table; give --out a new file")
-            rows[key_of(row)] = row
-        yield file, rows
-
-
-def check_same_models(path: Path, done: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
-    """ValueError where a table was begun with other models."""
-    strangers = {name for row in done.values() for name in row["correct"]} - set(names)
-    if strangers:
-        raise ValueError(
-            f"{path} was collected from {', '.join(sorted(strangers))}, not from {', '.join(names)}: "
-            "give --out another file, or the same servers"
-        )
 
 
 def pairs(flag: str, items: Sequence[str], allowed: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -142,7 +142,9 @@ def test_a_server_without_n_or_logprobs_is_asked_one_by_one(prompts: Path, tmp_p
     out = tmp_path / "out.jsonl"
     with server(plain) as one, server(always("7"), ("b",)) as two:
         assert command("--prompts", prompts, "--backends", f"s={one.url}", f"l={two.url}", "--out", out, "--k", 3) == 0
-    assert sum("n" not in body and "logprobs" not in body and body["max_tokens"] > 1 for body in one.bodies) == 30
+    assert (
+        sum("n" not in body and "logprobs" not in body and body["max_tokens"] > 1 for body in one.bodies) == 30 + 1
+    )  # and the probe
     assert all(set(row["token_confidence"]) == {"b"} for row in table(out).values())
 
 
@@ -203,7 +205,92 @@ def test_a_prompt_that_one_server_refuses_has_no_label_there(
     rows = table(out)
     assert set(rows["3+0="]["correct"]) == {"b"}
     assert set(rows["4+0="]["correct"]) == {"model-a", "b"}
-    assert "model-a refused 1 prompts, for instance: 400 too long" in capsys.readouterr().err
+    assert "model-a refused 1 of 10 prompts, for instance: 400 too long" in capsys.readouterr().err
+
+
+def test_a_prompt_that_always_fails_is_counted_as_refused(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def choking(body: dict[str, Any], calls: int) -> tuple[int, dict[str, Any]]:
+        if body["messages"][0]["content"] in ("3+0=", "5+0="):
+            return 500, {"error": {"message": "out of\nmemory"}}
+        return (0, {}) if body["messages"][0]["content"] == "7+0=" else always("7")(body, calls)
+
+    out = tmp_path / "out.jsonl"
+    with server(choking) as small, server(always("7"), ("b",)) as large:
+        words = ("--backends", f"s={small.url}", f"l={large.url}", "--out", out, "--concurrency", 1)
+        assert command("--prompts", prompts, *words) == 0
+    rows = table(out)
+    assert len(rows) == 10
+    assert [name for name, row in rows.items() if "model-a" not in row["correct"]] == ["3+0=", "5+0=", "7+0="]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("model-a refused 3 of 10 prompts, for instance: s: http")
+    assert line.endswith("answers 500 out of memory, 6 times in a row")
+
+
+def test_a_server_that_refuses_every_prompt_ends_in_1(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(body: dict[str, Any], calls: int) -> tuple[int, dict[str, Any]]:
+        refused = body["messages"][0]["content"] != backends.SIMPLEST[0]["content"]
+        return (400, {"error": {"message": "no"}}) if refused else always("7")(body, calls)
+
+    out = tmp_path / "out.jsonl"
+    with server(full) as small, server(always("7"), ("b",)) as large:
+        words = ("--prompts", prompts, "--backends", f"s={small.url}", f"l={large.url}", "--out", out)
+        for message in ("model-a refused every prompt: 400 no\n", ""):  # the second time there is nothing left to ask
+            assert command(*words) == 1
+            said = capsys.readouterr()
+            assert said.out == ""
+            assert said.err == f"{message}{out} has no outcome of model-a: there is nothing to fit\n"
+
+
+def test_the_probe_asks_for_as_many_tokens_as_the_prompts(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(body: dict[str, Any], calls: int) -> tuple[int, dict[str, Any]]:
+        return (400, {"error": {"message": "too many"}}) if body["max_tokens"] > 99 else always("7")(body, calls)
+
+    with server(short) as small:
+        words = ("--prompts", prompts, "--backends", f"s={small.url}", "--out", tmp_path / "out.jsonl")
+        assert command(*words, "--max-tokens", 100) == 1
+        assert "does not complete a chat: 400 too many" in capsys.readouterr().err
+        assert command(*words, "--max-tokens", 99) == 0
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_the_prompts_file_is_not_written_over(prompts: Path, tmp_path: Path, link: bool) -> None:
+    prompts.write_text(prompts.read_text().rstrip("\n"))
+    before = prompts.read_bytes()
+    out = tmp_path / "link.jsonl" if link else prompts
+    if link:
+        out.symlink_to(prompts)
+    with server(always("7")) as small, pytest.raises(ValueError, match=r"is the prompts file; give --out another file"):
+        command("--prompts", prompts, "--backends", f"s={small.url}", "--out", out)
+    assert prompts.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        (("--k", 2), "with k 8, not 2"),
+        (("--temperature", 0.5), "with temperature 1.0, not 0.5"),
+        (("--verifier", "exact"), "with verifier number, not exact"),
+        (("--max-tokens", 9), "with max_tokens 512, not 9"),
+    ],
+)
+def test_rows_drawn_in_another_way_are_not_mixed_in(
+    prompts: Path, tmp_path: Path, words: tuple[object, ...], difference: str
+) -> None:
+    out = tmp_path / "out.jsonl"
+    with server(always("7")) as small:
+        first = ("--prompts", prompts, "--backends", f"s={small.url}", "--out", out)
+        assert command(*first) == 0
+        before = out.read_bytes()
+        with pytest.raises(ValueError, match=f"was collected {difference}: give --out another file"):
+            command(*first, *words)
+        assert out.read_bytes() == before
+        assert command(*first) == 0
 
 
 def test_no_server_is_one_clear_line(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +315,7 @@ def test_models_are_named_where_they_must_be(prompts: Path, tmp_path: Path) -> N
         with pytest.raises(ValueError, match="two backends call their model 'a'"):
             command(*words, "--backends", f"s={both.url}", f"l={one.url}", "--model", "s=a")
         assert command(*words, "--backends", f"s={both.url}", f"l={one.url}", "--model", "s=b") == 0
-        with pytest.raises(ValueError, match=r"was collected from b, not from a:"):
+        with pytest.raises(ValueError, match=r"was collected from a, b, not from a:"):
             command(*words, "--backends", f"s={one.url}")
 
 
@@ -268,13 +355,6 @@ def test_prompts_are_read_once_each_whichever_form_they_have(tmp_path: Path) -> 
     first, second = collect.read_prompts(path)
     assert first.messages == ({"role": "user", "content": "x"},)
     assert (second.reference, second.row) == ("3", {"messages": chat["messages"], "group": "g"})
-
-
-def test_two_collects_do_not_write_one_file(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    twice = pytest.raises(ValueError, match="another collect is writing")
-    with collect.outcome_file(path), twice, collect.outcome_file(path):
-        pass
 
 
 def test_requests_in_flight_stay_within_the_limit(tmp_path: Path, prompts: Path) -> None:
