@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +67,8 @@ def read_table(path: Path) -> Iterator[Row]:
 def _row(line: str, place: str, stem: str) -> Row:
     try:
         raw = json.loads(line)
+    except RecursionError:
+        raise ValueError(f"{place}: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{place}: not JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -80,12 +81,26 @@ def _row(line: str, place: str, stem: str) -> Row:
         raise ValueError(f"{place}: a row needs question (text) or messages (a list)")
     if not question.strip():
         raise ValueError(f"{place}: the question is empty")
-    question = question.encode("utf-8", "replace").decode()  # a lone surrogate would crash the tokenizer
     correct = _labels(raw.get("correct"), place, "correct")
     if not correct:
         raise ValueError(f"{place}: correct must name at least one model")
     token_confidence = _labels(raw.get("token_confidence", {}), place, "token_confidence")
-    return Row(question, context, correct, token_confidence, str(raw.get("group", "")), str(raw.get("source", stem)))
+    group, source = (_name(raw.get(name), place, name) for name in ("group", "source"))
+    return Row(_clean(question), _clean(context), correct, token_confidence, group, source or stem)
+
+
+def _clean(text: str) -> str:
+    """Without lone surrogates, which would crash the tokenizer."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _name(raw: Any, place: str, field: str) -> str:
+    """A group's or source's name; "" where there is none."""
+    if raw is None:
+        return ""
+    if not isinstance(raw, str | int | float):
+        raise ValueError(f"{place}: {field} must be a text or a number")
+    return _clean(str(raw))
 
 
 def _labels(raw: Any, place: str, name: str) -> dict[str, float]:
@@ -95,8 +110,9 @@ def _labels(raw: Any, place: str, name: str) -> dict[str, float]:
     for model, value in raw.items():
         if value is None:
             continue
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
-            raise ValueError(f"{place}: {name} of {model!r} is {value!r}, not a number between 0 and 1")
+        if not isinstance(value, int | float) or not 0 <= value <= 1:  # NaN is not, either
+            said = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+            raise ValueError(f"{place}: {name} of {model!r} is {said}, not a number between 0 and 1")
         labels[model] = float(value)
     return labels
 

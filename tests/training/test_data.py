@@ -38,6 +38,10 @@ def test_a_row_of_either_form_is_read(tmp_path: Path) -> None:
         ({"question": "x", "correct": {"a": 1.5}}, "t.jsonl:2: correct of 'a' is 1.5"),
         ({"question": "x", "correct": {"a": "1"}}, "t.jsonl:2: correct of 'a' is '1'"),
         ('{"question": "x", "correct": {"a": NaN}}', "t.jsonl:2: correct of 'a' is nan"),
+        ({"question": "x", "correct": {"a": 10**400}}, r"t.jsonl:2: correct of 'a' is 10{39}\.\.\., not a number"),
+        ('{"question": "x", "correct": {"a": ' + "9" * 5_000 + "}}", "t.jsonl:2: not JSON: "),
+        ('{"question": ' + "[" * 100_000, "t.jsonl:2: nested too deeply"),
+        ({"question": "x", "correct": {"a": 1}, "group": ["g"]}, "t.jsonl:2: group must be a text or a number"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, bad: object, message: str) -> None:
@@ -56,6 +60,15 @@ def test_a_table_without_rows_is_a_mistake(tmp_path: Path) -> None:
 def test_a_lone_surrogate_does_not_reach_the_tokenizer(tmp_path: Path) -> None:
     (row,) = read_table(table(tmp_path / "t.jsonl", '{"question": "a\\ud800b", "correct": {"a": 1}}'))
     assert row.question == "a?b"
+    turns = [{"role": "user", "content": "\ud800"}, {"role": "user", "content": "\udfff!"}]
+    (row,) = read_table(table(tmp_path / "t.jsonl", {"messages": turns, "correct": {"a": 1}, "group": "\ud800"}))
+    assert (row.context, row.question, row.group) == ("?", "?!", "?")
+
+
+def test_null_is_no_name(tmp_path: Path) -> None:
+    numbered, unnamed = {**GOOD, "group": 3, "source": 7}, {**GOOD, "group": None, "source": None}
+    rows = read_table(table(tmp_path / "t.jsonl", numbered, unnamed))
+    assert [(row.group, row.source) for row in rows] == [("3", "7"), ("", "t")]
 
 
 def test_rows_of_the_same_question_become_one_example(tmp_path: Path) -> None:
