@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -15,6 +17,11 @@ COMMANDS = {
     "fit": ("training.fit", "fit an estimator to outcome tables"),
     "calibrate": ("training.calibrate", "set probabilities and thresholds for targets, as a new checkpoint"),
     "evaluate": ("training.evaluate", "measure a checkpoint's routing against random and prompt length"),
+}
+# command -> what it imports beyond the base install
+NEEDS = {
+    "fit": ("torch", "transformers", "onnx", "onnxscript"),
+    "evaluate": ("matplotlib",),
 }
 
 
@@ -30,10 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="depo-train", description="Learn to route: outcomes in, estimators out.")
     parser.add_argument("--version", action="version", version=f"depo-train {version('depo-gateway')}")
+    meant = next((word for word in arguments if not word.startswith("-")), "")
+    missing = [module for module in NEEDS.get(meant, ()) if importlib.util.find_spec(module) is None]
+    if missing:
+        names = ", ".join(missing)
+        print(f"depo-train {meant}: needs {names}; install it: pip install 'depo-gateway[training]'", file=sys.stderr)
+        return 2
+    _quiet_libraries()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name in arguments:  # only the command that may be meant is imported
+        if name == meant:  # the others' imports would only cost time
             importlib.import_module(module).add_arguments(command)
     args = parser.parse_args(arguments)
     try:
@@ -44,6 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 1
     return code
+
+
+def _quiet_libraries() -> None:
+    """Only errors of the libraries that load encoders: no retries, load reports or, in a log, progress bars.
+
+    Whoever sets these variables has their way. To be called before the libraries are imported.
+    """
+    for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _sentence(error: ValueError | OSError) -> str:
