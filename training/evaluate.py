@@ -8,6 +8,8 @@ Shapes: N prompts, K pools cheapest first, H = 2K outputs.
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import json
 import os
 import sys
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from estimator import calibration, checkpoint
 from estimator.checkpoint import Manifest
+from estimator.records import Example
 from estimator.runtime import Runtime
 from training.data import Pools, Row, examples_of, key_of, labels, parse_pools, read_tables
 from training.measure import (
@@ -31,12 +34,14 @@ from training.measure import (
     apgr_table,
     at_thresholds,
     calibration_error,
+    centred,
     measure,
     routing_scores,
     share_curve,
     table,
 )
 
+FINGERPRINTS = 16_384  # a checkpoint remembers so many of the questions it was fitted on: 170 KiB
 REPORT_JSON, REPORT_MD, CURVE, SCORES = "report.json", "report.md", "curve.png", "scores.jsonl"
 
 
@@ -55,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     examples = examples_of(rows, pools)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; give a directory")
+    fitted = fitted_share(examples, runtime.manifest)
+    warn_of_fitted("evaluate", fitted)
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys((row.question, row.context) for row in rows))
     place = {prompt: index for index, prompt in enumerate(prompts)}
@@ -73,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint": runtime.version,
         "outcomes": [str(path) for path in args.outcomes],
         "pools": dict(zip(pools.names, pools.models, strict=True)),
+        "fitted_share": fitted,
         "all": report_of(quality, observed, length, runtime.pools),
     }
     names = sorted(set(sources.tolist()))
@@ -100,6 +108,37 @@ def pools_of(specifications: Sequence[str] | None, manifest: Manifest) -> Pools:
     if pools.names != manifest.pools and not alone:
         raise ValueError(f"the checkpoint's pools are {', '.join(manifest.pools)}, not {', '.join(pools.names)}")
     return pools
+
+
+def fingerprints(examples: Sequence[Example]) -> str:
+    """Base64 of 8 bytes of each question's sha256, sorted. Of many questions the lowest, which are a fair sample."""
+    hashes = sorted({_fingerprint(example) for example in examples})
+    return base64.b64encode(b"".join(hashes[:FINGERPRINTS])).decode()
+
+
+def fitted_share(examples: Sequence[Example], manifest: Manifest) -> float | None:
+    """The share of examples whose question the checkpoint was fitted on; None if it doesn't say which those are."""
+    stored = manifest.metrics.get("fitted_on")
+    if not isinstance(stored, str):
+        return None
+    data = base64.b64decode(stored)
+    fitted = {data[start : start + 8] for start in range(0, len(data), 8)}
+    last = max(fitted) if len(fitted) >= FINGERPRINTS else b"\xff" * 8  # beyond it nothing was stored
+    known = [found for found in map(_fingerprint, examples) if found <= last]
+    return sum(found in fitted for found in known) / len(known) if known else None
+
+
+def warn_of_fitted(command: str, share: float | None) -> None:
+    """One line on stderr if some of the prompts are those the checkpoint was fitted on."""
+    if share:
+        sys.stderr.write(
+            f"depo-train {command}: the checkpoint was fitted on {share:.1%} of these prompts, and looks better on"
+            " those than it is; use others\n"
+        )
+
+
+def _fingerprint(example: Example) -> bytes:
+    return hashlib.sha256(key_of(example.prompt).encode()).digest()[:8]
 
 
 def logits_of(runtime: Runtime, prompts: Sequence[tuple[str, str]], batch_size: int = 32) -> tuple[Array, Array]:
@@ -134,8 +173,18 @@ def write_scores(
             file.write(json.dumps(scores, ensure_ascii=False) + "\n")
 
 
-def report_of(quality: Mapping[str, Array], observed: Array, length: Array, pools: tuple[str, ...]) -> dict[str, Any]:
-    """The figures of one set of prompts: stage -> calibrated quality (N, K), against observed (N, pools asked for)."""
+def report_of(
+    quality: Mapping[str, Array],
+    observed: Array,
+    length: Array,
+    pools: tuple[str, ...],
+    folds: NDArray[np.int64] | None = None,
+    groups: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The figures of one set of prompts: stage -> calibrated quality (N, K), against observed (N, pools asked for).
+
+    `folds` (N,) of a cross-fit at random: scores are centred by fold. `groups` (N,): intervals resample whole groups.
+    """
     complete = ~np.isnan(observed).any(1)
     report: dict[str, Any] = {
         "prompts": len(observed),
@@ -150,7 +199,12 @@ def report_of(quality: Mapping[str, Array], observed: Array, length: Array, pool
     observed, length = observed[complete], length[complete]
     quality = {stage: q[complete] for stage, q in quality.items()}
     small, large = observed[:, 0], observed[:, -1]
-    measured = measure(scores_of(quality, length), small, large)
+    scores = scores_of(quality, length, None if folds is None else folds[complete])
+    numbers = None
+    if groups is not None:
+        names, numbers = np.unique(np.array(groups, dtype=object).astype(str)[complete], return_inverse=True)
+        report["groups"] = len(names)
+    measured = measure(scores, small, large, groups=numbers)
     report |= {
         "small_quality": float(small.mean()),
         "large_quality": float(large.mean()),
@@ -165,12 +219,12 @@ def report_of(quality: Mapping[str, Array], observed: Array, length: Array, pool
     return report
 
 
-def scores_of(quality: Mapping[str, Array], length: Array) -> dict[str, Array]:
-    """Routing scores by name: length, then every rule in both stages."""
+def scores_of(quality: Mapping[str, Array], length: Array, folds: NDArray[np.int64] | None = None) -> dict[str, Array]:
+    """Routing scores by name: length, then every rule in both stages; these centred by fold if folds are given."""
     scores = {"length": length}
     for stage, quality_NK in quality.items():
         for rule, score in sorted(routing_scores(quality_NK).items(), reverse=True):
-            scores[f"{rule} ({stage})"] = score
+            scores[f"{rule} ({stage})"] = score if folds is None else centred(score, folds)
     return scores
 
 
@@ -178,6 +232,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     """report.md: what report.json says, for reading."""
     lines = [f"# Routing of checkpoint {report['checkpoint']}", ""]
     lines += [f"- {name}: {', '.join(models)}" for name, models in report["pools"].items()]
+    fitted = report["fitted_share"]
+    known = "It was fitted on unknown prompts" if fitted is None else f"It was fitted on {fitted:.1%} of these prompts"
+    lines.append(f"- {known}; on what it was fitted on it looks better than it is." if fitted != 0 else f"- {known}.")
     parts = {"All prompts": report["all"], **{f"Source {n}": part for n, part in report.get("sources", {}).items()}}
     for title, part in parts.items():
         lines += [

@@ -29,11 +29,11 @@ from estimator.text import POOLINGS, TextConfig
 from estimator.vocabulary import narrowed
 from training.calibrate import calibrate
 from training.data import examples_of, folds_of, key_of, labels, parse_pools, read_tables
-from training.evaluate import finite, report_of
+from training.evaluate import fingerprints, finite, report_of
 from training.measure import Array, Measured, apgr_table
 
 HELD_OUT = ("questions", "groups")  # names of foldings_of's foldings
-GROUPS = 10  # from so many groups on, whole groups are held out as well
+FEW_EXAMPLES, FEW_GROUPS = 50, 10  # with fewer, fit says that its figures are worth little
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +68,42 @@ def epoch(learner: Learner, items: Sequence[Item], batch_size: int, order: np.ra
 
 
 def foldings_of(examples: Sequence[Example], config: FitConfig) -> list[NDArray[np.int64]]:
-    """Ways to hold out (N,): every question once, and, if the table has many groups, every group once.
+    """Ways to hold out (N,): every question once, and, if the table has groups, every group once.
 
-    The first tells how questions like the known ones will fare, the second those of a kind never seen.
+    The first tells how questions like the known ones will fare, the second those of a kind never seen. Where there are
+    fewer groups than folds, each group is a fold.
     """
-    questions = [key_of(example.prompt) for example in examples]
-    groups = [example.group or question for example, question in zip(examples, questions, strict=True)]
-    foldings = [folds_of(questions, config.folds, config.seed)]
-    if len({example.group for example in examples if example.group}) >= GROUPS:
-        foldings.append(folds_of(groups, config.folds, config.seed))
+    foldings = [folds_of([key_of(example.prompt) for example in examples], config.folds, config.seed)]
+    if any(example.group for example in examples):
+        groups = groups_of(examples)
+        foldings.append(folds_of(groups, min(config.folds, len(set(groups))), config.seed))
     return foldings
+
+
+def groups_of(examples: Sequence[Example]) -> list[str]:
+    """What is held out together: an example's group, or, if it has none, the question."""
+    return [example.group or key_of(example.prompt) for example in examples]
+
+
+def reports_of(
+    examples: Sequence[Example], held: Sequence[Held], calibrated: calibration.Calibration, config: FitConfig
+) -> dict[str, dict[str, Any]]:
+    """By HELD_OUT's names: how held-out prompts are routed. Question folds are centred, group folds resampled whole."""
+    observed, _ = labels(examples, calibrated.pools)
+    length = np.array([len(example.prompt) for example in examples], float)
+    reports = {}
+    for name, one, folds in zip(HELD_OUT, held, foldings_of(examples, config), strict=False):
+        quality = {stage: apply(calibrated.stages[stage], getattr(one, stage))[0] for stage in STAGES}
+        by_group = name == "groups"
+        reports[name] = report_of(
+            quality,
+            observed,
+            length,
+            calibrated.pools,
+            folds=None if by_group else folds,
+            groups=groups_of(examples) if by_group else None,
+        )
+    return reports
 
 
 def cross_fit(
@@ -87,21 +113,22 @@ def cross_fit(
     least: (held-out predictions by folding, epochs).
     """
     sides = []
-    for folds in foldings:
+    for folding, folds in enumerate(foldings):
         for fold in range(int(folds.max()) + 1):
             train = [item for item, f in zip(items, folds, strict=True) if f != fold]
             learner = start()
             learner.fit_statistics(train)
-            sides.append((learner, train, np.flatnonzero(folds == fold), np.random.default_rng([config.seed, fold])))
+            order = np.random.default_rng([config.seed, fold])
+            sides.append((folding, learner, train, np.flatnonzero(folds == fold), order))
     best: tuple[list[Held], int] = ([], 0)
     best_loss = np.inf
-    pools = len(sides[0][0].model.config.pools)
+    pools = len(sides[0][1].model.config.pools)
     with tqdm(total=config.max_epochs, desc="fit", unit="epoch", disable=None) as progress:
         for number in range(1, config.max_epochs + 1):
             held = [Held(*np.zeros((2, len(items), pools, 2))) for _ in foldings]
-            for index, (learner, train, rows, order) in enumerate(sides):
+            for folding, learner, train, rows, order in sides:
                 epoch(learner, train, config.batch_size, order)
-                into = held[index * len(foldings) // len(sides)]
+                into = held[folding]
                 into.full[rows], into.cheap[rows] = learner.predict([items[i] for i in rows.tolist()])
             loss = sum(held_out_loss(one.full, items) for one in held) / len(held)
             progress.update()
@@ -195,6 +222,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=fitting.seed, help="%(default)s")
 
 
+def ensure_sensible(config: FitConfig, balance: float) -> None:
+    """Raise ValueError for numbers that nothing can be fitted with."""
+    for name, value, least in (
+        ("--max-epochs", config.max_epochs, 1),
+        ("--folds", config.folds, 2),
+        ("--balance", balance, 0),
+    ):
+        if not least <= value < np.inf:
+            raise ValueError(f"{name} is {value}; it must be {least} or more")
+
+
 def run(args: argparse.Namespace) -> int:
     """The command `depo-train fit`."""
     checkpoint.ensure_free(args.out)
@@ -204,6 +242,7 @@ def run(args: argparse.Namespace) -> int:
         train_layers=args.train_layers, ranking_weight=args.ranking_weight, gain_weight=args.gain_weight
     )
     config = FitConfig(learning, folds=args.folds, max_epochs=args.max_epochs, seed=args.seed)
+    ensure_sensible(config, args.balance)
     rows = read_tables(args.outcomes)
     examples = examples_of(rows, pools, args.balance)
     torch.manual_seed(config.seed)
@@ -216,36 +255,40 @@ def run(args: argparse.Namespace) -> int:
     t_NK, d_NK = labels(examples, pools.names)
     weights = np.array([example.weight for example in examples])
     calibrated = calibrate(held[0].full, held[0].cheap, t_NK, d_NK, weights, pools.names)
-    length = np.array([len(example.prompt) for example in examples], float)
-    reports = {
-        name: report_of(
-            {stage: apply(calibrated.stages[stage], getattr(one, stage))[0] for stage in STAGES},
-            t_NK,
-            length,
-            pools.names,
-        )
-        for name, one in zip(HELD_OUT, held, strict=False)
-    }
+    reports = reports_of(examples, held, calibrated, config)
     metrics = {
         "models": dict(zip(pools.names, pools.models, strict=True)),
         "examples": len(examples),
         "epochs": epochs,
         "held_out": finite(reports),
+        "fitted_on": fingerprints(examples),
     }
     with learner.averaged() as fitted:
         manifest = export.write(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
     told = [outcome(name, report) for name, report in reports.items()]
+    told.append("Probabilities and curves are calibrated on the held-out questions.\n")
     sys.stdout.write("".join(told) + f"{args.out}: checkpoint {manifest.version}\n")
     return 0
 
 
 def outcome(name: str, report: Mapping[str, Any]) -> str:
-    """What the command prints: how prompts were routed by models that had not seen them."""
+    """What the command prints: how prompts were routed by models that had not seen them, and what to make of it."""
     if "apgr" not in report:
         return f"{report['prompts']} prompts; none has labels of two pools, so there is no routing to measure\n"
-    measured = {name: Measured(**m) for name, m in report["apgr"].items() if name != "random"}
-    return (
-        f"Held-out {name}: {report['with_all_labels']} prompts, all small {report['small_quality']:.3f},"
-        f" all large {report['large_quality']:.3f}, perfect APGR {report['perfect_apgr']:.3f}\n\n"
-        f"{apgr_table(measured)}\n\n"
+    said = f"all small {report['small_quality']:.3f}, all large {report['large_quality']:.3f}"
+    title = f"Held-out {name}: {report['with_all_labels']} prompts"
+    if "groups" in report:
+        title += f" in {report['groups']} groups"
+    if np.isnan(report["perfect_apgr"]):
+        return f"{title}, {said}: the large pool is no better than the small one, so there is no gap to measure\n\n"
+    measured = {key: Measured(**m) for key, m in report["apgr"].items() if key != "random"}
+    remarks = []
+    if report["with_all_labels"] < FEW_EXAMPLES:
+        remarks.append(f"Fewer than {FEW_EXAMPLES} prompts with labels of every pool: these figures are worth little.")
+    if report.get("groups", FEW_GROUPS) < FEW_GROUPS:
+        remarks.append(f"Intervals of fewer than {FEW_GROUPS} groups are rough, and mostly too narrow.")
+    if not measured["gain (full)"].difference_low > 0:
+        remarks.append(f"With {name} held out, gain is not shown to route better than prompt length does.")
+    return "\n\n".join(
+        [f"{title}, {said}, perfect APGR {report['perfect_apgr']:.3f}", apgr_table(measured), *remarks, ""]
     )

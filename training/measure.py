@@ -4,7 +4,11 @@ A routing score is high where the large pool should serve. Taking prompts from t
 quality over the share of large calls; APGR is the area under that curve as a fraction of the small-to-large gap.
 Random is 0.5.
 
-Shapes: N prompts, K pools cheapest first.
+Scores of a cross-fit come from one model a fold. A model's general level is drawn away from the mean of the fold it was
+not shown, so that ranking the folds' scores together as they are is worse than a coin where nothing was learned:
+`centred` takes the folds' levels out.
+
+Shapes: N prompts, K pools cheapest first, G groups.
 """
 
 from __future__ import annotations
@@ -42,6 +46,12 @@ def routing_scores(quality_NK: Array) -> dict[str, Array]:
     return scores
 
 
+def centred(score: Array, folds: NDArray[np.int64]) -> Array:
+    """Scores (N,) less the mean of their fold (N,). Only for folds drawn at random: levels of whole groups do tell."""
+    means = np.bincount(folds, score) / np.maximum(np.bincount(folds), 1)
+    return np.asarray(np.round(score - means[folds], 9))  # or the mean's rounding error would rank a constant's folds
+
+
 def share_curve(score: Array, small: Array, large: Array) -> tuple[Array, Array]:
     """(share of large calls, mean quality) from 0 to 1, straight across ties, as if they were taken in random order."""
     order = np.argsort(-score, kind="stable")
@@ -65,14 +75,22 @@ def measure(
     small: Array,
     large: Array,
     against: str = "length",
+    groups: NDArray[np.int64] | None = None,
     resamples: int = 500,
     seed: int = 0,
 ) -> dict[str, Measured]:
-    """APGR of each score, all on the same bootstrap resamples of the N prompts, so that differences are paired."""
+    """APGR of each score, all on the same bootstrap resamples, so that differences are paired.
+
+    Prompts are resampled, or, where groups 0 to G - 1 are given (N,), whole groups: prompts of a group are alike, and
+    how well a score does on yet other groups varies with the groups there happen to be.
+    """
     generator = np.random.default_rng(seed)
+    groups = np.arange(len(small)) if groups is None else groups
+    count = int(groups.max()) + 1
     drawn: dict[str, list[float]] = {name: [] for name in scores}
     for _ in range(resamples):
-        rows = generator.integers(0, len(small), len(small))
+        times = np.bincount(generator.integers(0, count, count), minlength=count)
+        rows = np.repeat(np.arange(len(small)), times[groups])
         for name, score in scores.items():
             drawn[name].append(apgr(score[rows], small[rows], large[rows]))
     point = {name: apgr(score, small, large) for name, score in scores.items()}

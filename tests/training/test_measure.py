@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from training.measure import apgr, at_thresholds, calibration_error, measure, routing_scores, share_curve, table
+from training.measure import (
+    apgr,
+    at_thresholds,
+    calibration_error,
+    centred,
+    measure,
+    routing_scores,
+    share_curve,
+    table,
+)
 
 SMALL, LARGE = np.array([1.0, 0.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0, 0.0])
 
@@ -41,6 +50,34 @@ def test_the_interval_holds_the_point_and_differences_are_paired() -> None:
     assert 0.01 < good.high - good.low < 0.2
     assert good.difference_low > 0
     assert measured["same"].difference_low == measured["same"].difference_high == 0.0
+
+
+def test_a_score_that_only_knows_its_folds_training_mean_is_a_coin() -> None:
+    generator = np.random.default_rng(0)
+    pooled, corrected = [], []
+    for _ in range(200):
+        small, large = np.stack([generator.uniform(size=60) < 0.5, generator.uniform(size=60) < 0.8]).astype(float)
+        folds = generator.permutation(60) % 5
+        gain = large - small
+        score = np.array([gain[folds != fold].mean() for fold in range(5)])[folds]
+        pooled.append(apgr(score, small, large))
+        corrected.append(apgr(centred(score, folds), small, large))
+    assert np.nanmean(pooled) < 0.4  # ranked as they are: what the training rows have too much of, the fold lacks
+    assert np.nanmean(corrected) == pytest.approx(0.5, abs=0.01)
+
+
+def test_intervals_of_groups_resample_groups() -> None:
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(20), 100)
+    chance = generator.uniform(0.1, 0.9, 20)
+    small, large = (generator.uniform(size=2000) < chance[groups]).astype(float), np.ones(2000)
+    scores = {"length": generator.uniform(size=20)[groups], "good": -chance[groups]}
+    prompts, whole = measure(scores, small, large), measure(scores, small, large, groups=groups)
+    assert prompts["length"].apgr == whole["length"].apgr
+    widths = [measured["length"].high - measured["length"].low for measured in (prompts, whole)]
+    assert widths[1] > 2 * widths[0]
+    alone = measure(scores, small, large, groups=np.arange(2000))
+    assert alone == prompts
 
 
 def test_thresholds_beside_the_coin() -> None:
