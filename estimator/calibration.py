@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 RULES = ("gain", "difficulty")
 STAGES = ("full", "cheap")
 GRID = 101
+LABELS = 20  # a Platt of fewer is noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,13 @@ class Curve:
     """What a rule does at each threshold, on the prompts it was measured with. G rows, thresholds rising.
 
     `shares[g][k]` is pool k's share of the calls; `quality[g]` the mean observed quality (None where no prompt has
-    every pool's label).
+    every pool's label). With one pool `shares[g][0]` is the share that it is not sure of: those go to a dearer one.
     """
 
-    thresholds: tuple[float, ...]
+    thresholds: tuple[float, ...]  # from 0 to 1
     shares: tuple[tuple[float, ...], ...]
     quality: tuple[float, ...] | None
+    all_large: float | None = None  # mean observed quality of the last pool; None: quality[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,9 @@ class Calibration:
 
         `large_share`: this share of the calls goes to the last pool. `quality`: the lowest threshold that keeps this
         fraction of what sending everything to the last pool would score. `cost`: the highest threshold at which calls
-        cost this fraction of sending everything to the last pool; needs each pool's cost. Raises ValueError for a
-        target that can't be met or isn't one.
+        cost this fraction of sending everything to the last pool; needs each pool's cost. A share or quality beyond
+        what any threshold does gets 1: under gain, prompts whose first pool is best (confidence 1) always stay there.
+        Raises ValueError for a cost that can't be met, and for what is no target.
         """
         curve = self._curve(rule)
         thresholds, shares = np.array(curve.thresholds), np.array(curve.shares)
@@ -84,12 +87,15 @@ class Calibration:
         if len(wanted) != 1 or not 0.0 <= wanted[0] <= 1.0:
             raise ValueError("give one target, large_share, quality or cost, between 0 and 1")
         if large_share is not None:
-            return float(np.interp(large_share, shares[:, -1], thresholds))
+            return min(1.0, float(np.interp(large_share, shares[:, -1], thresholds)))
         if quality is not None:
             if curve.quality is None:
                 raise ValueError("a quality target needs prompts with labels of every pool; calibrate on such a table")
-            kept = np.array(curve.quality) >= quality * curve.quality[-1]
-            return float(thresholds[int(np.argmax(kept))])  # the last always keeps: there everything goes to the large
+            best = curve.quality[-1] if curve.all_large is None else curve.all_large
+            kept = np.flatnonzero(np.array(curve.quality) >= quality * best)
+            return min(1.0, float(thresholds[kept[0]])) if len(kept) else 1.0
+        if len(self.pools) == 1:
+            raise ValueError("a cost target needs a checkpoint of two pools or more; this one has one")
         if costs is None or len(costs) != len(self.pools):
             raise ValueError(f"a cost target needs the cost of each of {', '.join(self.pools)}")
         relative = shares @ np.asarray(costs, float) / costs[-1]
@@ -98,7 +104,7 @@ class Calibration:
             raise ValueError(
                 f"cost={cost} can't be met: sending everything to {self.pools[0]} costs {relative.min():.3f}"
             )
-        return float(thresholds[affordable[-1]])
+        return min(1.0, float(thresholds[affordable[-1]]))
 
     def _curve(self, rule: str) -> Curve:
         if rule not in self.curves:
@@ -117,15 +123,21 @@ def apply(stage: Stage, logits_NKH: NDArray[np.floating]) -> tuple[Array, Array]
     return np.stack(quality, 1), np.stack(token, 1)
 
 
+def enough(targets: NDArray[np.floating], weights: NDArray[np.floating]) -> bool:
+    """Whether labels (N,), NaN where there is none, can fit a Platt: LABELS of them or more, and not all alike."""
+    labelled = targets[~np.isnan(targets) & (weights > 0)]
+    return len(labelled) >= LABELS and bool(np.ptp(labelled) > 0)
+
+
 def fit_platt(logits: NDArray[np.floating], targets: NDArray[np.floating], weights: NDArray[np.floating]) -> Platt:
-    """Weighted maximum likelihood by Newton's method, NaN targets left out. Few or one-sided labels: the identity.
+    """Weighted maximum likelihood by Newton's method, NaN targets left out. Not enough labels: the identity.
 
     A slight pull (ridge of one prompt) to slope 1, offset 0 keeps it finite where the labels are separable.
     """
+    if not enough(targets, weights):
+        return Platt()
     seen = ~np.isnan(targets) & (weights > 0)
     x, t, w = np.asarray(logits, float)[seen], targets[seen], weights[seen]
-    if len(x) < 20 or np.ptp(t) == 0:
-        return Platt()
     w = w / w.mean()
     design = np.stack([x, np.ones_like(x)], 1)
     start = np.array([1.0, 0.0])
@@ -160,19 +172,31 @@ def route(quality_NK: Array, rule: str, threshold: float) -> NDArray[np.int64]:
 
 
 def curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: str) -> Curve:
-    """Measure a rule on N prompts. Thresholds stand at quantiles of the cheapest pool's confidence and at both ends."""
-    levels = np.quantile(confidence(quality_NK, rule)[:, 0], np.linspace(0, 1, GRID))
-    thresholds = np.unique(np.concatenate([[0.0], levels, [np.nextafter(levels[-1], 2.0)]]).clip(0.0, 1.0 + 1e-9))
+    """Measure a rule on N prompts. Thresholds stand at 0, 1 and quantiles of confidence.
+
+    That is the first pool's confidence, which what leaves it depends on, and the best of all but the last, which what
+    reaches the last depends on.
+    """
+    confidence_NK = confidence(quality_NK, rule)
+    last = max(1, quality_NK.shape[1] - 1)
+    decisive = (confidence_NK[:, 0], confidence_NK[:, :last].max(1))
+    levels = [np.quantile(values, np.linspace(0, 1, GRID)) for values in decisive]
+    thresholds = np.unique(np.concatenate([[0.0, 1.0], *levels]).clip(0.0, 1.0))
     total = weights.sum()
+    if quality_NK.shape[1] == 1:
+        unsure = [(float(weights[confidence_NK[:, 0] < threshold].sum() / total),) for threshold in thresholds]
+        return Curve(tuple(map(float, thresholds)), tuple(unsure), None)
     complete = ~np.isnan(observed_NK).any(1)
-    shares, qualities = [], []
+    shares, qualities, all_large = [], [], None
+    if complete.any():
+        all_large = float(np.average(observed_NK[complete, -1], weights=weights[complete]))
     for threshold in thresholds:
         pool = route(quality_NK, rule, float(threshold))
         shares.append(tuple(float(weights[pool == k].sum() / total) for k in range(quality_NK.shape[1])))
         if complete.any():
             served = observed_NK[complete, pool[complete]]
             qualities.append(float(np.average(served, weights=weights[complete])))
-    return Curve(tuple(map(float, thresholds)), tuple(shares), tuple(qualities) or None)
+    return Curve(tuple(map(float, thresholds)), tuple(shares), tuple(qualities) or None, all_large)
 
 
 def dumps(calibration: Calibration) -> bytes:
@@ -194,6 +218,7 @@ def loads(data: bytes) -> Calibration:
                 tuple(c["thresholds"]),
                 tuple(tuple(row) for row in c["shares"]),
                 None if c["quality"] is None else tuple(c["quality"]),
+                c.get("all_large"),
             )
             for rule, c in raw["curves"].items()
         }

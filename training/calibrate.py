@@ -1,6 +1,7 @@
 """`depo-train calibrate`: probabilities from logits, thresholds for targets; a new version of a checkpoint.
 
-Use rows that the checkpoint was not fitted on: on its own fitting rows it looks surer and better than it is.
+Use rows that the checkpoint was not fitted on: on its own fitting rows it looks surer and better than it is. What the
+rows have too few labels for stays as it was.
 
 Shapes: N prompts, K pools cheapest first.
 """
@@ -20,10 +21,11 @@ from estimator import calibration, checkpoint
 from estimator.calibration import Calibration, Stage, apply, fit_platt
 from estimator.runtime import Runtime
 from training.data import examples_of, labels, read_tables
-from training.evaluate import logits_of, pools_of
+from training.evaluate import fitted_share, logits_of, pools_of, warn_of_fitted
 from training.measure import Array, at_thresholds, table
 
 TARGETS = ("large-share", "quality", "cost")
+MISSED = 0.01  # a large share reached that differs more from the wanted one is told
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
     if costs is None and any(name == "cost" for name, _ in targets):
         raise ValueError(f"a cost target needs --costs {' '.join(f'{pool}=X' for pool in runtime.pools)}")
     examples = examples_of(read_tables(args.outcomes), pools)
+    warn_of_fitted("calibrate", fitted_share(examples, runtime.manifest))
     full, cheap = logits_of(runtime, [(example.prompt, example.context) for example in examples])
     names = runtime.pools
     observed_NK, token_NK = labels(examples, names)
     weights = np.ones(len(examples))
-    calibrated = calibrate(full, cheap, observed_NK, token_NK, weights, names)
+    calibrated = calibrate(full, cheap, observed_NK, token_NK, weights, names, runtime.calibration)
     calibrated = dataclasses.replace(calibrated, targets=thresholds_of(calibrated, targets, costs))
     manifest, files = checkpoint.load(place)
     files[checkpoint.CALIBRATION] = calibration.dumps(calibrated)
@@ -66,23 +69,61 @@ def run(args: argparse.Namespace) -> int:
     written = checkpoint.write(
         args.out, files, manifest.base, manifest.pools, manifest.text, metrics, parent=manifest.version
     )
-    sys.stdout.write(summary(calibrated, full, observed_NK) + f"{args.out}: checkpoint {written.version}\n")
+    sys.stdout.write(kept(observed_NK, token_NK, names) + summary(calibrated, full, observed_NK))
+    sys.stdout.write(f"{args.out}: checkpoint {written.version}\n")
     return 0
 
 
 def calibrate(
-    full: Array, cheap: Array, t_NK: Array, d_NK: Array, weights: Array, pools: tuple[str, ...]
+    full: Array,
+    cheap: Array,
+    t_NK: Array,
+    d_NK: Array,
+    weights: Array,
+    pools: tuple[str, ...],
+    parent: Calibration | None = None,
 ) -> Calibration:
-    """Calibration from logits (N, K, 2) of both stages and labels, NaN where there is none."""
+    """Calibration from logits (N, K, 2) of both stages and labels, NaN where there is none.
+
+    With a parent, what lacks labels keeps the parent's: a pool's token confidence by itself, but the qualities of all
+    pools together, since they are compared with one another.
+    """
     stages = {}
     for name, logits in (("full", full), ("cheap", cheap)):
-        stages[name] = Stage(
-            tuple(fit_platt(logits[:, k, 0], t_NK[:, k], weights) for k in range(len(pools))),
-            tuple(fit_platt(logits[:, k, 1], d_NK[:, k], weights) for k in range(len(pools))),
+        quality, token = (
+            tuple(fit_platt(logits[:, k, head], labels_NK[:, k], weights) for k in range(len(pools)))
+            for head, labels_NK in enumerate((t_NK, d_NK))
         )
+        if parent is not None:
+            before = parent.stages[name]
+            if lacking(t_NK, weights, pools):
+                quality = before.quality
+            short = lacking(d_NK, weights, pools)
+            token = tuple(
+                old if pool in short else new
+                for pool, old, new in zip(pools, before.token_confidence, token, strict=True)
+            )
+        stages[name] = Stage(quality, token)
     quality_NK, _ = apply(stages["full"], full)
     rules = calibration.RULES if len(pools) > 1 else ("difficulty",)
     return Calibration(pools, stages, {rule: calibration.curve(quality_NK, t_NK, weights, rule) for rule in rules})
+
+
+def lacking(labels_NK: Array, weights: Array, pools: tuple[str, ...]) -> list[str]:
+    """The pools without enough labels to calibrate."""
+    return [pool for k, pool in enumerate(pools) if not calibration.enough(labels_NK[:, k], weights)]
+
+
+def kept(observed_NK: Array, token_NK: Array, pools: tuple[str, ...]) -> str:
+    """What calibrate() left as it was, and why, a line each."""
+    weights = np.ones(len(observed_NK))
+    why = f"fewer than {calibration.LABELS} labels, or all alike"
+    lines = ""
+    if short := lacking(observed_NK, weights, pools):
+        lines += f"Quality of {', '.join(pools)} stays calibrated as it was: {why}, for {', '.join(short)}\n"
+    if short := lacking(token_NK, weights, pools):
+        lines += f"Token confidence of {', '.join(short)} stays calibrated as it was: {why}\n"
+    return lines
 
 
 def parse_target(target: str) -> tuple[str, float]:
@@ -132,14 +173,25 @@ def summary(calibrated: Calibration, full: Array, observed_NK: Array) -> str:
     """The thresholds found and what they do on the rows they were found on."""
     quality_NK, _ = apply(calibrated.stages["full"], full)
     complete = ~np.isnan(observed_NK).any(1)
-    rows = []
+    rows, missed = [], ""
     for target, by_rule in calibrated.targets.items():
+        name, wanted = parse_target(target)
         for rule, threshold in by_rule.items():
-            cells = [target, rule, f"{threshold:.4f}", f"{calibrated.large_share(rule, threshold):.3f}", "", ""]
-            if complete.any():
+            share = large_share(quality_NK, rule, threshold)
+            if name == "large-share" and abs(share - wanted) > MISSED:
+                missed += f"{target} is not met under {rule}: the nearest threshold gives {share:.3f}\n"
+            cells = [target, rule, f"{threshold:.4f}", f"{share:.3f}", "", ""]
+            if complete.any() and len(calibrated.pools) > 1:
                 (at,) = at_thresholds(quality_NK[complete], observed_NK[complete], rule, (threshold,))
                 cells[4:] = [f"{at['quality']:.3f}", f"{observed_NK[complete, -1].mean():.3f}"]
             rows.append(cells)
     if not rows:
         return ""
-    return table(rows, ("target", "rule", "threshold", "large share", "quality", "all large")) + "\n"
+    return table(rows, ("target", "rule", "threshold", "large share", "quality", "all large")) + "\n" + missed
+
+
+def large_share(quality_NK: Array, rule: str, threshold: float) -> float:
+    """Share of prompts that the last pool gets or, where there is one pool, that it is not sure of."""
+    if quality_NK.shape[1] == 1:
+        return float((calibration.confidence(quality_NK, rule)[:, 0] < threshold).mean())
+    return float((calibration.route(quality_NK, rule, threshold) == quality_NK.shape[1] - 1).mean())

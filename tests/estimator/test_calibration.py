@@ -1,5 +1,7 @@
 """Probabilities from logits, and thresholds that do what is asked of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -109,6 +111,57 @@ def test_a_curve_without_labels_of_every_pool_has_no_quality() -> None:
     unlabelled = Calibration(("small", "large"), {"full": stage, "cheap": stage}, {"gain": measured})
     with pytest.raises(ValueError, match="labels of every pool"):
         unlabelled.threshold("gain", quality=0.9)
+
+
+def test_the_highest_threshold_sends_everything_to_the_last_of_three_pools() -> None:
+    generator = np.random.default_rng(0)
+    quality = np.stack([generator.uniform(a, b, 2000) for a, b in ((0.1, 0.4), (0.3, 0.9), (0.6, 0.95))], 1)
+    stage = Stage((Platt(),) * 3, (Platt(),) * 3)
+    curves = {rule: calibration.curve(quality, quality, np.ones(2000), rule) for rule in calibration.RULES}
+    three = Calibration(("a", "b", "c"), {"full": stage, "cheap": stage}, curves)
+    assert three.curves["difficulty"].shares[-1] == (0.0, 0.0, 1.0)
+    for rule, share in (("difficulty", 0.1), ("difficulty", 0.9), ("gain", 0.6)):
+        threshold = three.threshold(rule, large_share=share)
+        assert (calibration.route(quality, rule, threshold) == 2).mean() == pytest.approx(share, abs=0.02)
+        assert three.large_share(rule, threshold) == pytest.approx(share, abs=0.02)
+
+
+def test_a_share_beyond_what_a_tie_at_one_lets_go_gets_one_and_says_what_that_does() -> None:
+    generator = np.random.default_rng(0)
+    quality = np.stack([generator.uniform(0.3, 0.9, 2000), np.full(2000, 0.6)], 1)  # the first is best in half
+    measured = calibration.curve(quality, quality, np.ones(2000), "gain")
+    assert measured.thresholds[0] == 0.0
+    assert measured.thresholds[-1] == 1.0
+    stage = Stage((Platt(), Platt()), (Platt(), Platt()))
+    tied = Calibration(("small", "large"), {"full": stage, "cheap": stage}, {"gain": measured})
+    reached = tied.large_share("gain", 1.0)
+    assert reached == pytest.approx(0.5, abs=0.05)
+    for share in (0.55, 0.7, 1.0):
+        assert tied.threshold("gain", large_share=share) == 1.0
+    assert tied.threshold("gain", large_share=0.4) < 1.0
+    assert measured.all_large == pytest.approx(0.6)
+    kept = tied.threshold("gain", quality=1.0)
+    served = np.take_along_axis(quality, calibration.route(quality, "gain", kept)[:, None], 1).mean()
+    assert served >= 0.6
+    assert tied.large_share("gain", kept) < reached  # the small pool's best prompts pay for others it keeps
+    old = dataclasses.replace(
+        measured, thresholds=(*measured.thresholds, 1.0 + 2e-16), shares=(*measured.shares, (0, 1))
+    )
+    older = dataclasses.replace(tied, curves={"gain": old})
+    assert older.threshold("gain", large_share=1.0) == 1.0
+
+
+def test_one_pools_large_share_is_what_it_is_not_sure_of() -> None:
+    quality = np.random.default_rng(0).uniform(0.2, 0.8, (2000, 1))
+    stage = Stage((Platt(),), (Platt(),))
+    measured = calibration.curve(quality, quality, np.ones(2000), "difficulty")
+    alone = Calibration(("policy",), {"full": stage, "cheap": stage}, {"difficulty": measured})
+    threshold = alone.threshold("difficulty", large_share=0.3)
+    assert (quality < threshold).mean() == pytest.approx(0.3, abs=0.01)
+    assert alone.large_share("difficulty", 0.0) == 0.0
+    assert alone.large_share("difficulty", 1.0) == 1.0
+    with pytest.raises(ValueError, match="two pools or more"):
+        alone.threshold("difficulty", cost=0.5, costs=(1.0,))
 
 
 def test_it_survives_being_written_and_read(calibrated: Calibration) -> None:

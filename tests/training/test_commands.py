@@ -1,5 +1,6 @@
 """depo-train fit, evaluate and calibrate end to end on a two-layer encoder, and what a user's mistake looks like."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -7,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from estimator import checkpoint
+from estimator.records import Example
 from estimator.runtime import Runtime
 from training.__main__ import main
+from training.data import examples_of, parse_pools, read_tables
+from training.evaluate import fingerprints, fitted_share, markdown
 
+NONE = {"prompts": 0, "with_all_labels": 0}
 POOLS = ["--pools", "small=s", "large=l"]
 WORDS = ("what", "is", "the", "sum", "of", "one", "two", "three", "question", "about", "number", "model")
 
@@ -60,13 +65,22 @@ def test_fit_says_how_held_out_questions_were_routed(places: dict[str, Path]) ->
     assert hard.token_confidence[0] == pytest.approx(0.3, abs=0.25)
 
 
-def test_fit_holds_out_whole_groups_too_where_there_are_many(places: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 12])
+def test_fit_holds_out_whole_groups_too(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
     rows = [json.loads(line) for line in places["first"].read_text().splitlines()]
     grouped = tmp_path / "grouped.jsonl"
-    grouped.write_text("".join(json.dumps({**row, "group": f"g{i % 12}"}) + "\n" for i, row in enumerate(rows)))
+    grouped.write_text(
+        "".join(
+            json.dumps({**row, "source": "all", "group": f"g{i // 2 % count}"}) + "\n" for i, row in enumerate(rows)
+        )
+    )
     assert fit(grouped, places["encoder"], tmp_path / "grouped") == 0
     held_out = checkpoint.load_manifest(tmp_path / "grouped").metrics["held_out"]
     assert set(held_out) == {"questions", "groups"}
+    assert held_out["groups"]["groups"] == count
+    assert "groups" not in held_out["questions"]
     assert held_out["groups"]["apgr"]["gain (full)"]["low"] > 0.6
 
 
@@ -145,6 +159,103 @@ def test_calibrate_makes_a_new_version_whose_thresholds_hold(places: dict[str, P
         checkpoint.ensure_free(tmp_path / "new")
 
 
+def without(place: Path, table: Path, model: str) -> Path:
+    """The table without a model's outcomes, but for five rows."""
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    for row in rows[5:]:
+        del row["correct"][model], row["token_confidence"][model]
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def test_calibrate_keeps_what_it_has_no_labels_for(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = without(tmp_path / "half.jsonl", places["second"], "l")
+    arguments = ["calibrate", "--checkpoint", str(places["fitted"]), "--outcomes", str(half)]
+    assert main([*arguments, "--target", "large-share=0.3", "--out", str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    assert "Quality of small, large stays calibrated as it was: fewer than 20 labels, or all alike, for large\n" in out
+    assert "Token confidence of large stays calibrated as it was" in out
+    parent, child = (Runtime.load(place).calibration.stages for place in (places["fitted"], tmp_path / "new"))
+    for stage in ("full", "cheap"):
+        assert child[stage].quality == parent[stage].quality
+        assert child[stage].token_confidence[1] == parent[stage].token_confidence[1]
+        assert child[stage].token_confidence[0] != parent[stage].token_confidence[0]
+
+
+def test_calibrate_says_which_share_it_reaches(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(line + "\n" for line in places["second"].read_text().splitlines()[:2]))
+    arguments = ["calibrate", "--checkpoint", str(places["fitted"]), "--outcomes", str(few), "--target"]
+    assert main([*arguments, "large-share=0.3", "large-share=0.5", "--out", str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    assert "large-share=0.3 is not met under difficulty: the nearest threshold gives 0.500\n" in out
+    assert "large-share=0.5 is not met under difficulty" not in out
+
+
+def test_rows_that_were_fitted_on_are_told(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = tmp_path / "mixed.jsonl"
+    lines = [places[name].read_text().splitlines(keepends=True)[:100] for name in ("first", "second")]
+    mixed.write_text("".join(lines[0] + lines[1]))
+    for command in ("evaluate", "calibrate"):
+        arguments = [command, "--checkpoint", str(places["fitted"]), "--out", str(tmp_path / command), "--outcomes"]
+        assert main([*arguments, str(mixed)]) == 0
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"depo-train {command}: the checkpoint was fitted on 50.0% of these prompts" in line
+    assert "fitted on 50.0% of these prompts" in (tmp_path / "evaluate" / "report.md").read_text()
+    assert main(["evaluate", *arguments[1:4], str(tmp_path / "clean"), "--outcomes", str(places["second"])]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_of_old_does_not_know_what_it_was_fitted_on(places: dict[str, Path]) -> None:
+    manifest = checkpoint.load_manifest(places["fitted"])
+    examples = examples_of(read_tables([places["first"]]), parse_pools(POOLS[1:]))
+    assert fitted_share(examples, manifest) == 1.0
+    old = dataclasses.replace(manifest, metrics={k: v for k, v in manifest.metrics.items() if k != "fitted_on"})
+    assert fitted_share(examples, old) is None
+    assert "fitted on unknown prompts" in markdown({"checkpoint": "v", "pools": {}, "fitted_share": None, "all": NONE})
+
+
+def test_many_questions_are_remembered_by_a_sample(monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]) -> None:
+    monkeypatch.setattr("training.evaluate.FINGERPRINTS", 64)
+    seen, new = ([Example(f"{name} {i}", {}) for i in range(1000)] for name in ("seen", "new"))
+    manifest = dataclasses.replace(
+        checkpoint.load_manifest(places["fitted"]), metrics={"fitted_on": fingerprints(seen)}
+    )
+    assert len(manifest.metrics["fitted_on"]) < 700
+    assert fitted_share(seen, manifest) == 1.0
+    assert fitted_share(new, manifest) == 0.0
+    assert fitted_share(seen + new, manifest) == pytest.approx(0.5, abs=0.15)
+
+
+def test_fit_says_what_its_figures_are_worth(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = places["first"].read_text().splitlines()
+    coin = random.Random(0)
+    tables = {"few": lines[:30], "blind": [], "same": []}
+    for line in lines[:200]:
+        row = json.loads(line)
+        blind = {**row, "correct": {"s": int(coin.random() < 0.4), "l": int(coin.random() < 0.8)}}
+        tables["blind"].append(json.dumps(blind))
+        tables["same"].append(json.dumps({**row, "correct": {"s": row["correct"]["s"], "l": 0}}))
+    said = {}
+    for name, rows in tables.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        assert fit(tmp_path / f"{name}.jsonl", places["encoder"], tmp_path / name, "--max-epochs", "2") == 0
+        said[name] = capsys.readouterr().out
+    assert "Fewer than 50 prompts" in said["few"]
+    assert "gain is not shown to route better than prompt length does" in said["blind"]
+    assert "no better than the small one, so there is no gap to measure" in said["same"]
+    assert "nan" not in said["same"]
+    assert "calibrated on the held-out questions" in said["same"]
+
+
 def mistake(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     capsys.readouterr()
     try:
@@ -169,6 +280,10 @@ def test_mistakes_are_one_line_and_exit_2(
     calibrating = ["calibrate", "--checkpoint", str(places["fitted"]), "--outcomes", str(places["second"])]
     assert "luck=1" in mistake(capsys, [*calibrating, "--out", str(tmp_path / "x"), "--target", "luck=1"])
     assert "--costs" in mistake(capsys, [*calibrating, "--out", str(tmp_path / "x"), "--target", "cost=0.5"])
+    for flag, value in (("--max-epochs", "0"), ("--folds", "1"), ("--folds", "0"), ("--balance", "-1")):
+        line = mistake(capsys, [*fitting, str(places["first"]), flag, value])
+        assert f"{flag} is {float(value):g}" in line.replace(".0;", ";")
+    assert "must be 0 or more" in mistake(capsys, [*fitting, str(places["first"]), "--ranking-weight", "-1"])
     broken = ["evaluate", "--checkpoint", str(tmp_path), "--outcomes", str(bad), "--out", str(tmp_path / "r")]
     assert "is no checkpoint" in mistake(capsys, broken)
     assert "--luck" in mistake(capsys, [*fitting, str(bad), "--luck", "1"])
