@@ -1,11 +1,13 @@
 """Estimator -> the files of a checkpoint: ONNX of the deep part with int8 weights, the rest's weights, the tokenizer.
 
-Weights are stored as int8 with a scale a row; arithmetic is fp32. ONNX Runtime expands the matrices once, when it
-loads; of the embedding table only the rows asked for. So the file is a quarter of the size, and scores are torch's.
+Weights are stored as int8 with a scale a row, where that loses nothing; arithmetic is fp32. ONNX Runtime expands the
+matrices once, when it loads; of the embedding table only the rows asked for. So the file is a quarter of the size, and
+scores are torch's. Layers that were trained are stored as they are: a step of fine-tuning is smaller than one of int8.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,14 +23,15 @@ from tokenizers import Tokenizer
 from estimator import calibration, checkpoint
 from estimator.calibration import Calibration
 from estimator.checkpoint import Base, Manifest
-from estimator.model import DeepPart, Estimator, int8_of, round_to_int8, weights_of
+from estimator.model import DeepPart, Estimator, int8_of, weights_of
 
 SMALL = 4096  # fewer numbers than this stay fp32
+EXACT = 1e-4  # of a step of int8; a matrix rounded before is off by 2e-5, for fp32 is not exact
 
 
 def onnx_bytes(model: Estimator) -> bytes:
-    """The deep part as ONNX with int8 weights, for any batch size and length. Rounds the encoder's trained layers."""
-    round_to_int8(model.encoder)
+    """The deep part as ONNX, for any batch size and length. The model stays as it is."""
+    part = DeepPart(copy.deepcopy(model)).eval()
     ids, mask = torch.randint(0, 100, (2, 8)), torch.ones(2, 8, dtype=torch.long)
     axes = {0: "prompts", 1: "tokens"}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -38,7 +41,7 @@ def onnx_bytes(model: Estimator) -> bytes:
         warnings.filterwarnings("ignore", message="Exporting aten::index operator")
         plain = Path(folder) / "plain.onnx"
         torch.onnx.export(
-            DeepPart(model).eval(),
+            part,
             (ids, mask),
             str(plain),
             input_names=["input_ids", "attention_mask"],
@@ -55,9 +58,10 @@ def onnx_bytes(model: Estimator) -> bytes:
 
 
 def store_as_int8(exported: onnx.ModelProto) -> None:
-    """Replace, in place, the large matrices that are multiplied by and looked up in.
+    """Replace, in place, the large matrices that are multiplied by and looked up in, if that loses nothing.
 
-    Scales are per row of the torch weight, which is a column of a MatMul's matrix.
+    Those of an untouched encoder are rounded already (model.round_to_int8); trained ones and the heads are not. Scales
+    are per row of the torch weight, which is a column of a MatMul's matrix.
     """
     graph = exported.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -70,7 +74,11 @@ def store_as_int8(exported: onnx.ModelProto) -> None:
             continue
         values = torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
         lookup = node.op_type == "Gather"
-        rows, scale = int8_of(values if lookup else values.T)
+        values = values if lookup else values.T
+        rows, scale = int8_of(values)
+        if ((rows * scale - values).abs() > EXACT * scale).any():
+            nodes.append(node)
+            continue
         stored = (rows if lookup else rows.T).to(torch.int8).contiguous().numpy()
         graph.initializer.append(numpy_helper.from_array(stored, f"{name}.int8"))
         scales = (scale if lookup else scale.T).contiguous().numpy()
@@ -104,13 +112,16 @@ def write(
     trained: Sequence[str] = (),
     parent: str | None = None,
 ) -> Manifest:
-    """Export a model and write it as a checkpoint. `trained` names the encoder's tensors that differ from its base."""
-    encoder = onnx_bytes(model)  # first: it rounds what weights_of then stores
+    """Export a model and write it as a checkpoint.
+
+    `trained` names the encoder's tensors that were trained now; those trained before the model was loaded are known.
+    """
+    changed = tuple(sorted({*model.trained, *trained}))
     files = {
-        checkpoint.WEIGHTS: weights_of(model, trained),
+        checkpoint.WEIGHTS: weights_of(model, changed),
         checkpoint.TOKENIZER: tokenizer.to_str().encode(),
-        checkpoint.ENCODER: encoder,
+        checkpoint.ENCODER: onnx_bytes(model),
         checkpoint.CALIBRATION: calibration.dumps(calibrated),
     }
-    base = Base(model.config.encoder, model.config.layers, tuple(trained))
+    base = Base(model.config.encoder, model.config.layers, changed)
     return checkpoint.write(directory, files, base, model.config.pools, model.config.text, metrics, parent)

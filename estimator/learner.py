@@ -40,6 +40,11 @@ class LearnerConfig:
     ranking_weight: float = 0.0
     gain_weight: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("train_layers", "ranking_weight", "gain_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -139,8 +144,8 @@ class Learner:
         for optimizer in self.optimizers:
             optimizer.step()
         self.steps += 1
-        # the usual warm-up of a running average: the first steps are soon forgotten
-        decay = min(AVERAGE, (1 + self.steps) / (10 + self.steps))
+        # the usual warm-up of a running average: the first steps from zero are soon forgotten, a checkpoint is not
+        decay = AVERAGE if self.model.loaded else min(AVERAGE, (1 + self.steps) / (10 + self.steps))
         for averaged, parameter in zip(self.average, self.heads, strict=True):
             averaged.lerp_(parameter.detach(), 1 - decay)
         return {name: float(term.detach()) for name, term in terms.items()}
@@ -165,12 +170,15 @@ class Learner:
 
     def _terms(self, logits_BKH: Tensor, t_BK: Tensor, d_BK: Tensor, w_B: Tensor) -> dict[str, Tensor]:
         z_BK, u_BK = logits_BKH.unbind(2)
-        return {
+        terms = {
             "advantage": losses.advantage(z_BK, t_BK, w_B),
             "distillation": losses.distillation(u_BK, d_BK, w_B),
-            "ranking": self.config.ranking_weight * losses.ranking(z_BK, t_BK, w_B),
-            "gain": self.config.gain_weight * losses.gain(z_BK, t_BK, w_B),
         }
+        if weight := self.config.ranking_weight:
+            terms["ranking"] = weight * losses.ranking(z_BK, t_BK, w_B)  # (B, B, K) numbers: dear, so not for nothing
+        if weight := self.config.gain_weight:
+            terms["gain"] = weight * losses.gain(z_BK, t_BK, w_B)
+        return terms
 
     def _logits(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """(full, cheap) logits, (B, H) each."""
@@ -195,7 +203,8 @@ class Learner:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             with torch.no_grad():  # not inference_mode: what it makes can't be used in a step later
-                embedded |= zip(rows, self.model.embed(*collate([prepared[i] for i in rows])), strict=True)
+                batch = self.model.embed(*collate([prepared[i] for i in rows]))
+            embedded |= zip(rows, (row.clone() for row in batch), strict=True)  # a view would keep the whole batch
         return [embedded[row] for row in range(len(prepared))]
 
     def _embed(self, items: Sequence[Item]) -> Tensor:

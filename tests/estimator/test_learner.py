@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from estimator.learner import Learner, LearnerConfig
-from estimator.model import ModelConfig, create
+from estimator.model import ModelConfig, collate, create
 from estimator.records import Example
 from estimator.text import TextConfig
 
@@ -107,6 +107,40 @@ def test_a_frozen_encoder_stays_and_a_trained_layer_moves(tiny_encoder: Path) ->
     assert all(".layer.0." not in name for name in moved)
     with pytest.raises(ValueError, match="train_layers is 3, but 2"):
         learner(tiny_encoder, LearnerConfig(train_layers=3))
+
+
+def test_a_trained_layer_moves_by_its_gradient_and_not_by_weight_decay_alone(tiny_encoder: Path) -> None:
+    config = LearnerConfig(train_layers=1)
+    start = {name: p.detach().clone() for name, p in learner(tiny_encoder).model.named_parameters()}
+    made = taught(tiny_encoder, config, epochs=1)
+    encoder = made.optimizers[1].param_groups[0]
+    shrunk = (1 - encoder["lr"] * encoder["weight_decay"]) ** made.steps
+    for name, parameter in made.model.named_parameters():
+        if name in made.trained and "key.bias" not in name:  # a key's bias changes no softmax
+            assert (parameter.detach() - shrunk * start[name]).abs().max() > 0.5 * encoder["lr"], name
+
+
+def test_known_embeddings_hold_nothing_else_in_memory(tiny_encoder: Path) -> None:
+    made = learner(tiny_encoder)
+    for item in made.items(chatter(8)):
+        assert item.embedding is not None
+        assert item.embedding.untyped_storage().nbytes() == item.embedding.nbytes
+    ids, mask = collate([item.prepared for item in made.items(chatter(8))])
+    with torch.no_grad():
+        pooled = made.model.embed(ids, mask)
+    assert pooled.untyped_storage().nbytes() == pooled.nbytes
+
+
+def test_a_term_of_no_weight_is_not_computed(tiny_encoder: Path) -> None:
+    assert set(learner(tiny_encoder).step(chatter(10))) == {"advantage", "distillation"}
+
+
+@pytest.mark.parametrize("name", ["train_layers", "ranking_weight", "gain_weight"])
+def test_a_setting_below_0_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is -1; it must be 0 or more"):
+        LearnerConfig(**{name: -1})
+    with pytest.raises(ValueError, match=f"{name} is nan"):
+        LearnerConfig(**{name: float("nan")})
 
 
 def test_a_label_outside_0_and_1_is_refused() -> None:
