@@ -3,7 +3,8 @@
 On chains of the evaluation set, which neither the two models nor the estimator were taught on: starts the two shipped
 models on llama.cpp, samples k completions of each chain from both, routes every chain by the estimator, and compares
 accuracy at the same share of the large pool with a coin and with "the longest prompts go to the large one". Differences
-are paired by chain, with 95% bootstrap intervals. `--table FILE` reads outcomes collected before instead.
+are paired by chain, with 95% bootstrap intervals. Pass rates by length and number of `*` stand above. `--table
+FILE` reads outcomes collected before instead.
 
 Exit code 1 unless routing beats both outside the interval. Shapes: N chains, B resamples.
 """
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 import gateway
 from estimator import calibration
 from estimator.runtime import Runtime
-from training import chains, collect
+from training import chains, collect, resume
 
 DATA = Path(gateway.__file__).parent / "demo_data"
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = options.table or Path(folder) / "outcomes.jsonl"
         if options.table is None:
             sample("evaluate", options.count, options.k, options.seed, table)
-        rows = [row for _, row in collect.json_lines(table) if set(row["correct"]) == {"small", "large"}]
+        rows = [row for _, row in resume.json_lines(table) if set(row["correct"]) == {"small", "large"}]
     prompts = [row["question"] for row in rows]
     taught = [prompt for prompt in prompts if chains.split_of(prompt) != "evaluate"]
     if taught:
@@ -133,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     quality_N2 = np.array([score.quality for score in scores])
     lengths_N = np.array([len(prompt) for prompt in prompts], float)
     small, large = correct_N2.mean(0)
+    for name, correct_N in zip(("small", "large"), correct_N2.T, strict=True):
+        print(f"{name}: pass rates by length and number of `*`\n")
+        print(chains.by_kind(dict(zip(prompts, correct_N.tolist(), strict=True))) + "\n")
     print(f"{len(rows)} chains; all-small {small:.3f}, all-large {large:.3f}")
     print("threshold  large share  accuracy   over a coin              over length")
     verdict = 1

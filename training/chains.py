@@ -18,7 +18,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -209,18 +209,24 @@ def passes(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
 
 
 def report(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> str:
-    """A markdown table: pass@1 on `count` evaluation chains by length, and by how many multiplications they hold."""
+    """A markdown table: pass@1 on `count` evaluation chains, one sampled answer each."""
     prompts = chains("evaluate", count, seed)
     alike = {length: [prompt for prompt in prompts if length_of(prompt) == length] for length in LENGTHS}
     graded: dict[str, float] = {}
     for group in filter(None, alike.values()):
         graded.update(zip(group, passes(model, tokenizer, group), strict=True))
     size = f"{model.num_parameters() / 1e6:.2f}M parameters"
-    lines = [f"{name}, {size}: pass@1 {_mean(graded.values())} on {len(prompts)} evaluation chains\n"]
-    lines += ["| length | all | no `*` | 1 | 2 | 3 and more |", "|---|---|---|---|---|---|"]
-    for length, group in alike.items():
+    return f"{name}, {size}: pass@1 {_mean(graded.values())} on {len(prompts)} evaluation chains\n\n{by_kind(graded)}"
+
+
+def by_kind(graded: Mapping[str, float]) -> str:
+    """A markdown table of mean pass rates by a chain's length and its number of multiplications."""
+    lines = ["| length | chains | all | no `*` | 1 | 2 | 3 and more |", "|---|---|---|---|---|---|---|"]
+    for length in LENGTHS:
+        group = [prompt for prompt in graded if length_of(prompt) == length]
         cells = [[graded[p] for p in group if min(3, p.count("*")) == products] for products in range(4)]
-        lines.append(f"| {length} | {' | '.join(map(_mean, [[graded[p] for p in group], *cells]))} |")
+        means = " | ".join(map(_mean, [[graded[p] for p in group], *cells]))
+        lines.append(f"| {length} | {len(group)} | {means} |")
     return "\n".join(lines)
 
 

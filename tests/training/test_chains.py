@@ -128,6 +128,13 @@ def test_the_command_makes_directories_that_transformers_loads(
     assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "small").eos_token_id
 
 
+def test_pass_rates_by_length_and_multiplications() -> None:
+    table = chains.by_kind({"1+1=": 1.0, "1*1=": 0.5, "2*1=": 0.0, "1*1*1*1*1=": 0.25})
+    assert "| 1 | 3 | 0.50 | 1.00 | 0.25 | - | - |" in table
+    assert "| 4 | 1 | 0.25 | - | - | - | 0.25 |" in table
+    assert "| 2 | 0 | - | - | - | - | - |" in table
+
+
 # llama.cpp serves what transformers does
 
 
