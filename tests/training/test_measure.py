@@ -64,6 +64,7 @@ def test_a_score_that_only_knows_its_folds_training_mean_is_a_coin() -> None:
         corrected.append(apgr(centred(score, folds), small, large))
     assert np.nanmean(pooled) < 0.4  # ranked as they are: what the training rows have too much of, the fold lacks
     assert np.nanmean(corrected) == pytest.approx(0.5, abs=0.01)
+    assert not centred(np.full(10, 0.1), np.zeros(10, np.int64)).any()  # ten times 0.1 is 0.9999999999999999
 
 
 def test_intervals_of_groups_resample_groups() -> None:
