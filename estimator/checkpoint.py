@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ SCHEMA = 1
 MANIFEST, WEIGHTS, TOKENIZER, ENCODER, CALIBRATION = (
     "manifest.json", "model.safetensors", "tokenizer.json", "model.onnx", "calibration.json",
 )  # fmt: skip
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # so neither "", nor "..", nor a path
 FILES = (WEIGHTS, TOKENIZER, ENCODER, CALIBRATION)
 BUILTIN = Path(__file__).parent / "builtin"
 
@@ -96,7 +98,10 @@ def publish(directory: Path) -> None:
     """Make `current` beside a checkpoint name it, atomically."""
     pointer = directory.parent / "current"
     beside = directory.parent / f".current.{os.getpid()}"
-    beside.write_text(directory.name + "\n", encoding="utf-8")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(directory.name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, pointer)
     _sync_directory(directory.parent)
 
@@ -119,8 +124,8 @@ def load(path: Path) -> tuple[Manifest, dict[str, bytes]]:
     files = {}
     for name, expected in manifest.files.items():
         try:
-            data = (path / name).read_bytes()
-        except FileNotFoundError:
+            data = _read(path, name)
+        except (FileNotFoundError, IsADirectoryError):
             raise ValueError(f"checkpoint {path} lacks {name}, which its manifest names") from None
         if sha256(data) != expected:
             raise ValueError(f"checkpoint {path}: {name} does not match the manifest's sha256; it is damaged or edited")
@@ -132,9 +137,11 @@ def load_manifest(path: Path) -> Manifest:
     """Parse and check manifest.json alone."""
     place = path / MANIFEST
     try:
-        raw = json.loads(place.read_bytes())
-    except FileNotFoundError:
+        data = _read(path, MANIFEST)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ValueError(f"{path} is no checkpoint: it has no {MANIFEST}") from None
+    try:
+        raw = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
@@ -142,11 +149,14 @@ def load_manifest(path: Path) -> Manifest:
         raise ValueError(f"{place} has schema {found!r}; this version reads schema {SCHEMA}")
     try:
         base = raw["base"]
+        layers = base["layers"]
+        if type(layers) is not int or layers < 0:
+            raise ValueError(f"{place} says layers: {layers!r}; it must be a whole number from 0 on")
         manifest = Manifest(
             version=str(raw["version"]),
             parent=raw["parent"],
             created=str(raw["created"]),
-            base=Base(str(base["encoder"]), int(base["layers"]), tuple(base["trained"])),
+            base=Base(str(base["encoder"]), layers, tuple(base["trained"])),
             pools=tuple(raw["pools"]),
             text=TextConfig(**raw["text"]),
             metrics=raw["metrics"],
@@ -156,9 +166,17 @@ def load_manifest(path: Path) -> Manifest:
         raise ValueError(f"{place} is not a manifest of schema {SCHEMA}: {error!r}") from None
     if missing := sorted(set(FILES) - set(manifest.files)):
         raise ValueError(f"{place} names no {missing[0]}")
-    if odd := [name for name in manifest.files if Path(name).name != name]:
+    if odd := [name for name in manifest.files if not FILE_NAME.fullmatch(name)]:
         raise ValueError(f"{place} names the file {odd[0]!r}, which does not lie in the checkpoint")
     return manifest
+
+
+def _read(path: Path, name: str) -> bytes:
+    """A checkpoint's file. A symlink may lead about inside the checkpoint, as a mounted volume's do, not out of it."""
+    real = (path / name).resolve()
+    if not real.is_relative_to(path.resolve()):
+        raise ValueError(f"checkpoint {path}: {name} leads out of it, to {real}; put the file itself there")
+    return real.read_bytes()
 
 
 def _dump(manifest: Manifest) -> bytes:

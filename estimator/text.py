@@ -77,13 +77,22 @@ def prompt_of_messages(messages: Sequence[Mapping[str, object]]) -> tuple[str, s
 
 
 def load_tokenizer(serialized: str) -> Tokenizer:
-    """A tokenizer from the text of a tokenizer.json; its own padding and truncation go: prepare() cuts."""
+    """A tokenizer from the text of a tokenizer.json; its own padding and truncation go: prepare() cuts.
+
+    "[SEP]" in a prompt is read as those five characters: only prepare() sets special tokens.
+    """
     if "model" not in json.loads(serialized):  # tokenizers itself would raise a bare Exception
         raise ValueError("its tokenizer.json is no tokenizer")
     tokenizer = Tokenizer.from_str(serialized)
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def clean(text: str) -> str:
+    """The text with "?" for lone surrogates, which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def prepare(tokenizer: Tokenizer, config: TextConfig, text: str, context: str = "") -> Prepared:
@@ -94,7 +103,7 @@ def prepare(tokenizer: Tokenizer, config: TextConfig, text: str, context: str = 
     """
     room = config.max_tokens - 2
     side = CHARS_PER_TOKEN * config.max_tokens
-    kept = text if len(text) <= 2 * side else f"{text[:side]} {text[-side:]}"
+    kept = clean(text if len(text) <= 2 * side else f"{text[:side]} {text[-side:]}")
     first, *_, last = tokenizer.encode("").ids  # [CLS] and [SEP], whatever this tokenizer calls them
     ids = tokenizer.encode(kept, add_special_tokens=False).ids
     truncated = len(ids) > room or len(kept) < len(text)
@@ -103,7 +112,7 @@ def prepare(tokenizer: Tokenizer, config: TextConfig, text: str, context: str = 
     prepared = [first, *ids, last]
     room = config.max_tokens - len(prepared) - 1
     if context and room > 0:
-        earlier = tokenizer.encode(context[-side:], add_special_tokens=False).ids
+        earlier = tokenizer.encode(clean(context[-side:]), add_special_tokens=False).ids
         prepared += [*earlier[-room:], last]
     return Prepared(tuple(prepared), truncated, surface_features(kept, len(text)))
 

@@ -8,21 +8,27 @@ Torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
+from estimator.text import clean
+
 
 def narrowed(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer with only the pieces that `texts` need. Raises ValueError if it is not WordPiece."""
+    """The tokenizer with only the pieces that `texts` need.
+
+    Raises ValueError if it is not WordPiece or adds special tokens in a way not known here.
+    """
     settings = json.loads(tokenizer.to_str())
     model = settings["model"]
     if model["type"] != "WordPiece":
         raise ValueError(f"only a WordPiece vocabulary can be narrowed, and this encoder's is {model['type']}")
-    used = {token for text in texts for token in tokenizer.encode(text).tokens}
+    used = {token for text in texts for token in tokenizer.encode(clean(text)).tokens}
     special = {token["content"] for token in settings["added_tokens"]}
+    special |= {model["unk_token"], *tokenizer.encode("").tokens}  # and the processor's
     prefix = model["continuing_subword_prefix"]
 
     def stays(token: str) -> bool:
@@ -34,9 +40,23 @@ def narrowed(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
     model["vocab"] = ids
     for token in settings["added_tokens"]:
         token["id"] = ids[token["content"]]
-    for token in (settings.get("post_processor") or {}).get("special_tokens", {}).values():
-        token["ids"] = [ids[name] for name in token["tokens"]]
+    if processor := settings.get("post_processor"):
+        renumber(processor, ids)
     return Tokenizer.from_str(json.dumps(settings))
+
+
+def renumber(processor: dict[str, Any], ids: Mapping[str, int]) -> None:
+    """Give a tokenizer's post-processor, as tokenizer.json holds it, the new ids of its special tokens. In place."""
+    match processor["type"]:
+        case "TemplateProcessing":
+            for token in processor["special_tokens"].values():
+                token["ids"] = [ids[name] for name in token["tokens"]]
+        case "BertProcessing" | "RobertaProcessing":
+            for end in ("sep", "cls"):
+                name = processor[end][0]
+                processor[end] = [name, ids[name]]
+        case other:
+            raise ValueError(f"the vocabulary can't be narrowed: this encoder's tokenizer ends with {other}")
 
 
 def narrow(encoder: Any, whole: Tokenizer, kept: Tokenizer) -> None:

@@ -55,7 +55,14 @@ def test_an_edited_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
     [
         ({"schema": 99}, "schema 99; this version reads schema 1"),
         ({"files": {"model.onnx": "0"}}, "names no calibration\\.json"),
-        ({"files": {**dict.fromkeys(FILES, "0"), "../../etc/passwd": "0"}}, "does not lie in the checkpoint"),
+        *(
+            ({"files": {**dict.fromkeys(FILES, "0"), name: "0"}}, "does not lie in the checkpoint")
+            for name in ("../../etc/passwd", "..", ".", "", "/etc/passwd", "a\0b")
+        ),
+        *(
+            ({"base": {"encoder": "e", "layers": layers, "trained": []}}, "it must be a whole number from 0 on")
+            for layers in ("five", 5.5, -1, True, None)
+        ),
         ({"text": {"template": "?", "pooling": "cls", "max_tokens": 128}}, "text template '\\?' is unknown"),
         ({"base": {}}, "not a manifest of schema 1"),
     ],
@@ -65,6 +72,23 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, change: dict[str,
     place = tmp_path / "a" / checkpoint.MANIFEST
     place.write_text(json.dumps({**json.loads(place.read_text()), **change}))
     with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.MANIFEST])
+def test_a_symlink_may_not_lead_out_of_the_checkpoint(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a")
+    place = tmp_path / "a" / name
+    (tmp_path / "a" / "data").mkdir()
+    place.rename(tmp_path / "a" / "data" / name)
+    place.symlink_to(Path("data") / name)
+    checkpoint.load(tmp_path / "a")
+    (tmp_path / "link").symlink_to("a")
+    checkpoint.load(tmp_path / "link")
+    place.resolve().rename(tmp_path / name)
+    place.unlink()
+    place.symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} leads out of it"):
         checkpoint.load(tmp_path / "a")
 
 

@@ -1,10 +1,19 @@
 """The model on a real two-layer encoder: what it reads, what it keeps, what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    ModernBertConfig,
+    ModernBertModel,
+)
 
 from estimator import checkpoint, model
 from estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create, locate
@@ -43,6 +52,28 @@ def test_an_encoder_can_be_trimmed(tiny_encoder: Path) -> None:
     assert not any("layer.1." in name or "pooler" in name for name in names)
     with pytest.raises(ValueError, match="layers is 7, but the encoder has 2"):
         create(config(tiny_encoder, layers=7))
+
+
+def test_other_encoders_are_read_whole_and_cut_where_their_layers_are_known(tiny_encoder: Path, tmp_path: Path) -> None:
+    size = {"vocab_size": 200, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    ids, mask = collate([Prepared((2, 5, 6, 3), False, ())])
+    for made in (
+        DistilBertModel(DistilBertConfig(vocab_size=200, dim=32, n_layers=2, n_heads=2, hidden_dim=64)),
+        ModernBertModel(ModernBertConfig(num_hidden_layers=2, pad_token_id=0, **size)),
+        AlbertModel(AlbertConfig(embedding_size=16, **size)),
+    ):
+        place = tmp_path / type(made).__name__
+        shutil.copytree(tiny_encoder, place)
+        made.save_pretrained(place)
+        whole, _ = create(config(place))
+        assert whole.eval().embed(ids, mask).shape == (1, 32)
+        if isinstance(made, AlbertModel):
+            with pytest.raises(ValueError, match="AlbertModel' can't be cut to 1 layers; use layers 0"):
+                create(config(place, layers=1))
+        else:
+            assert create(config(place, layers=1))[0].eval().embed(ids, mask).shape == (1, 32)
+    with pytest.raises(ValueError, match="layers is -1"):
+        create(config(tiny_encoder, layers=-1))
 
 
 def test_an_encoder_that_is_not_there_or_reads_less_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:

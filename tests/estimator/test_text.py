@@ -77,10 +77,18 @@ def test_four_megabytes_cost_no_more_than_a_screenful(tokenizer: Tokenizer) -> N
 
 @pytest.mark.parametrize("text", ["", " ", "\x00", "😀" * 500, "\ud800", "a" * 5000, "\n" * 5000])
 def test_odd_text_is_read_all_the_same(tokenizer: Tokenizer, text: str) -> None:
-    text = text.encode("utf-8", "replace").decode()  # a lone surrogate is refused or replaced before it comes here
-    prepared = prepare(tokenizer, CONFIG, text)
-    assert 2 <= len(prepared.ids) <= 16
-    assert len(prepared.surface) == len(SURFACE)
+    for prepared in (prepare(tokenizer, CONFIG, text), prepare(tokenizer, CONFIG, "one", text)):
+        assert 2 <= len(prepared.ids) <= 16
+        assert len(prepared.surface) == len(SURFACE)
+
+
+def test_a_special_token_in_a_prompt_is_text(tokenizer: Tokenizer) -> None:
+    for special in ("[SEP]", "[CLS]", "[PAD]"):
+        first, *others = special[1:-1].lower()
+        read = ["[", first, *(f"##{letter}" for letter in others), "]"]
+        alone, after = prepare(tokenizer, CONFIG, special), prepare(tokenizer, CONFIG, "one", special)
+        assert [tokenizer.id_to_token(i) for i in alone.ids] == ["[CLS]", *read, "[SEP]"]
+        assert [tokenizer.id_to_token(i) for i in after.ids] == ["[CLS]", "one", "[SEP]", *read, "[SEP]"]
 
 
 def test_surface_features_count_what_their_names_say() -> None:

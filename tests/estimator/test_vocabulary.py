@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 
 from estimator import export
 from estimator.calibration import STAGES, Calibration, Platt, Stage
@@ -42,6 +42,23 @@ def test_what_can_not_be_narrowed_is_said() -> None:
     settings["model"]["vocab"]["qqq"] = len(settings["model"]["vocab"])
     with pytest.raises(ValueError, match="'qqq', which the encoder does not know"):
         narrow(model.encoder, whole, Tokenizer.from_str(json.dumps(settings)))
+
+
+def test_special_tokens_keep_their_place_whatever_adds_them() -> None:
+    _, whole = create(ModelConfig(("a", "b"), TextConfig(), layers=1))
+    sep, cls = (whole.token_to_id(name) for name in ("[SEP]", "[CLS]"))
+    for processor in (
+        processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls)),
+        processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", cls), ("[SEP]", sep)]),
+    ):
+        other = Tokenizer.from_str(whole.to_str())
+        other.post_processor = processor
+        kept = narrowed(other, ["the capital \ud800"])
+        ids = kept.encode("the capital").ids
+        assert [kept.id_to_token(i) for i in ids] == ["[CLS]", "the", "capital", "[SEP]"]
+    other.post_processor = processors.Sequence([processor])
+    with pytest.raises(ValueError, match="tokenizer ends with Sequence"):
+        narrowed(other, [])
 
 
 def test_a_narrowed_checkpoint_serves_and_trains_on(tmp_path: Path) -> None:
