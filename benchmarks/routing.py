@@ -85,8 +85,8 @@ def main() -> int:
     parts.append("## The paper's routing table")
     parts.append(
         "Trained and measured on the named source alone. `coin` is the quality of sending prompts to the large model at"
-        " random at the same share. A confidence at or above the threshold stays small. The rows at a threshold rank"
-        " nothing, so the scores there are as they are, not centred."
+        " random at the same share. A confidence at or above the threshold stays small. Thresholds apply"
+        " to qualities as they are, not centred."
     )
     for name in SOURCES[2:]:
         for family, pools in FAMILIES.items():
