@@ -233,8 +233,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [f"# Routing of checkpoint {report['checkpoint']}", ""]
     lines += [f"- {name}: {', '.join(models)}" for name, models in report["pools"].items()]
     fitted = report["fitted_share"]
-    known = "It was fitted on unknown prompts" if fitted is None else f"It was fitted on {fitted:.1%} of these prompts"
-    lines.append(f"- {known}; on what it was fitted on it looks better than it is." if fitted != 0 else f"- {known}.")
+    known = f"It was fitted on {fitted:.1%} of these prompts" if fitted is not None else (
+        "Which prompts it was fitted on is not on record"
+    )  # fmt: skip
+    lines.append(f"- {known}{'.' if fitted == 0 else '; on those it looks better than it is.'}")
     parts = {"All prompts": report["all"], **{f"Source {n}": part for n, part in report.get("sources", {}).items()}}
     for title, part in parts.items():
         lines += [

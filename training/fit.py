@@ -266,7 +266,8 @@ def run(args: argparse.Namespace) -> int:
     with learner.averaged() as fitted:
         manifest = export.write(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
     told = [outcome(name, report) for name, report in reports.items()]
-    told.append("Probabilities and curves are calibrated on the held-out questions.\n")
+    told.append("Probabilities and curves are calibrated on the held-out questions")
+    told.append(", whose groups were known; on new groups they hold less well\n" if "groups" in reports else "\n")
     sys.stdout.write("".join(told) + f"{args.out}: checkpoint {manifest.version}\n")
     return 0
 

@@ -1,10 +1,12 @@
 """What calibrate() refits and what it leaves to the parent."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from estimator.calibration import Calibration, Platt, Stage
-from training.calibrate import calibrate, kept, large_share, parse_costs, parse_target
+from estimator.calibration import Calibration, Platt, Stage, curve
+from training.calibrate import calibrate, kept, large_share, parse_costs, parse_target, summary, thresholds_of
 
 POOLS = ("small", "large")
 BEFORE = Stage((Platt(2.0, 0.1), Platt(3.0, 0.2)), (Platt(4.0, 0.3), Platt(5.0, 0.4)))
@@ -58,6 +60,24 @@ def test_without_a_parent_what_lacks_labels_is_the_identity() -> None:
 def test_large_share_of_one_pool_is_what_it_is_not_sure_of() -> None:
     assert large_share(np.array([[0.2], [0.6], [0.7], [0.9]]), "difficulty", 0.7) == 0.5
     assert large_share(np.array([[0.2, 0.9], [0.6, 0.5]]), "gain", 0.9) == 0.5
+
+
+def test_a_target_that_is_missed_is_told() -> None:
+    quality = np.tile([[0.9, 0.5], [0.4, 0.8]], (100, 1))  # under gain half the prompts always stay
+    observed = np.tile([[0.0, 1.0], [0.0, 1.0]], (100, 1))
+    logits = np.stack([np.log(quality / (1 - quality))] * 2, 2)
+    stage = Stage((Platt(), Platt()), (Platt(), Platt()))
+    curves = {"gain": curve(quality, observed, np.ones(200), "gain")}
+    calibrated = Calibration(POOLS, {"full": stage, "cheap": stage}, curves)
+    targets = [("large-share", 0.5), ("large-share", 0.7), ("quality", 0.5), ("quality", 0.9)]
+    said = summary(
+        dataclasses.replace(calibrated, targets=thresholds_of(calibrated, targets, None)), logits, observed
+    ).splitlines()
+    assert said[-2:] == [
+        "large-share=0.7 is not met under gain: the nearest threshold gives 0.500",
+        "quality=0.9 is not met under gain: the nearest threshold gives 0.500",
+    ]
+    assert said[-3].startswith("|")
 
 
 def test_what_targets_and_costs_look_like() -> None:

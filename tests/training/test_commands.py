@@ -77,6 +77,9 @@ def test_fit_holds_out_whole_groups_too(
         )
     )
     assert fit(grouped, places["encoder"], tmp_path / "grouped") == 0
+    out = capsys.readouterr().out
+    assert "calibrated on the held-out questions, whose groups were known" in out
+    assert ("fewer than 10 groups are rough" in out) == (count == 2)
     held_out = checkpoint.load_manifest(tmp_path / "grouped").metrics["held_out"]
     assert set(held_out) == {"questions", "groups"}
     assert held_out["groups"]["groups"] == count
@@ -218,7 +221,9 @@ def test_a_checkpoint_of_old_does_not_know_what_it_was_fitted_on(places: dict[st
     assert fitted_share(examples, manifest) == 1.0
     old = dataclasses.replace(manifest, metrics={k: v for k, v in manifest.metrics.items() if k != "fitted_on"})
     assert fitted_share(examples, old) is None
-    assert "fitted on unknown prompts" in markdown({"checkpoint": "v", "pools": {}, "fitted_share": None, "all": NONE})
+    assert "fitted on is not on record; on those" in markdown(
+        {"checkpoint": "v", "pools": {}, "fitted_share": None, "all": NONE}
+    )
 
 
 def test_many_questions_are_remembered_by_a_sample(monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]) -> None:
