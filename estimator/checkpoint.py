@@ -92,6 +92,9 @@ def ensure_free(directory: Path) -> None:
     """Raise ValueError where write() would not be able to put a checkpoint."""
     if directory.is_symlink() or directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(f"{directory} already exists; a checkpoint is never overwritten, so choose another --out")
+    above = next(parent for parent in directory.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{directory} can't be written: {above} is no directory that this user may write to")
 
 
 def publish(directory: Path) -> None:

@@ -35,8 +35,8 @@ class LearnerConfig:
     wide_learning_rate: float = 0.4
     encoder_learning_rate: float = 3e-5
     train_layers: int = 0  # of the encoder's layers kept, the last so many are trained; 0: frozen
-    # Both off: ranking (1.0: the paper's) costs routing by gain .025 of APGR on MMLU, the gain term changes nothing on
-    # the whole; see "The terms of the loss" in benchmarks/results/routing.md
+    # Both off (1.0 is the paper's weight for ranking): at these learning rates neither routed better; see "The terms of
+    # the loss" in benchmarks/results/routing.md
     ranking_weight: float = 0.0
     gain_weight: float = 0.0
 

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--backends", nargs="+", metavar="POOL=URL", help="two OpenAI-compatible servers of your own instead"
     )
-    demo.add_argument("--queries", type=int, default=500, metavar="N", help="how many queries to send (default 500)")
+    demo.add_argument("--queries", type=int, metavar="N", help="how many queries to send (default: all there are)")
     demo.add_argument("--port", type=int, default=8000, help="the gateway's port (default 8000)")
     demo.add_argument("--admin-port", type=int, default=9000, help="the port of /metrics (default 9000)")
     demo.set_defaults(run=_demo)

@@ -127,7 +127,7 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
     if query.endpoint == "completions" and not query.text and query.fields.get("prompt") not in ("", [""]):
         raise ApiError(
             400,
-            "Only text can be routed; for a prompt of token ids name a pool as 'model'.",
+            "Only a 'prompt' of text can be routed; for token ids name a pool as 'model'.",
             "prompt_not_routable",
             "prompt",
         )

@@ -162,7 +162,9 @@ def resolved(config: Config) -> str:
     if tree["admin"]["key_sha256"]:
         tree["admin"]["key_sha256"] = tree["admin"]["key_sha256"][:8] + "…"
     if config.auth is None:
-        tree["auth"] = "none"
+        del tree["auth"]  # absent means open on a loopback address; only who said "none" gets it back
+        if not _is_loopback(config.listen.host):
+            tree["auth"] = "none"
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 

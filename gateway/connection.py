@@ -337,7 +337,7 @@ def uvicorn_config(application: Callable[..., Awaitable[None]], header_bytes: in
         access_log=False,
         proxy_headers=False,
         log_config=None,
-        log_level="warning",
+        log_level="critical",
         server_header=False,
         timeout_keep_alive=keep_alive_s,
         timeout_graceful_shutdown=1,

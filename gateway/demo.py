@@ -59,16 +59,18 @@ def run(options: argparse.Namespace) -> int:
     """
     import uvloop
 
-    if options.queries < 1:
-        raise ValueError(f"--queries is {options.queries} and must be at least 1")
+    for flag, port in (("--port", options.port), ("--admin-port", options.admin_port)):
+        if not 0 <= port <= 65535:
+            raise ValueError(f"{flag} is {port} and must be between 0 and 65535")
+        server.bind("127.0.0.1", port, flag).close()
     if options.backends:
         return uvloop.run(_with_own_backends(options))
+    questions = _questions(DATA / "queries.jsonl", options.queries)
     with contextlib.ExitStack() as stack:
         print("Starting two llama.cpp servers on two small Llama models trained for this demo ...", flush=True)
         began = time.monotonic()
         urls = {name: stack.enter_context(_backend(name)) for name in COSTS}
         print(f"  ready after {time.monotonic() - began:.1f} s: " + ", ".join(f"{n} at {u}" for n, u in urls.items()))
-        questions = _questions(DATA / "queries.jsonl", options.queries)
         settings = _config(urls, {name: name for name in urls}, options, str(DATA / "estimator"), EMBEDDED_THRESHOLD)
         return uvloop.run(_serve_and_ask(settings, questions, options))
 
@@ -118,7 +120,7 @@ async def _serve_and_ask(settings: Config, questions: Sequence[Question], option
     if serving.done():
         serving.result()
     url, admin = await addresses
-    asking = asyncio.create_task(_ask_and_report(settings, questions, url, admin))
+    asking = asyncio.create_task(_ask_and_report(settings, questions, url, admin, options.once))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -137,7 +139,7 @@ async def _serve_and_ask(settings: Config, questions: Sequence[Question], option
         await serving
 
 
-async def _ask_and_report(settings: Config, questions: Sequence[Question], url: str, admin: str) -> None:
+async def _ask_and_report(settings: Config, questions: Sequence[Question], url: str, admin: str, once: bool) -> None:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
         version = await _estimator_version(session, admin)
         print(f"  the gateway at {url}/v1, estimator {version}, threshold {settings.routing.threshold:g}\n", flush=True)
@@ -157,6 +159,8 @@ async def _ask_and_report(settings: Config, questions: Sequence[Question], url: 
         for index, question in enumerate(questions)
     ]
     print("\n" + demo_report.summary(outcomes))
+    if once:
+        return
     sample = json.dumps({"model": "auto", "messages": [{"role": "user", "content": questions[0].text}]})
     print(f"\nTry it:   curl -si {url}/v1/chat/completions -H 'content-type: application/json' -d '{sample}'")
     print(f"Metrics:  curl -s {admin}/metrics | grep ^gateway_", flush=True)
@@ -251,7 +255,11 @@ async def _served_model(pool: str, url: str) -> str:
         ):
             listed = orjson.loads(await answer.read())["data"]
             return str(listed[0]["id"])
-    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
+    except TimeoutError:
+        raise ValueError(f"--backends {pool}={url}: GET /v1/models was not answered within 10 s") from None
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"--backends {pool}={url}: GET /v1/models did not answer with a list of models") from None
+    except aiohttp.ClientError as error:
         raise ValueError(
             f"--backends {pool}={url}: GET /v1/models gave no model ({error or type(error).__name__})"
         ) from None
@@ -280,8 +288,10 @@ def _backend(name: str) -> Iterator[str]:
             process.wait()
 
 
-def _questions(path: Path, count: int) -> list[Question]:
+def _questions(path: Path, count: int | None) -> list[Question]:
     rows = [orjson.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+    if count is not None and not 1 <= count <= len(rows):
+        raise ValueError(f"--queries is {count} and must be between 1 and {len(rows)}, as many as there are")
     return [Question(row["question"], row.get("answer")) for row in rows[:count]]
 
 

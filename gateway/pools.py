@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import time
@@ -21,6 +22,9 @@ OPEN_SECONDS = 2.0  # doubled with every failed trial, up to:
 LONGEST_OPEN_SECONDS = 30.0
 RETRY_WINDOW_SECONDS = 10.0
 CLOSED, HALF_OPEN, OPEN = 0, 1, 2
+
+
+log = logging.getLogger(__name__)
 
 
 class NoSlotError(Exception):
@@ -71,6 +75,8 @@ class Backend:
             self._enter(OPEN)
 
     def set_up(self, up: bool) -> None:
+        if up != self.up:
+            log.log(logging.INFO if up else logging.WARNING, "backend %s is %s", self.url, "up" if up else "down")
         self.up = up
         self.metrics.backend_up.labels(self.url).set(up)
         if up and self.state != CLOSED:
@@ -78,6 +84,10 @@ class Backend:
 
     def _enter(self, state: int) -> None:
         if state != self.state:
+            if state == OPEN and self.state == CLOSED:
+                log.warning("backend %s is left alone for a while: %d failures in a row", self.url, self.failures)
+            elif state == CLOSED:
+                log.info("backend %s answers again", self.url)
             self.state = state
             self.metrics.circuit.labels(self.url).set(state)
 

@@ -34,7 +34,7 @@ class Eligible:
 def eligible(pools: Mapping[str, PoolConfig], needs: frozenset[str], prompt_tokens: int) -> Eligible:
     """Pools that accept what the request carries and whose context holds it.
 
-    A prompt too long for every context leaves the longest one: the count is an estimate, the backend has the last word.
+    A prompt too long for every context leaves the longest ones: the count is an estimate, backends have the last word.
     An empty `pools` means that nobody accepts what the request carries.
     """
     takers = [name for name, pool in pools.items() if needs <= set(pool.accepts)]
@@ -42,7 +42,8 @@ def eligible(pools: Mapping[str, PoolConfig], needs: frozenset[str], prompt_toke
         return Eligible((), "accepts")
     fitting = [name for name in takers if (limit := pools[name].context_tokens) is None or prompt_tokens <= limit]
     if not fitting:
-        fitting = [max(takers, key=lambda name: pools[name].context_tokens or 0)]
+        longest = max(pools[name].context_tokens or 0 for name in takers)
+        fitting = [name for name in takers if pools[name].context_tokens == longest]
     first = next(iter(pools))
     excluded: Literal["context", "accepts"] | None = None
     if first not in takers:

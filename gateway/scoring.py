@@ -23,6 +23,7 @@ from gateway.metrics import Metrics
 
 CACHE_ENTRIES = 16_384
 BATCH = 8
+JOIN_SECONDS = 10.0  # for the batch under way: a tenth of that on any machine
 SMOOTHING = 0.05  # of the moving mean of seconds per prompt, from which the queue's length in seconds follows
 Stage = Literal["full", "cheap", "cached"]
 
@@ -114,9 +115,15 @@ class Scorer:
         return self._scored(scores, "full")
 
     def close(self) -> None:
+        """Lets the workers end after the batch they are at."""
         with self._wake:
             self._stopped = True
             self._wake.notify_all()
+
+    def join(self) -> None:
+        """Waits for the workers. An interpreter that ends while one is inside ONNX Runtime aborts the process."""
+        for thread in self._threads:
+            thread.join(JOIN_SECONDS)
 
     def _submit(self, name: bytes, prepared: Prepared) -> "asyncio.Future[Scores]":
         answer: asyncio.Future[Scores] = self._loop.create_future()

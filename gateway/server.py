@@ -49,7 +49,7 @@ def bind(host: str, port: int, setting: str) -> socket.socket:
         if made is not None:
             made.close()
         raise ValueError(
-            f"can't listen on {setting} {host}:{port}: {error.strerror}; choose another port or free it"
+            f"can't listen on {host}:{port}: {error.strerror}; choose another address for {setting} or free this one"
         ) from None
     made.setblocking(False)
     return made
@@ -102,6 +102,7 @@ async def serve(
         upstream.set_connect_seconds(fresh.timeouts.connect_s)
         gateway.budget = pools.RetryBudget(fresh.retries.budget, fresh.retries.per_second)
         await tasks.restart()
+        log.info("the config %s is applied", path)
         return gateway.live.scorer.version
 
     public = app.create_app(gateway, surface.create_public(gateway))
@@ -127,8 +128,10 @@ async def serve(
             server.should_exit = True
         await asyncio.gather(*serving)
         await tasks.stop()
-        gateway.live.scorer.close()
         await upstream.close()
+        for scorer in (*gateway.retired, gateway.live.scorer):
+            scorer.close()
+            await asyncio.to_thread(scorer.join)
 
 
 class _Tasks:
@@ -174,6 +177,7 @@ async def _replace(gateway: Gateway, live: Live) -> None:
     if old.scorer is not live.scorer:
         delay = old.config.timeouts.total_s if old.config.estimator.deadline_ms > 1000 else 5.0
         asyncio.get_running_loop().call_later(delay, old.scorer.close)
+        gateway.retired = [*gateway.retired[-2:], old.scorer]
 
 
 def _show(gateway: Gateway) -> None:
@@ -208,6 +212,7 @@ async def _watch_checkpoint(gateway: Gateway) -> None:
 async def _drain(gateway: Gateway) -> None:
     """/readyz says no from now on; what runs may finish, and what still comes is served on a connection that closes."""
     gateway.draining = True
+    log.info("stopping: %d requests are still running", gateway.active)
     try:
         async with asyncio.timeout(gateway.live.config.timeouts.drain_s):
             await gateway.idle.wait()

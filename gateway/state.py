@@ -37,6 +37,7 @@ class Gateway:
     active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
+    retired: list[Scorer] = field(default_factory=list)  # the last ones replaced; their workers may still run
 
     def begin(self) -> None:
         self.active += 1

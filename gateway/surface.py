@@ -1,6 +1,7 @@
 """The endpoints beside the hot path: models, the decision alone, health; and the admin port's."""
 
 import hmac
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,8 +18,10 @@ from gateway.protocol import ApiError
 from gateway.state import Gateway
 from gateway.state import Request as Bookkeeping
 
+log = logging.getLogger(__name__)
+
 Reload = Callable[[], Awaitable[str]]
-REMEDIES = {404: "GET /v1/models lists what is here", 405: "see the OpenAI API reference for this path's method"}
+REMEDIES = {404: "GET /v1/models lists what is here", 405: "docs/operations.md says how this path is called"}
 
 
 def create_public(gateway: Gateway) -> FastAPI:
@@ -110,6 +113,7 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
             version = await reload()
         except ValueError as error:
             gateway.metrics.config_reloads.labels("refused").inc()
+            log.error("the old config stays: %s", error)
             raise ApiError(422, f"The old config stays: {error}.", "invalid_config") from None
         gateway.metrics.config_reloads.labels("applied").inc()
         return _json({"status": "reloaded", "estimator": version})

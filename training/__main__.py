@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"depo-train {args.command}: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print(f"depo-train {args.command}: interrupted", file=sys.stderr)
         return 1
     return code
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from estimator import calibration, checkpoint, export
-from estimator.calibration import STAGES, apply
+from estimator.calibration import STAGES, Calibration, apply
 from estimator.learner import Item, Learner, LearnerConfig
 from estimator.model import DEFAULT_ENCODER, Estimator, ModelConfig, create
 from estimator.records import Example
@@ -268,8 +268,18 @@ def run(args: argparse.Namespace) -> int:
     told = [outcome(name, report) for name, report in reports.items()]
     told.append("Probabilities and curves are calibrated on the held-out questions")
     told.append(", whose groups were known; on new groups they hold less well\n" if "groups" in reports else "\n")
-    sys.stdout.write("".join(told) + f"{args.out}: checkpoint {manifest.version}\n")
+    told.append(f"{args.out}: checkpoint {manifest.version}\n{next_step(args.out, calibrated)}")
+    sys.stdout.write("".join(told))
     return 0
+
+
+def next_step(out: Path, calibrated: Calibration) -> str:
+    """What to put into gateway.yaml, and what its threshold would do on prompts like these."""
+    said = f"next: estimator: {{path: {out}}} in gateway.yaml"
+    if "gain" not in calibrated.curves:
+        return said + "\n"
+    shares = ", ".join(f"{at}: {calibrated.large_share('gain', at):.0%}" for at in (0.7, 0.8, 0.85, 0.9, 0.95))
+    return f"{said}; on such prompts {calibrated.pools[-1]} serves, by routing.threshold, {shares}\n"
 
 
 def outcome(name: str, report: Mapping[str, Any]) -> str:

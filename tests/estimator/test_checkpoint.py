@@ -125,3 +125,10 @@ def test_a_place_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "one")
     with pytest.raises(ValueError, match="is no checkpoint"):
         checkpoint.resolve(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="no directory that this user may write to"):
+        checkpoint.ensure_free(tmp_path / "file" / "first")
+    checkpoint.ensure_free(tmp_path / "new" / "deep" / "first")

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import pytest
 import yaml
 
 from tests.gateway.backend import FakeVllm, Script
-from tests.gateway.conftest import StartGateway, settings
+from tests.gateway.conftest import StartGateway, running, settings
 from tests.gateway.wire import chat, connect, request
 
 
@@ -130,8 +131,8 @@ async def test_a_port_in_use_is_the_users_mistake(tmp_path: Path, tiny_checkpoin
                 _, said = await process.communicate()
                 assert process.returncode == 2
                 assert said.decode().splitlines() == [
-                    f"depo-gateway: can't listen on {section} 127.0.0.1:{port}: Address already in use; "
-                    "choose another port or free it"
+                    f"depo-gateway: can't listen on 127.0.0.1:{port}: Address already in use; "
+                    f"choose another address for {section} or free this one"
                 ]
 
 
@@ -155,3 +156,15 @@ async def test_streams_that_outlast_drain_s_are_told(start: StartGateway) -> Non
         assert (told.status, (await told.json())["error"]["code"]) == (503, "shutting_down")
         assert 0.4 < time.monotonic() - asked < 6
         assert await one.wait_for(lambda: all(item.closed or item.finished for item in one.seen), 1.0)
+
+
+async def test_no_worker_outlives_the_gateway(slow_checkpoint: Path) -> None:
+    """An interpreter that ends with a thread inside ONNX Runtime aborts, with exit status 134."""
+    async with FakeVllm() as one:
+        raw = settings([one], [one], slow_checkpoint, estimator={"path": str(slow_checkpoint), "deadline_ms": 50})
+        async with running(raw) as gateway:
+            asked = (gateway.chat(f"{number} " + "easy question " * 2000) for number in range(30))
+            assert {answer.status for answer in await asyncio.gather(*asked)} == {200}
+            workers = [thread for thread in threading.enumerate() if thread.name.startswith("scorer-")]
+            assert workers  # at prompts that nobody waits for any more
+    assert not any(worker.is_alive() for worker in workers)

@@ -156,7 +156,7 @@ def test_a_port_that_is_taken_is_a_mistake(tiny_checkpoint: Path, tmp_path: Path
         path = write(tmp_path / "gateway.yaml", tiny_checkpoint, listen={"port": port})
         ended = run("serve", "--config", str(path))
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert f"can't listen on listen 127.0.0.1:{port}: Address already in use" in ended.stderr
+    assert f"can't listen on 127.0.0.1:{port}: Address already in use" in ended.stderr
     assert ended.stderr.count("\n") == 1
 
 

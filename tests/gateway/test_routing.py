@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gateway import routing
 from gateway.config import BackendConfig, Modality, PoolConfig
-from gateway.routing import Decision, Eligible
+from gateway.routing import Decision, Eligible, eligible
 
 POOLS = ("small", "middle", "large")
 ALL = Eligible(POOLS)
@@ -192,3 +192,13 @@ def test_a_conversation_leaves_a_pool_that_can_take_it_no_more() -> None:
     candidates = Eligible(("middle", "large"), "context")
     kept = routing.keep(decided("middle", "context"), "small", POOLS, candidates, True)
     assert (kept.pool, kept.reason) == ("middle", "context")
+
+
+def test_a_prompt_too_long_for_all_is_still_routed_among_the_longest() -> None:
+    pools = {
+        "a": PoolConfig("a", (), context_tokens=100),
+        "b": PoolConfig("b", (), context_tokens=200),
+        "c": PoolConfig("c", (), context_tokens=200),
+    }
+    assert eligible(pools, frozenset(), 500) == Eligible(("b", "c"), "context")
+    assert eligible({"b": pools["b"], "c": pools["c"]}, frozenset(), 500) == Eligible(("b", "c"), None)

@@ -308,7 +308,7 @@ def test_help_and_version_on_every_level(capsys: pytest.CaptureFixture[str]) -> 
         assert "depo-train" in capsys.readouterr().out
 
 
-def test_ctrl_c_is_quiet(
+def test_ctrl_c_is_one_line(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_: object) -> None:
@@ -316,4 +316,13 @@ def test_ctrl_c_is_quiet(
 
     monkeypatch.setattr("training.fit.read_tables", interrupted)
     assert fit(places["first"], places["encoder"], tmp_path / "out") == 1
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "depo-train fit: interrupted\n"
+
+
+def test_fit_says_what_to_do_next_and_what_a_threshold_would_do() -> None:
+    from training.fit import next_step
+
+    calibrated = Runtime.load(checkpoint.resolve("builtin")).calibration
+    said = next_step(Path("checkpoints/first"), calibrated)
+    assert said.startswith("next: estimator: {path: checkpoints/first} in gateway.yaml; on such prompts large serves")
+    assert f"0.85: {calibrated.large_share('gain', 0.85):.0%}" in said
