@@ -100,6 +100,7 @@ def _serve(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from gateway import demo
 
+    logging.getLogger().setLevel(logging.WARNING)  # its own lines tell what happens
     return demo.run(options)
 
 
