@@ -115,9 +115,12 @@ def resolve(place: str | Path) -> Path:
     if (path / MANIFEST).is_file():
         return path.resolve()  # through symlinks: what is loaded must not change while it is being read
     pointer = path / "current" if path.is_dir() else path
-    named = pointer.parent / pointer.read_text().strip() if pointer.is_file() else pointer
+    name = pointer.read_text().strip() if pointer.is_file() else None
+    named = pointer if name is None else pointer.parent / name
     if (named / MANIFEST).is_file():
         return named.resolve()
+    if name is not None:
+        raise ValueError(f"{pointer} names {name!r}, which is no checkpoint beside it: it has no {MANIFEST}")
     raise ValueError(f"{place} is no checkpoint: it holds neither {MANIFEST} nor a `current` that names one")
 
 

@@ -38,7 +38,10 @@ def start(model: Path, port: int, alias: str, slots: int, threads: int, context:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gateway.demo_backend", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m gateway.demo_backend",
+        description="One llama.cpp server on one GGUF file. It ends when the process that started it ends.",
+    )
     parser.add_argument("--model", type=Path, required=True, help="a GGUF file")
     parser.add_argument("--port", type=int, required=True, help="0: any free one")
     parser.add_argument("--alias", help="the model's name in the API (default: the file's folder)")

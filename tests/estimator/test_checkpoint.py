@@ -132,3 +132,10 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path: Pat
     with pytest.raises(ValueError, match="no directory that this user may write to"):
         checkpoint.ensure_free(tmp_path / "file" / "first")
     checkpoint.ensure_free(tmp_path / "new" / "deep" / "first")
+
+
+@pytest.mark.parametrize("name", ["nope", ""])
+def test_a_current_that_names_nothing_is_called_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / "current").write_text(f"{name}\n")
+    with pytest.raises(ValueError, match=f"current names '{name}', which is no checkpoint"):
+        checkpoint.resolve(tmp_path)
