@@ -139,6 +139,8 @@ async def _collect(
     rates_text = ", ".join(f"{name} {rate} of {counts[name]}" for name, rate in rates(3).items())
     pools_text = " ".join(f"{backend.pool}={backend.model}" for backend in backends)
     print(f"{args.out}: pass rates {rates_text}")
+    if all(float(rate) == 0 for rate in rates(3).values()):
+        print(f"not one answer passed: look at --verifier ({args.verifier}) and --max-tokens ({args.max_tokens})")
     print(f"next: depo-train fit --outcomes {args.out} --pools {pools_text} --out DIR")
     return 0
 

@@ -409,3 +409,12 @@ def test_ctrl_c_leaves_a_file_that_can_be_continued(prompts: Path, tmp_path: Pat
 def test_nothing_here_imports_torch() -> None:
     program = "import sys, training.collect, training.rewards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_grading_that_passes_nothing_is_pointed_out(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with server(always("8")) as one, server(always("9"), ("b",)) as two:
+        urls = (f"s={one.url}", f"l={two.url}")
+        assert command("--prompts", prompts, "--backends", *urls, "--out", tmp_path / "out.jsonl", "--k", 1) == 0
+    assert "not one answer passed: look at --verifier (" in capsys.readouterr().out
