@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--costs", nargs="+", default=[], metavar="NAME=X", help="each pool's cost, for a cost target")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the new version goes")
+    parser.add_argument(
+        "--publish", action="store_true", help="let `current` beside --out name it: gateways that watch take it up"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         args.out, files, manifest.base, manifest.pools, manifest.text, metrics, parent=manifest.version
     )
     sys.stdout.write(kept(observed_NK, token_NK, names) + summary(calibrated, full, observed_NK))
+    if args.publish:
+        checkpoint.publish(args.out)
     sys.stdout.write(f"{args.out}: checkpoint {written.version}\n")
     return 0
 

@@ -190,6 +190,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cheapest first; NAME=MODEL,MODEL takes their mean",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
+    parser.add_argument(
+        "--publish", action="store_true", help="let `current` beside --out name it: gateways that watch take it up"
+    )
     parser.add_argument("--encoder", default=DEFAULT_ENCODER, help="Hugging Face name or directory (%(default)s)")
     parser.add_argument(
         "--layers", type=int, default=5, help="keep the encoder's first so many layers, 0: all (%(default)s)"
@@ -265,6 +268,8 @@ def run(args: argparse.Namespace) -> int:
     }
     with learner.averaged() as fitted:
         manifest = export.write(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
+    if args.publish:
+        checkpoint.publish(args.out)
     told = [outcome(name, report) for name, report in reports.items()]
     told.append("Probabilities and curves are calibrated on the held-out questions")
     told.append(", whose groups were known; on new groups they hold less well\n" if "groups" in reports else "\n")

@@ -326,3 +326,13 @@ def test_fit_says_what_to_do_next_and_what_a_threshold_would_do() -> None:
     said = next_step(Path("checkpoints/first"), calibrated)
     assert said.startswith("next: estimator: {path: checkpoints/first} in gateway.yaml; on such prompts large serves")
     assert f"0.85: {calibrated.large_share('gain', 0.85):.0%}" in said
+
+
+def test_publish_lets_current_name_the_new_checkpoint(places: dict[str, Path], tmp_path: Path) -> None:
+    assert fit(places["first"], places["encoder"], tmp_path / "first", "--publish") == 0
+    assert checkpoint.resolve(tmp_path) == tmp_path / "first"
+    words = ["--checkpoint", str(tmp_path), "--outcomes", str(places["second"]), "--target", "large-share=0.3"]
+    assert main(["calibrate", *words, "--out", str(tmp_path / "second")]) == 0
+    assert checkpoint.resolve(tmp_path) == tmp_path / "first"  # not asked for
+    assert main(["calibrate", *words, "--out", str(tmp_path / "third"), "--publish"]) == 0
+    assert checkpoint.resolve(tmp_path) == tmp_path / "third"
