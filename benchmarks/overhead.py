@@ -275,6 +275,12 @@ async def run(options: argparse.Namespace) -> tuple[dict[Cell, list[Sample]], di
 
 def report(samples: dict[Cell, list[Sample]], scored: dict[str, float], options: argparse.Namespace) -> str:
     lines = [
+        "# What the gateway adds",
+        "",
+        f"`python benchmarks/overhead.py --rounds {options.rounds} --seconds {options.seconds:g} --out FILE`: a "
+        "scripted backend asked directly, through the gateway with a pool named, routed with new prompts, and routed "
+        "with prompts whose scores are cached.",
+        "",
         "| answers | clients | variant | requests/s | of direct | p50 ms | added | p99 ms | first byte p50 | added |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

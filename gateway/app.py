@@ -188,10 +188,10 @@ async def answer(
         exchange.reply.headers + decision_headers(live.config, exchange.decision) + common_headers(gateway, request)
     )
     if not exchange.streaming:
-        usage = protocol.usage_of(exchange.body) if exchange.status == 200 else None
-        count_tokens(gateway, live, exchange.decision.pool, usage)
+        whole = protocol.answer_of(exchange.body) if exchange.status == 200 else None
+        count_tokens(gateway, live, exchange.decision.pool, protocol.usage_of(whole))
         if not head.complete:
-            head.whole(exchange.body)
+            head.whole(whole)
             remember()
         headers.append((b"content-length", b"%d" % len(exchange.body)))
         request.answered, request.phase = True, "done"

@@ -89,20 +89,18 @@ class AnswerHead:
         """Takes whole server-sent events; whether the head is complete now."""
         for line in events.splitlines():
             if line.startswith(b"data:") and not self.complete:
-                self._take(line[5:], "delta")
+                try:
+                    self._take(orjson.loads(line[5:]), "delta")
+                except orjson.JSONDecodeError:  # [DONE]
+                    self.complete = True
         return self.complete
 
-    def whole(self, body: bytes) -> None:
-        """The body of an answer that is no stream."""
-        self._take(body, "message")
+    def whole(self, answer: Any) -> None:
+        """The JSON of an answer that is no stream."""
+        self._take(answer, "message")
         self.complete = True
 
-    def _take(self, data: bytes, field: str) -> None:
-        try:
-            parsed = orjson.loads(data)
-        except orjson.JSONDecodeError:  # [DONE]
-            self.complete = True
-            return
+    def _take(self, parsed: Any, field: str) -> None:
         choices = parsed.get("choices") if isinstance(parsed, dict) else None
         for choice in choices if isinstance(choices, list) else ():
             part = choice.get(field) if isinstance(choice, dict) and choice.get("index", 0) == 0 else None

@@ -213,12 +213,16 @@ class UsageTap:
         return chunk.get("choices") == []
 
 
-def usage_of(body: bytes) -> dict[str, Any] | None:
-    """The `usage` object of a complete answer, if it is JSON and has one."""
+def answer_of(body: bytes) -> Any:
+    """A complete answer's JSON, None if it is none."""
     try:
-        answer = orjson.loads(body)
+        return orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
+
+
+def usage_of(answer: Any) -> dict[str, Any] | None:
+    """The `usage` object of a complete answer, if it has one."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     return usage if isinstance(usage, dict) else None
 

@@ -3,10 +3,10 @@
 import json
 from typing import Any
 
-import orjson
 import pytest
 
 from gateway.conversations import AnswerHead, Conversations, in_tool_loop
+from gateway.protocol import answer_of
 from tests.gateway.backend import FakeVllm
 from tests.gateway.conftest import Running, StartGateway
 
@@ -28,7 +28,7 @@ def tool(call_id: str) -> Message:
 
 def answered(message: Message) -> AnswerHead:
     head = AnswerHead()
-    head.whole(orjson.dumps({"choices": [{"index": 0, "message": message}]}))
+    head.whole({"choices": [{"index": 0, "message": message}]})
     return head
 
 
@@ -169,7 +169,7 @@ def test_a_long_stream_is_read_no_further_than_its_head() -> None:
 @pytest.mark.parametrize("body", [b"", b"not json", b"[]", b'{"choices":[]}', b'{"choices":[7,{"message":8}]}'])
 def test_an_answer_of_an_odd_shape_has_no_head(body: bytes) -> None:
     head = AnswerHead()
-    head.whole(body)
+    head.whole(answer_of(body))
     assert (head.head, head.complete) == (b"", True)
 
 

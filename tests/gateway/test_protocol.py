@@ -378,7 +378,7 @@ def test_an_event_without_end_is_let_go_in_time() -> None:
     ],
 )
 def test_usage_of_a_whole_answer(body: bytes, usage: dict[str, int] | None) -> None:
-    assert protocol.usage_of(body) == usage
+    assert protocol.usage_of(protocol.answer_of(body)) == usage
 
 
 @pytest.mark.parametrize(
