@@ -154,3 +154,15 @@ def apgr_table(measured: Mapping[str, Measured]) -> str:
         against = "" if name == "length" else f"{m.difference:+.3f} [{m.difference_low:+.3f}, {m.difference_high:+.3f}]"
         rows.append((name, f"{m.apgr:.3f}", f"[{m.low:.3f}, {m.high:.3f}]", against))
     return table(rows, ("routing by", "APGR", "95% interval", "against prompt length, paired"))
+
+
+def auroc(score: Array, positive: NDArray[np.bool_]) -> float:
+    """The probability that a positive (N,) has a higher score (N,) than a negative, ties half (Mann-Whitney U).
+
+    Needs one of each at least.
+    """
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
