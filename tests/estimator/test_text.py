@@ -2,11 +2,24 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import pytest
 from tokenizers import Tokenizer
 
-from estimator.text import SURFACE, TextConfig, load_tokenizer, prepare, prompt_of_messages, surface_features
+from estimator.text import (
+    CHAT,
+    SURFACE,
+    TextConfig,
+    load_tokenizer,
+    prepare,
+    prompt_of_messages,
+    read,
+    render,
+    surface_features,
+    with_tokens,
+)
 
 CONFIG = TextConfig(max_tokens=16)
 
@@ -110,3 +123,152 @@ def test_settings_nobody_knows_are_refused() -> None:
         TextConfig(template="{prompt}")
     with pytest.raises(ValueError, match="max_tokens is 4"):
         TextConfig(max_tokens=4)
+    with pytest.raises(ValueError, match="needs the policy's chat template"):
+        TextConfig(template=CHAT)
+    with pytest.raises(ValueError, match="a chat template is read with the text template"):
+        TextConfig(chat="{{ messages }}")
+    for broken in ("{% for m in messages %}{{ m.role }}", "{{ messages | shout }}", "a\n{% if %}"):
+        with pytest.raises(ValueError, match=r"the chat template is not valid Jinja: line \d: [^\n]+$"):
+            TextConfig(template=CHAT, chat=broken)
+
+
+def test_a_manifest_without_a_chat_template_loads_as_before() -> None:
+    assert TextConfig(**{"template": "[CLS] {prompt} [SEP] {context} [SEP]", "pooling": "cls", "max_tokens": 128}) == (
+        TextConfig()
+    )
+
+
+# Chat templates, each in the manner of a family of models.
+
+MARKED = """\
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nBe of help.<|im_end|>\\n' }}
+{%- endif %}
+{%- set seen = namespace(last=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- set seen.last = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if loop.first and message.role == 'system' %}{% continue %}{% endif %}
+    {{- '<|im_start|>' + message.role + ('!' if loop.index0 == seen.last else '') + '\\n' }}
+    {%- generation %}{{ message.content | trim }}{% endgeneration %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if tools is not none %}{{ tools | tojson }}{% endif %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+HEADED = """\
+{% macro head(role) %}<{{ role }}{{ eos_token }}>
+
+{% endmacro %}
+{{ bos_token }}
+{% for message in messages %}
+  {% if message['role'] == 'tool' %}{% break %}{% endif %}
+  {{ head(message['role']) }}{{ message['content'].strip() }}{{ eos_token }}
+{% endfor %}
+{{ {'a': '<é>', 'b': [1]} | tojson }} {{ pad_token is defined }} {{ strftime_now('%Y') }}
+{% if add_generation_prompt %}{{ head('assistant') }}{% endif %}
+"""
+ALTERNATING = """
+
+  {% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{{ bos_token }}{% for message in messages %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{% endif %}
+<start>{{ 'model' if message['role'] == 'assistant' else message['role'] }} {{ message['content'] | trim }}<end>
+{% endfor %}
+{% if add_generation_prompt %}<start>model{% endif %}
+"""
+TURNS = [
+    {"role": "user", "content": '  Prove: 1 < 2 & "x"\n'},
+    {"role": "assistant", "content": "é"},
+    {"role": "user", "content": "{{ bos_token }} again"},
+]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("generation", [True, False])
+@pytest.mark.parametrize("chat", [MARKED, HEADED, ALTERNATING])
+def test_a_chat_is_written_as_transformers_writes_it(tiny_encoder: Path, chat: str, generation: bool) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_encoder)
+    tokenizer.add_special_tokens(
+        {"bos_token": '<"b\\os">', "eos_token": "<eos é>", "additional_special_tokens": ["<x>"]}
+    )
+    tokenizer.chat_template = chat
+    own = with_tokens(chat, tokenizer.special_tokens_map)
+    for messages in (TURNS, TURNS[:1], [SYSTEM, *TURNS], [*TURNS, {"role": "tool", "content": "5"}], TURNS[1:]):
+
+        def theirs(messages: list[dict[str, str]] = messages) -> Any:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+
+        if chat is ALTERNATING and messages[0]["role"] != "user":
+            for refusing in (theirs, lambda messages=messages: render(own, messages, generation)):
+                with pytest.raises(jinja2.TemplateError, match=r"alternate|not supported"):
+                    refusing()
+            continue
+        assert render(own, messages, generation) == theirs()
+        if generation:
+            assert read(TextConfig(template=CHAT, chat=own), messages) == (theirs(), "")
+
+
+def chatting(chat: str, max_tokens: int = 16) -> TextConfig:
+    return TextConfig(template=CHAT, chat=with_tokens(chat, {"bos_token": "<s>"}), max_tokens=max_tokens)
+
+
+def test_a_chat_template_reads_what_the_plain_one_leaves_out() -> None:
+    plain, chat = TextConfig(), chatting(MARKED)
+    for system in (SYSTEM, {"role": "system", "content": "Think."}):
+        assert read(plain, [system, *TURNS]) == prompt_of_messages(TURNS)
+        assert system["content"] in read(chat, [system, *TURNS])[0]
+    for config in (plain, chat):
+        assert read(config, "a prompt") == ("a prompt", "")
+    parts = [{"type": "text", "text": "what"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": "now"}]
+    assert "user!\nwhat\nnow<" in read(chat, [{"role": "user", "content": parts}])[0]
+
+
+@pytest.mark.parametrize(
+    ("chat", "messages", "expected"),
+    [
+        (ALTERNATING, [SYSTEM, *TURNS[1:]], "Be brief.\né\n{{ bos_token }} again"),
+        (ALTERNATING, [TURNS[1], {"role": "user", "content": None}], "é\n"),
+        (MARKED, [], ""),  # messages[0] is undefined
+        ("{{ messages[0].content + 1 }}", [TURNS[1]], "é"),
+        ("{{ '{:d}'.format(messages[0].content) }}", [TURNS[1]], "é"),
+        ("{{ messages.append(1) }}", [TURNS[1]], "é"),  # the sandbox's refusal
+        ("{{ [][0].x }}", [{"role": 3, "content": {"a": 1}}, {}], "\n"),
+    ],
+)
+def test_what_a_template_refuses_is_read_as_its_bare_turns(chat: str, messages: list[Any], expected: str) -> None:
+    assert read(chatting(chat), messages) == (expected, "")
+
+
+def test_a_long_chat_is_cut_where_prepare_would_not_see_it(tokenizer: Tokenizer) -> None:
+    """The same ids as of the whole conversation, at the cost of its two ends."""
+    one_long = [SYSTEM, *TURNS, {"role": "assistant", "content": "the sum " * 900}, {"role": "user", "content": "why"}]
+    many = [SYSTEM, *({"role": "user" if i % 2 == 0 else "assistant", "content": f"one {i}"} for i in range(901))]
+    for messages in (one_long, many, many[1:], many[:-1], [{"role": "user", "content": "hard " * 9999}]):
+        for chat in (MARKED, ALTERNATING) if messages[0]["role"] == "user" else (MARKED,):
+            config = chatting(chat)
+            whole, cut = render(config.chat, messages), read(config, messages)[0]
+            assert len(cut) < 1500 < len(whole)
+            assert prepare(tokenizer, config, cut).ids == prepare(tokenizer, config, whole).ids
+            assert prepare(tokenizer, config, cut).truncated
+
+
+def test_four_megabytes_of_chat_cost_little() -> None:
+    config = chatting(MARKED, 512)
+    text = {"role": "user", "content": "what is the sum " * 250_000}
+    for messages in ([text], [text] * 400, [{"role": "user", "content": "x"}] * 400_000, [{}] * 400_000):
+        started = time.perf_counter()
+        prompt, _ = read(config, messages)
+        assert time.perf_counter() - started < 0.5
+        assert len(prompt) < 200_000
