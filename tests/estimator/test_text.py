@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from estimator.text import (
+    CHARS_PER_TOKEN,
     CHAT,
     SURFACE,
     TextConfig,
@@ -259,7 +260,9 @@ def test_a_long_chat_is_cut_where_prepare_would_not_see_it(tokenizer: Tokenizer)
         for chat in (MARKED, ALTERNATING) if messages[0]["role"] == "user" else (MARKED,):
             config = chatting(chat)
             whole, cut = render(config.chat, messages), read(config, messages)[0]
+            side = CHARS_PER_TOKEN * config.max_tokens
             assert len(cut) < 1500 < len(whole)
+            assert (cut[:side], cut[-side:]) == (whole[:side], whole[-side:])
             assert prepare(tokenizer, config, cut).ids == prepare(tokenizer, config, whole).ids
             assert prepare(tokenizer, config, cut).truncated
 
