@@ -124,7 +124,7 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
             "model_not_routable",
             "model",
         )
-    if query.endpoint == "completions" and not query.text and query.fields.get("prompt") not in ("", [""]):
+    if query.endpoint == "completions" and not query.prompt and query.fields.get("prompt") not in ("", [""]):
         raise ApiError(
             400,
             "Only a 'prompt' of text can be routed; for token ids name a pool as 'model'.",
@@ -138,7 +138,7 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
             400, f"No pool accepts {' and '.join(sorted(query.needs))}.", "modality_not_accepted", "messages"
         )
     request.phase = "scoring"
-    scored = await live.scorer.score(query.text, query.context)
+    scored = await live.scorer.score(query.asked)
     sticky = config.routing.sticky and query.endpoint == "chat"
     served_by = gateway.conversations.find(key, query.messages) if sticky else None
     threshold = config.routing.threshold if asked is None else asked

@@ -53,8 +53,7 @@ class Query:
     model: str
     stream: bool
     asked_usage: bool  # the client itself asked for the stream's usage chunk
-    text: str  # what is scored: the last user turn, or the prompt
-    context: str  # the conversation before it
+    prompt: str  # text of /v1/completions' `prompt`
     needs: frozenset[str]  # modalities beyond text
     prompt_tokens: int  # an estimate; the backend's tokenizer has the last word
     fields: dict[str, Any]
@@ -63,6 +62,11 @@ class Query:
     @property
     def messages(self) -> list[dict[str, Any]]:
         return self.fields["messages"] if self.endpoint == "chat" else []
+
+    @property
+    def asked(self) -> str | list[dict[str, Any]]:
+        """What is scored; how much of it, the checkpoint says."""
+        return self.fields["messages"] if self.endpoint == "chat" else self.prompt
 
 
 def parse(endpoint: Endpoint, body: bytes) -> Query:
@@ -92,23 +96,17 @@ def parse(endpoint: Endpoint, body: bytes) -> Query:
     options = fields.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise ApiError(400, "'stream_options' must be an object.", "invalid_stream_options", "stream_options")
-    text = context = ""
     needs: frozenset[str] = frozenset()
     if endpoint == "chat":
-        messages = _messages(fields)
-        text, context = prompt_of_messages(messages)
-        needs = _needs(fields, messages)
-    elif endpoint == "completions":
-        text = _prompt_text(fields)
+        needs = _needs(fields, _messages(fields))
     return Query(
         endpoint=endpoint,
         model=model,
         stream=bool(stream),
         asked_usage=bool(options and options.get("include_usage")),
-        text=text,
-        context=context,
+        prompt=_prompt_text(fields) if endpoint == "completions" else "",
         needs=needs,
-        prompt_tokens=_prompt_tokens(fields, text, context, body, needs),
+        prompt_tokens=_prompt_tokens(fields, body, needs),
         fields=fields,
         body=body,
     )
@@ -260,9 +258,9 @@ def _parts(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield from (part for part in content if isinstance(part, dict))
 
 
-def _prompt_tokens(fields: dict[str, Any], text: str, context: str, body: bytes, needs: frozenset[str]) -> int:
+def _prompt_tokens(fields: dict[str, Any], body: bytes, needs: frozenset[str]) -> int:
     """Prompt and reserved completion, estimated. Pictures and sound travel as base64, so with them only text counts."""
-    size = len(text) + len(context) if needs & {"image", "audio"} else len(body)
+    size = sum(map(len, prompt_of_messages(fields["messages"]))) if needs & {"image", "audio"} else len(body)
     wanted = fields.get("max_completion_tokens") or fields.get("max_tokens") or 0
     return size // BYTES_PER_TOKEN + (wanted if isinstance(wanted, int) else 0)
 

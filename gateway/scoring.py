@@ -12,13 +12,13 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from estimator import checkpoint
 from estimator.runtime import Runtime, Scores
-from estimator.text import Prepared
+from estimator.text import Prepared, read
 from gateway.metrics import Metrics
 
 CACHE_ENTRIES = 16_384
@@ -78,17 +78,21 @@ class Scorer:
         for thread in self._threads:
             thread.start()
 
-    async def score(self, text: str, context: str) -> Scored | None:
-        """Scores of one prompt, never later than the deadline plus the cheap stage. None if that failed as well."""
-        name = hashlib.blake2b(f"{len(text)}\0{text}{context}".encode(), digest_size=16).digest()
-        known = self._cache.get(name)
-        if known is not None:
-            self._metrics.estimator_outcomes.labels("cached").inc()
-            return self._scored(known, "cached")
+    async def score(self, asked: str | Sequence[Mapping[str, object]]) -> Scored | None:
+        """Scores of a prompt, or of a conversation's messages, read as the checkpoint's manifest says.
+
+        Never later than the deadline plus the cheap stage. None where that fails as well, or is not there.
+        """
         started = time.perf_counter()
         try:
+            text, context = read(self.runtime.manifest.text, asked)
+            name = hashlib.blake2b(f"{len(text)}\0{text}{context}".encode(), digest_size=16).digest()
+            known = self._cache.get(name)
+            if known is not None:
+                self._metrics.estimator_outcomes.labels("cached").inc()
+                return self._scored(known, "cached")
             prepared = self.runtime.prepare(text, context)
-        except Exception:  # boundary: whatever a prompt does to the tokenizer, the request is served
+        except Exception:  # boundary: whatever a prompt does to template or tokenizer, the request is served
             log.exception("preparing a prompt failed")
             self._metrics.estimator_outcomes.labels("error").inc()
             return None
@@ -208,18 +212,23 @@ def load(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime, dict[st
             f"the estimator {runtime.version} scores one pool ({runtime.pools[0]}) and can't route by gain; "
             "set routing.rule: difficulty, or fit one with depo-train fit --pools"
         )
-    prepared = runtime.prepare("What is 2 + 2?")  # the first runs allocate: not in a request's time
+    turn = {"role": "user", "content": "What is 2 + 2?"}  # the first runs allocate: not in a request's time
+    prepared = runtime.prepare(*read(runtime.manifest.text, [turn]))
     runtime.cheap([prepared])
     runtime.score([prepared])
     return runtime, columns
 
 
 def usual_shares(runtime: Runtime, pools: tuple[str, ...], rule: str, threshold: float) -> dict[str, float]:
-    """Each pool's share of the calls on the prompts that the checkpoint was calibrated with; {} where it can't say."""
-    if len(runtime.pools) != 2 or len(pools) != 2 or rule not in runtime.calibration.curves:
+    """Each pool's share of the calls on the prompts that the checkpoint was calibrated with; {} where it can't say.
+
+    A policy's checkpoint knows how much stays in the cheapest pool; all else goes to the dearest.
+    """
+    fits = len(pools) > 1 if len(runtime.pools) == 1 else len(runtime.pools) == len(pools) == 2
+    if not fits or rule not in runtime.calibration.curves:
         return {}
     large = runtime.calibration.large_share(rule, threshold)
-    return {pools[0]: 1.0 - large, pools[1]: large}
+    return {name: 0.0 for name in pools} | {pools[0]: 1.0 - large, pools[-1]: large}
 
 
 def _columns(runtime: Runtime, pools: tuple[str, ...], by_order: bool) -> dict[str, int]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from estimator.text import TextConfig, read
 from gateway import protocol
 from gateway.protocol import ApiError, Query, UsageTap
 
@@ -203,7 +204,7 @@ def test_depth_up_to_1024_passes() -> None:
 
 def scored(messages: list[Any], **fields: Any) -> tuple[str, str]:
     query = chat(orjson.dumps({"model": "auto", "messages": messages, **fields}))
-    return query.text, query.context
+    return read(TextConfig(), query.asked)
 
 
 def test_the_last_user_turn_is_scored_with_the_conversation_before_it() -> None:
@@ -249,9 +250,9 @@ def completions(prompt: Any) -> Query:
 
 
 def test_a_completions_prompt_is_scored() -> None:
-    assert completions("once upon").text == "once upon"
-    assert completions(["once", "upon"]).text == "once\nupon"
-    assert completions([1, 2, 3]).text == completions([[1, 2], [3]]).text == ""
+    assert completions("once upon").asked == completions("once upon").prompt == "once upon"
+    assert completions(["once", "upon"]).asked == "once\nupon"
+    assert completions([1, 2, 3]).asked == completions([[1, 2], [3]]).asked == ""
 
 
 @pytest.mark.parametrize(
@@ -281,6 +282,7 @@ def test_prompt_tokens_count_the_answers_room_but_not_a_picture() -> None:
     assert tokens("x", max_completion_tokens=500) - tokens("x") in range(500, 515)
     picture = [{"type": "image_url", "image_url": {"url": "data:" + "A" * 100_000}}, {"type": "text", "text": "what?"}]
     assert tokens(picture) < 10
+    assert tokens([*picture, {"type": "text", "text": "abcd" * 1000}]) in range(1000, 1010)
 
 
 # Thresholds in model names.

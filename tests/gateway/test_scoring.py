@@ -66,9 +66,13 @@ def outcomes(scorer: Scorer) -> dict[str, float]:
     return {sample.labels["outcome"]: sample.value for sample in samples if sample.name.endswith("_total")}
 
 
+def turns(text: str, context: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": context}, {"role": "user", "content": text}]
+
+
 async def test_the_full_stage_scores_as_the_runtime_does(make: Make, runtime: Runtime) -> None:
     scorer = make()
-    scored = await scorer.score("prove the hard theorem", "what is the easy sum")
+    scored = await scorer.score(turns("prove the hard theorem", "what is the easy sum"))
     assert scored is not None
     expected = runtime.score([runtime.prepare("prove the hard theorem", "what is the easy sum")])[0]
     assert (scored.quality["small"], scored.quality["large"]) == pytest.approx(expected.quality, abs=1e-5)
@@ -77,22 +81,22 @@ async def test_the_full_stage_scores_as_the_runtime_does(make: Make, runtime: Ru
 
 async def test_the_same_prompt_is_scored_once(make: Make) -> None:
     scorer = make()
-    first = await scorer.score("easy sum", "")
-    again = await scorer.score("easy sum", "")
-    other = await scorer.score("easy sum", "hard hard hard")
+    first = await scorer.score("easy sum")
+    again = await scorer.score("easy sum")
+    other = await scorer.score(turns("easy sum", "hard hard hard"))
     assert first is not None
     assert again is not None
     assert other is not None
     assert (again.quality, again.stage, other.stage) == (first.quality, "cached", "full")
     assert outcomes(scorer) == {"full": 2, "cached": 1}
-    assert (await scorer.score("easy sumhard", " hard hard")) != other  # the seam between turn and context counts
+    assert (await scorer.score(turns("easy sumhard", " hard hard"))) != other  # the seam between turn and context counts
 
 
 async def test_the_cache_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "CACHE_ENTRIES", 2)
     scorer = make()
     for text in ("one", "two", "three", "three", "one"):
-        await scorer.score(text, "")
+        await scorer.score(text)
     assert outcomes(scorer) == {"full": 4, "cached": 1}
 
 
@@ -100,7 +104,7 @@ async def test_same_prompts_that_come_together_share_one_run(make: Make, runtime
     gate = threading.Event()
     slow = replace(runtime, session=Gated(runtime.session, gate))  # type: ignore[arg-type]
     scorer = make(of=slow)
-    tasks = [asyncio.create_task(scorer.score("easy", "")) for _ in range(5)]
+    tasks = [asyncio.create_task(scorer.score("easy")) for _ in range(5)]
     await asyncio.sleep(0.05)
     gate.set()
     scored = await asyncio.gather(*tasks)
@@ -147,7 +151,7 @@ async def test_at_the_deadline_the_cheap_stage_answers_and_the_late_score_is_kep
 ) -> None:
     scorer = make(0.05, replace(runtime, session=Gated(runtime.session, gate)))
     began = time.perf_counter()
-    scored = await scorer.score("prove the hard theorem", "")
+    scored = await scorer.score("prove the hard theorem")
     assert time.perf_counter() - began < 1.0
     assert scored is not None
     cheap = runtime.cheap([runtime.prepare("prove the hard theorem")])[0]
@@ -155,7 +159,7 @@ async def test_at_the_deadline_the_cheap_stage_answers_and_the_late_score_is_kep
     assert outcomes(scorer) == {"deadline": 1}
     gate.set()
     for _ in range(200):
-        late = await scorer.score("prove the hard theorem", "")
+        late = await scorer.score("prove the hard theorem")
         if late is not None and late.stage == "cached":
             break
         await asyncio.sleep(0.01)
@@ -165,7 +169,7 @@ async def test_at_the_deadline_the_cheap_stage_answers_and_the_late_score_is_kep
 
 async def test_a_deadline_of_zero_means_the_cheap_stage(make: Make) -> None:
     scorer = make(0.0)
-    scored = await scorer.score(LONG, "")
+    scored = await scorer.score(LONG)
     assert scored is not None
     assert scored.stage == "cheap"
     assert not scorer._running
@@ -174,12 +178,12 @@ async def test_a_deadline_of_zero_means_the_cheap_stage(make: Make) -> None:
 async def test_a_queue_longer_than_the_deadline_is_not_joined(make: Make, runtime: Runtime) -> None:
     """A real encoder, more prompts at once than it can score in time."""
     scorer = make(10.0, replace(runtime, session=Slow(runtime.session, 0.05)))
-    await scorer.score("warm", "")
+    await scorer.score("warm")
     assert scorer._seconds_per_prompt > 0.04  # known after one batch, not after dozens
     gate = threading.Event()
     slow = make(0.2, replace(runtime, session=Gated(runtime.session, gate)))
     slow._seconds_per_prompt = 0.1  # three in line are more than the deadline
-    waiting = [asyncio.create_task(slow.score(f"easy {index}", "")) for index in range(20)]
+    waiting = [asyncio.create_task(slow.score(f"easy {index}")) for index in range(20)]
     began = time.perf_counter()
     await asyncio.sleep(0.02)
     assert sum(task.done() for task in waiting) >= 10  # at once, not at the deadline
@@ -191,9 +195,9 @@ async def test_a_queue_longer_than_the_deadline_is_not_joined(make: Make, runtim
 
 async def test_a_flood_is_answered_at_the_deadline(make: Make, runtime: Runtime) -> None:
     scorer = make(0.05, replace(runtime, session=Slow(runtime.session, 0.1)))
-    await scorer.score("warm", "")
+    await scorer.score("warm")
     began = time.perf_counter()
-    scored = await asyncio.gather(*(scorer.score(f"easy {index}", "") for index in range(300)))
+    scored = await asyncio.gather(*(scorer.score(f"easy {index}") for index in range(300)))
     assert time.perf_counter() - began < 2.0  # the encoder would need four
     assert sum(item.stage == "cheap" for item in scored if item) > 200
     assert all(item is not None for item in scored)
@@ -202,7 +206,7 @@ async def test_a_flood_is_answered_at_the_deadline(make: Make, runtime: Runtime)
 async def test_a_failing_encoder_leaves_the_cheap_stage(make: Make, runtime: Runtime) -> None:
     scorer = make(of=replace(runtime, session=Broken()))
     for _ in range(3):  # and a failure is not cached
-        scored = await scorer.score("easy", "")
+        scored = await scorer.score("easy")
         assert scored is not None
         assert scored.stage == "cheap"
     assert outcomes(scorer) == {"error": 3}
@@ -210,27 +214,27 @@ async def test_a_failing_encoder_leaves_the_cheap_stage(make: Make, runtime: Run
 
 async def test_nothing_is_left_when_both_stages_fail(make: Make, runtime: Runtime) -> None:
     scorer = make(of=replace(runtime, session=Broken(), wide=Broken()))
-    assert await scorer.score("easy", "") is None
+    assert await scorer.score("easy") is None
     assert outcomes(scorer) == {"error": 1}
 
 
 async def test_a_tokenizer_that_fails_leaves_nothing_too(make: Make, runtime: Runtime) -> None:
     scorer = make(of=replace(runtime, tokenizer=Broken()))
-    assert await scorer.score("easy", "") is None
+    assert await scorer.score("easy") is None
     assert outcomes(scorer) == {"error": 1}
 
 
 async def test_long_prompts_are_cut_and_counted(make: Make) -> None:
     scorer = make()
-    await scorer.score(LONG, "")
-    await scorer.score("easy", "")
+    await scorer.score(LONG)
+    await scorer.score("easy")
     assert scorer._metrics.estimator_truncated._value.get() == 1
 
 
 async def test_each_worker_stays_on_a_core_of_its_own(make: Make) -> None:
     cores = os.sched_getaffinity(0)
     scorer = make(workers=min(2, len(cores)))
-    await scorer.score("easy", "")
+    await scorer.score("easy")
     await asyncio.sleep(0.05)
     pinned = [os.sched_getaffinity(thread.native_id or 0) for thread in scorer._threads]
     assert all(len(core) == 1 for core in pinned)
