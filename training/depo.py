@@ -77,7 +77,7 @@ class Selector:
         self._score = score or (learner.score if learner is not None else None)
         self._carried: list[int] = []
         self._in_step: set[int] = set()  # rows rolled out since the last observe()
-        self._logits: dict[int, tuple[float, float]] = {}  # of those rows: policy's, spread's
+        self._logits: dict[int, tuple[float, ...]] = {}  # of rows scored since then or carried: policy's, spread's
         self._propensity: dict[int, float] = {}
         self._replay: deque[Label] = deque(maxlen=config.replay)
         self._seen: deque[Seen] = deque(maxlen=WINDOW)
@@ -147,9 +147,9 @@ class Selector:
             "steps": self.steps,
             "choices": self.choices,
             "binary": self.binary,
-            "carried": list(self._carried),
+            "carried": [[row, *_plain(self._logits.get(row, UNKNOWN))] for row in self._carried],
             "replay": [list(astuple(label)) for label in self._replay],
-            "seen": [list(row) for row in self._seen],
+            "seen": [list(astuple(seen)) for seen in self._seen],
             "explored": list(self._explored),
             "rejected": self._rejected,
             "beliefs": self.beliefs.state_dict(),
@@ -163,12 +163,13 @@ class Selector:
         epoch, cursor = state["stream"]
         self.stream = Stream(len(self.prompts), self.seed, epoch, cursor)
         self.steps, self.choices, self.binary = state["steps"], state["choices"], state["binary"]
-        self._carried, self._rejected = list(state["carried"]), state["rejected"]
+        self._carried, self._rejected = [row for row, *_ in state["carried"]], state["rejected"]
         self._replay = deque((Label(*label) for label in state["replay"]), maxlen=self.config.replay)
         self._seen = deque((Seen(*seen) for seen in state["seen"]), maxlen=WINDOW)
         self._explored = list(state["explored"])
         self.beliefs.load_state_dict(state["beliefs"])
         self._forget_step()
+        self._logits = {row: tuple(np.nan if x is None else x for x in logits) for row, *logits in state["carried"]}
 
     # --- choosing ---
 
@@ -301,7 +302,8 @@ class Selector:
         for _ in range(self.config.updates):
             again = order.choice(len(self._replay), min(len(labels), len(self._replay)), replace=False).tolist()
             batch = [*labels, *(self._replay[i] for i in again)]
-            terms = terms or self.learner.step([self._example(label) for label in batch])
+            last = self.learner.step([self._example(label) for label in batch])
+            terms = terms or last  # before any of this step's updates
         self._replay.extend(labels)
         return {f"depo/loss_{name}": value for name, value in terms.items()}
 
@@ -334,5 +336,9 @@ class Selector:
 
     def _forget_step(self) -> None:
         self._in_step.clear()
-        self._logits.clear()
+        self._logits = {row: self._logits[row] for row in self._carried if row in self._logits}
         self._propensity.clear()
+
+
+def _plain(values: Sequence[float]) -> list[float | None]:
+    return [None if np.isnan(value) else value for value in values]
