@@ -1,0 +1,151 @@
+"""What DepoTrainer writes: the state a run resumes from, and the estimator as a checkpoint that the gateway loads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from estimator import checkpoint
+from estimator import export as exporting
+from estimator.learner import Learner
+from estimator.model import Estimator
+from training.calibrate import calibrate
+from training.depo import Selector
+from training.selection import POLICY
+
+FOLDER, SELECTOR, ESTIMATOR = "depo", "selector.json", "estimator.pt"
+LAST = "trainer_state.json"  # what Trainer writes last of a checkpoint: with it, the checkpoint is whole
+SAMPLE = 64  # prompts whose scores stand in where nothing has been observed
+
+log = logging.getLogger("depo")
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """While a checkpoint is written. Raises OSError, saying what a run can resume from, if that fails."""
+    try:
+        (place / LAST).unlink(missing_ok=True)  # of a run before: from here on it is not whole
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not isinstance(error, OSError | SafetensorError) and "PytorchStreamWriter" not in str(error):
+            raise  # torch says so when a disk is full
+        left = _whole(place.parent)
+        usable = f"the newest to resume from is {left[-1]}" if left else "there is none to resume from"
+        raise OSError(f"{place} could not be written ({error}); {usable}") from error
+
+
+def save(place: Path, selector: Selector, learner: Learner | None, completions: int, whole: bool) -> None:
+    """Write the state into a Trainer's checkpoint `place`. `whole`: between two generations, so it can be resumed."""
+    folder = place / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    if learner is not None:
+        with _beside(folder / ESTIMATOR) as path:
+            torch.save(learner.state_dict(), path)
+    state = {"whole": whole, "completions": completions, "selector": selector.state_dict()}
+    with _beside(folder / SELECTOR) as path:
+        path.write_text(json.dumps(state), encoding="utf-8")
+
+
+def load(place: Path, selector: Selector, learner: Learner | None) -> int:
+    """Put selector and learner where save() took them; completions generated until then.
+
+    Raises ValueError for what is no such checkpoint, or one of other settings.
+    """
+    if not _readable(place):
+        raise ValueError(f"{place} is no whole checkpoint of depo-train rl: nothing to resume from")
+    state = json.loads((place / FOLDER / SELECTOR).read_text(encoding="utf-8"))
+    if not state["whole"]:
+        raise ValueError(f"{place} was written in the middle of a generation; resume from an earlier checkpoint")
+    selector.load_state_dict(state["selector"])
+    if learner is not None:
+        # weights_only: tensors and plain values, no pickled code
+        learner.load_state_dict(torch.load(place / FOLDER / ESTIMATOR, map_location="cpu", weights_only=True))
+    return int(state["completions"])
+
+
+def newest(output_dir: Path) -> Path:
+    """The newest checkpoint that is whole. Raises ValueError if there is none."""
+    found = _whole(output_dir)
+    if not found:
+        raise ValueError(f"{output_dir} has no checkpoint to resume from")
+    return found[-1]
+
+
+def export(root: Path, step: int, learner: Learner, selector: Selector, limit: int | None) -> Path:
+    """Write the policy's estimator as a checkpoint under `root` and make `current` name it; its place.
+
+    Of older ones `limit` are kept (None: all).
+    """
+    place = root / f"step-{step}"
+    again = 2
+    while place.exists():  # of a run before, and perhaps served
+        place = root / f"step-{step}-{again}"
+        again += 1
+    recent = np.array([label[:4] for label in selector.beliefs.recent]).reshape(-1, 4)
+    logits, rates, weights = recent[:, 0], recent[:, 1], recent[:, 3]
+    if not len(recent):
+        some = selector.prompts[: min(SAMPLE, len(selector.prompts))]
+        logits = learner.score(some)[:, 0, 0]
+        rates, weights = np.full(len(logits), np.nan), np.ones(len(logits))
+    full = np.stack([logits, np.zeros(len(logits))], axis=1)[:, None]
+    unknown = np.full((len(logits), 1), np.nan)
+    calibrated = calibrate(full, full, rates[:, None], unknown, weights, (POLICY,))
+    metrics = {"trained_by": "depo-train rl", "steps": step, "labels": len(recent)}
+    with learner.averaged() as model:
+        exporting.write(place, of_policy(model), learner.tokenizer, calibrated, metrics, learner.trained)
+    checkpoint.publish(place)
+    for old in sorted(root.glob("step-*"), key=os.path.getmtime)[: -limit if limit else 0]:
+        if old != place:
+            shutil.rmtree(old)
+    return place
+
+
+def of_policy(model: Estimator) -> Estimator:
+    """The estimator with the policy's pool, the first, alone."""
+    alone = Estimator(
+        replace(model.config, pools=(POLICY,)), model.encoder, model.vocabulary, model.width, model.rounded
+    )
+    mine = alone.state_dict()
+    alone.load_state_dict(
+        {name: tensor[tuple(slice(n) for n in mine[name].shape)] for name, tensor in model.state_dict().items()}
+    )
+    alone.trained, alone.loaded = model.trained, True
+    return alone.to(model.device)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A place to write to that becomes `path` once it is written whole."""
+    beside = path.with_name(f".{path.name}")
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _whole(output_dir: Path) -> list[Path]:
+    """The checkpoints to resume from, oldest first."""
+    found = [place for place in output_dir.glob("checkpoint-*") if place.name.split("-")[1].isdigit()]
+    return sorted(filter(_readable, found), key=lambda place: int(place.name.split("-")[1]))
+
+
+def _readable(place: Path) -> bool:
+    parts: tuple[Any, ...] = (place / LAST, place / FOLDER / SELECTOR)
+    try:
+        return all(isinstance(json.loads(part.read_text(encoding="utf-8")), dict) for part in parts)
+    except (OSError, ValueError):
+        return False
