@@ -11,7 +11,8 @@ from typing import Any
 
 import aiohttp
 
-from training.rewards import Verifier
+from training.rewards import Grader
+from training.verify import RewardError
 
 TRIES = 6
 FIRST_WAIT_SECONDS = 0.5  # doubled each time, 15 s in all: a backend may restart meanwhile
@@ -44,14 +45,14 @@ class Sampling:
     k: int
     temperature: float
     max_tokens: int
-    grade: Verifier
+    grader: Grader
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One model on one prompt: pass rate, and the mean over completions of exp(mean token log-probability)."""
 
-    correct: float
+    correct: float | None  # over the completions that could be graded
     token_confidence: float | None
 
 
@@ -67,6 +68,7 @@ async def outcome(
 
     Raises:
         BackendFailed: it does not answer the simplest chat either.
+        RewardError: the verifier is a function of the user's and failed.
     """
 
     async def ask(count: int) -> list[Mapping[str, Any]] | str:
@@ -85,9 +87,14 @@ async def outcome(
     if refused:
         return refused[0]
     choices = [choice for reply in replies if not isinstance(reply, str) for choice in reply]
-    rewards = [sampling.grade(choice["message"].get("content") or "", reference) for choice in choices]
+    pairs = [(choice["message"].get("content") or "", reference) for choice in choices]
+    rewards = await asyncio.to_thread(sampling.grader.grade, pairs)
+    graded = [reward for reward in rewards if reward is not None]
+    outside = [reward for reward in graded if not 0 <= reward <= 1]
+    if outside:
+        raise RewardError(f"the verifier {sampling.grader.name} gave {outside[0]:g}; an outcome is between 0 and 1")
     sure = [value for choice in choices if (value := token_confidence(choice)) is not None]
-    return Outcome(mean(rewards), round(mean(sure), 4) if sure else None)
+    return Outcome(mean(graded) if graded else None, round(mean(sure), 4) if sure else None)
 
 
 def body_of(backend: Backend, messages: Messages, sampling: Sampling, count: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 from training.backends import Backend, BackendFailed, Outcome, Sampling, connect, outcome
 from training.resume import json_lines, key_of, outcome_file
-from training.rewards import VERIFIERS, verifier
+from training.rewards import NAMES, Grader
+from training.verify import RewardError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the outcome table; an unfinished one is continued")
     parser.add_argument("--k", type=int, default=8, help="completions a prompt and pool (default 8)")
-    parser.add_argument("--verifier", default="number", help=f"{', '.join(VERIFIERS)} (default number)")
+    parser.add_argument("--verifier", default="number", help=f"{NAMES} (default number)")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-tokens", type=int, default=512, help="a completion's limit (default 512)")
     parser.add_argument("--concurrency", type=int, default=16, help="requests in flight a backend (default 16)")
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0; 1 where a backend failed, refused every prompt, or the user interrupted. ValueError for mistakes."""
     if args.k < 1 or args.concurrency < 1 or args.max_tokens < 1 or args.temperature < 0:
         raise ValueError("--k, --concurrency and --max-tokens must be at least 1 and --temperature at least 0")
-    sampling = Sampling(args.k, args.temperature, args.max_tokens, verifier(args.verifier))
+    sampling = Sampling(args.k, args.temperature, args.max_tokens, Grader(args.verifier))
     urls = pairs("--backends", args.backends)
     for pool, url in urls.items():
         if not url.startswith(("http://", "https://")):
@@ -68,9 +70,14 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts)
     if args.out.exists() and args.out.samefile(args.prompts):
         raise ValueError(f"--out {args.out} is the prompts file; give --out another file")
+
+    async def collected() -> int:
+        with closing(sampling.grader):  # before the loop, at its end, waits for the threads that grade
+            return await _collect(urls, args, prompts, sampling)
+
     try:
-        return asyncio.run(_collect(urls, args, prompts, sampling))
-    except BackendFailed as error:
+        return asyncio.run(collected())
+    except (BackendFailed, RewardError) as error:
         kept = f"; what is collected stays in {args.out}, the same command goes on" if args.out.exists() else ""
         print(f"{error}{kept}", file=sys.stderr)
         return 1
@@ -132,6 +139,13 @@ async def _collect(
     for name, words in refusals.items():
         some = f"{len(words)} of {len(prompts)} prompts, for instance"
         print(f"{name} refused {some if counts[name] else 'every prompt'}: {words[0]}", file=sys.stderr)
+    grades = sampling.grader.counts()
+    if grades["timeouts"] or grades["failures"]:
+        lost = f"{grades['timeouts']} took over {sampling.grader.deadline_s:g} s and {grades['failures']} failed"
+        print(
+            f"verifier {args.verifier}: of {sum(grades.values())} completions {lost}; they are left out",
+            file=sys.stderr,
+        )
     unknown = [name for name in names if not counts[name]]
     if unknown:
         print(f"{args.out} has no outcome of {', '.join(unknown)}: there is nothing to fit", file=sys.stderr)
@@ -153,7 +167,7 @@ async def outcomes(
     concurrency: int,
     refusals: dict[str, list[str]],
 ) -> AsyncIterator[dict[str, Any]]:
-    """Rows as they are done, in no order. A prompt that every backend refuses gives no row.
+    """Rows as they are done, in no order. A prompt that every backend refuses, or none is graded on, gives no row.
 
     `refusals` takes the words of each model's refusals as they come.
     """
@@ -171,10 +185,10 @@ async def outcomes(
         answered: dict[str, Outcome] = {}
         for name, task in asked.items():
             result = task.result()
-            if isinstance(result, Outcome):
-                answered[name] = result
-            else:
+            if isinstance(result, str):
                 refusals.setdefault(name, []).append(result)
+            elif result.correct is not None:
+                answered[name] = result
         if not answered:
             return None
         row = {**prompt.row, "correct": {name: result.correct for name, result in answered.items()}}
@@ -192,7 +206,7 @@ async def outcomes(
             for task in finished:
                 try:
                     row = task.result()
-                except* BackendFailed as group:
+                except* (BackendFailed, RewardError) as group:
                     raise group.exceptions[0] from None
                 if row is not None:
                     yield row

@@ -14,7 +14,8 @@ _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConf
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|and|or|,\s*and|,\s*or)?[\s$]*")
 _MARKED = re.compile(r"####[ \t]*(.+)")  # GSM8K's final answer
-_PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}|\n|\$|\\\(|\\\[")
+_PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}|\n|(?<!\\)\$|\\\(|\\\[")
+_WORDS = re.compile(r"[A-Za-z' -]{1,60}")
 _LOOSE = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\[,;:!]|\$|(?<!\d)\s+|\s+(?!\d)|\.$")
 
 
@@ -22,7 +23,8 @@ def grade(completion: str, reference: str) -> float | None:
     r"""1 if the answers are equal, 0 if not or if the completion has none; None if the reference has none.
 
     The answer of a text is its last \boxed{} (or run of them: "\boxed{1} and \boxed{2}"), else what follows its last
-    `####`, else all of it where it is a formula alone ("18", "\frac{1}{2}"), else the last formula or number in it.
+    `####`, else all of it where it is a formula or a few words alone ("\frac{1}{2}", "no solution"), else the last
+    formula or number in it.
     What stands before a closing </think> is no answer.
     """
     completion = completion.rpartition("</think>")[2]
@@ -50,7 +52,7 @@ def final(text: str) -> str | None:
     if marked:
         return str(marked[-1]).strip()
     alone = text.strip()
-    return None if not alone or _PROSE.search(alone) else alone
+    return alone if alone and (_WORDS.fullmatch(alone) or not _PROSE.search(alone)) else None
 
 
 def _closed(text: str, begin: int) -> tuple[int, str]:

@@ -71,7 +71,7 @@ class Grader:
     def __init__(self, name: str, deadline_s: float = 5.0) -> None:
         if not deadline_s > 0:
             raise ValueError(f"a verifier's deadline must be above 0 seconds, not {deadline_s}")
-        self.name = name
+        self.name, self.deadline_s = name, deadline_s
         self._workers: Workers | None = None
         self._pure = VERIFIERS.get(name)
         self._graded = 0

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from training import backends, collect
+from training.rewards import Grader
 
 Reply = Callable[[dict[str, Any], int], tuple[int, dict[str, Any]]]  # (body, calls so far) -> status, JSON
 
@@ -418,3 +420,84 @@ def test_grading_that_passes_nothing_is_pointed_out(
         urls = (f"s={one.url}", f"l={two.url}")
         assert command("--prompts", prompts, "--backends", *urls, "--out", tmp_path / "out.jsonl", "--k", 1) == 0
     assert "not one answer passed: look at --verifier (" in capsys.readouterr().out
+
+
+def test_mathematics_is_graded_in_worker_processes_and_a_timeout_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    rows = [{"question": f"{i}/2=", "answer": rf"\frac{{{i}}}{{2}}"} for i in range(6)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    endless = r"\boxed{9^{9^{9^9}}}"
+
+    def reply(body: dict[str, Any], calls: int) -> tuple[int, dict[str, Any]]:
+        texts = [r"\boxed{0.5}", "1/2", "1", endless]
+        return 200, completion([endless] * 4 if body["messages"][0]["content"] == "3/2=" else texts)
+
+    monkeypatch.setattr(collect, "Grader", partial(Grader, deadline_s=1.0))
+    with server(reply) as small:
+        words = ("--prompts", prompts, "--backends", f"s={small.url}", "--out", out, "--k", 4)
+        assert command(*words, "--verifier", "math") == 0
+        with pytest.raises(ValueError, match="was collected with verifier math, not number"):
+            command(*words)
+    correct = {question: row["correct"]["model-a"] for question, row in table(out).items()}
+    assert correct == {"0/2=": 0, "1/2=": 2 / 3, "2/2=": 1 / 3, "4/2=": 0, "5/2=": 0}  # of those graded; 3/2= has none
+    said = capsys.readouterr()
+    assert said.err == "verifier math: of 24 completions 9 took over 1 s and 0 failed; they are left out\n"
+    assert "model-a 0.200 of 5" in said.out
+
+
+def test_a_verifier_of_ones_own_grades_or_ends_it_with_one_line(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "def half(completion, reference): return float(completion == reference) / 2\n"
+        "def grade(completion, reference): return 2.0\n"
+        "def fails(completion, reference): return 1 / 0\n"
+    )
+    out = tmp_path / "out.jsonl"
+    with server(always("7")) as small, server(always("8"), ("b",)) as large:
+        words = ("--prompts", prompts, "--backends", f"s={small.url}", f"l={large.url}", "--out", out)
+        for function, said in (
+            ("fails", "raised ZeroDivisionError: division by zero, at the completion '"),
+            ("grade", "gave 2; an outcome is between 0 and 1"),
+        ):
+            assert command(*words, "--verifier", f"{tmp_path}/own.py:{function}") == 1
+            err = capsys.readouterr().err
+            assert f"own.py:{function} {said}" in err
+            assert err.count("\n") == 1
+        with pytest.raises(ValueError, match=r"cannot import no_such_module"):
+            command(*words, "--verifier", "no_such_module:f")
+        out.unlink()
+        assert command(*words, "--verifier", f"{tmp_path}/own.py:half") == 0
+    assert all(row["correct"] == {"model-a": 0.5, "b": 0} for row in table(out).values())
+
+
+def test_ctrl_c_while_grading_ends_at_once(prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import os, pathlib, time\n"
+        "def sleeps(completion, reference):\n"
+        "    pathlib.Path(__file__).with_name('pid').write_text(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+    )
+    out = tmp_path / "out.jsonl"
+    program = (
+        "import argparse, sys; from training import collect, rewards; parser = argparse.ArgumentParser();"
+        "collect.Grader = lambda name: rewards.Grader(name, deadline_s=600);"
+        "collect.add_arguments(parser); sys.exit(collect.run(parser.parse_args()))"
+    )
+    with server(always("7")) as small:
+        words = ["--prompts", str(prompts), "--backends", f"s={small.url}", "--out", str(out)]
+        running = subprocess.Popen(
+            [sys.executable, "-c", program, *words, "--verifier", f"{tmp_path}/own.py:sleeps"],
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=30)
+    assert running.returncode == 1
+    assert said.decode() == f"interrupted; {out} stays, the same command goes on\n"
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
