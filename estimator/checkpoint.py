@@ -22,6 +22,7 @@ MANIFEST, WEIGHTS, TOKENIZER, ENCODER, CALIBRATION = (
 )  # fmt: skip
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # so neither "", nor "..", nor a path
 FILES = (WEIGHTS, TOKENIZER, ENCODER, CALIBRATION)
+KIND = ("wide", "trunk", "rounded")  # of Base; a manifest without them means its defaults
 BUILTIN = Path(__file__).parent / "builtin"
 
 
@@ -32,6 +33,9 @@ class Base:
     encoder: str  # a Hugging Face name, or a directory
     layers: int  # of the encoder's layers, the first so many
     trained: tuple[str, ...] = ()
+    wide: bool = True  # without it there is no cheap stage
+    trunk: bool = False  # what stands on the encoder: DEPO's trunk, or linear heads
+    rounded: bool = True  # whether what is not in `trained` was rounded to int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +162,14 @@ def load_manifest(path: Path) -> Manifest:
         layers = base["layers"]
         if type(layers) is not int or layers < 0:
             raise ValueError(f"{place} says layers: {layers!r}; it must be a whole number from 0 on")
+        kind = {name: base[name] for name in KIND if name in base}
+        if odd := [name for name, value in kind.items() if type(value) is not bool]:
+            raise ValueError(f"{place} says {odd[0]}: {kind[odd[0]]!r}; it must be true or false")
         manifest = Manifest(
             version=str(raw["version"]),
             parent=raw["parent"],
             created=str(raw["created"]),
-            base=Base(str(base["encoder"]), layers, tuple(base["trained"])),
+            base=Base(str(base["encoder"]), layers, tuple(base["trained"]), **kind),
             pools=tuple(raw["pools"]),
             text=TextConfig(**raw["text"]),
             metrics=raw["metrics"],

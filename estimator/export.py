@@ -31,7 +31,7 @@ EXACT = 1e-4  # of a step of int8; a matrix rounded before is off by 2e-5, for f
 
 def onnx_bytes(model: Estimator) -> bytes:
     """The deep part as ONNX, for any batch size and length. The model stays as it is."""
-    part = DeepPart(copy.deepcopy(model)).eval()
+    part = DeepPart(copy.deepcopy(model)).cpu().eval()
     ids, mask = torch.randint(0, 100, (2, 8)), torch.ones(2, 8, dtype=torch.long)
     axes = {0: "prompts", 1: "tokens"}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -123,5 +123,6 @@ def write(
         checkpoint.ENCODER: onnx_bytes(model),
         checkpoint.CALIBRATION: calibration.dumps(calibrated),
     }
-    base = Base(model.config.encoder, model.config.layers, changed)
-    return checkpoint.write(directory, files, base, model.config.pools, model.config.text, metrics, parent)
+    config = model.config
+    base = Base(config.encoder, config.layers, changed, config.wide, config.trunk, model.rounded)
+    return checkpoint.write(directory, files, base, config.pools, config.text, metrics, parent)

@@ -1,17 +1,19 @@
 """The optimizer around an estimator: step() is one online update, over a table or over traffic.
 
-Wide part and heads learn by SGD with momentum: their features have unit length, so early-stopped SGD from zero shrinks
-like ridge regression, where Adam would blow up each rare token's weight. The encoder's layers, if trained, learn by
-AdamW.
-Everything is fp32: in bf16 most of an encoder's weights never move at these learning rates.
+Wide part and linear heads learn by SGD with momentum: their features have unit length, so early-stopped SGD from zero
+shrinks like ridge regression, where Adam would blow up each rare token's weight. A trunk, and what of the encoder is
+trained, learn by AdamW, clipped together.
+Everything is fp32, under a caller's autocast too: in bf16 most of an encoder's weights never move at these learning
+rates.
 
 Shapes: B prompts of a batch, K pools, H = 2K outputs, D encoder width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,28 +24,52 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from estimator import losses, wide
+from estimator.forward import dropout, fp32
 from estimator.model import Estimator, collate
 from estimator.records import Example
 from estimator.text import Prepared, prepare
 
-AVERAGE = 0.99  # decay of the running average of the heads, a step
+WHOLE = -1  # train_layers: the whole encoder, its embeddings too
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerConfig:
-    learning_rate: float = 0.15  # of the deep heads
+    learning_rate: float = 0.15  # of linear deep heads
     wide_learning_rate: float = 0.4
+    trunk_learning_rate: float = 2e-4
     encoder_learning_rate: float = 3e-5
-    train_layers: int = 0  # of the encoder's layers kept, the last so many are trained; 0: frozen
-    # Both off (1.0 is the paper's weight for ranking): at these learning rates neither routed better; see "The terms of
-    # the loss" in benchmarks/results/routing.md
+    train_layers: int = 0  # of the encoder's layers kept, the last so many are trained; 0: frozen; -1: WHOLE
+    average: float = 0.99  # decay of the running average of all but the encoder, a step; 0: none is kept
+    dropout: bool = False  # while stepping
+    distillation_weight: float = 1.0  # 1.0 is the paper's, for ranking too
+    # Both off: at these learning rates neither routed better; see "The terms of the loss" in
+    # benchmarks/results/routing.md
     ranking_weight: float = 0.0
     gain_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("train_layers", "ranking_weight", "gain_weight"):
+        for name in ("ranking_weight", "gain_weight", "distillation_weight", "trunk_learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not WHOLE <= self.train_layers < float("inf"):
+            raise ValueError(f"train_layers is {self.train_layers}; it must be 0 or more, or -1 for the whole encoder")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average is {self.average}; it must be at least 0 and less than 1")
+
+
+# The paper's (arXiv 2602.06375), for a model with the trunk and without the wide part, on an encoder not rounded
+FAITHFUL = LearnerConfig(
+    trunk_learning_rate=2e-4,
+    encoder_learning_rate=0.2 * 2e-4,
+    train_layers=WHOLE,
+    average=0.0,
+    dropout=True,
+    distillation_weight=1.0,
+    ranking_weight=1.0,
+)
+
+
+NO_NGRAMS = (np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +88,20 @@ class Item:
 class Learner:
     """Holds a model and its optimizers."""
 
-    def __init__(self, model: Estimator, tokenizer: Tokenizer, config: LearnerConfig) -> None:
+    def __init__(self, model: Estimator, tokenizer: Tokenizer, config: LearnerConfig, seed: int = 0) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
+        self.seed = seed  # of dropout
         self.trained = trained_names(model, config.train_layers)
         for name, parameter in model.encoder.named_parameters():
             parameter.requires_grad_(f"encoder.{name}" in self.trained)
-        heads = [model.wide_weight, model.surface_weight, model.bias, model.deep_weight]
-        rates: list[dict[str, Any]] = [
-            {"params": heads[:3], "lr": config.wide_learning_rate},
-            {"params": heads[3:], "lr": config.learning_rate},
-        ]
-        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(rates, momentum=0.9, nesterov=True)]
-        if self.trained:
-            encoder = [p for p in model.encoder.parameters() if p.requires_grad]
-            self.optimizers.append(torch.optim.AdamW(encoder, lr=config.encoder_learning_rate, weight_decay=0.01))
-        self.heads = heads
-        self.average = [parameter.detach().clone() for parameter in heads]
+        self.heads = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+        self.optimizers = optimizers_of(model, config)
+        self.average = [parameter.detach().clone() for parameter in self.heads] if config.average else []
+        self.settled = model.loaded  # the average is one of many steps already
         self.steps = 0
-        model.eval()  # no dropout: a handful of epochs on a pretrained encoder, and cached embeddings must stay true
+        model.eval()  # cached embeddings must stay true; dropout, where it is wanted, is on for a step alone
 
     def items(
         self, examples: Sequence[Example], batch_size: int = 64, embeddings: Sequence[Tensor] | None = None
@@ -91,11 +111,11 @@ class Learner:
         embedded: Sequence[Tensor | None] = [None] * len(prepared)
         if not self.trained:
             embedded = self._embed_all(prepared, batch_size) if embeddings is None else embeddings
-        pools, vocabulary = self.model.config.pools, len(self.model.idf) - wide.BUCKETS
+        pools = self.model.config.pools
         return [
             Item(
                 ready,
-                *wide.ngrams(ready.ids, vocabulary),
+                *(wide.ngrams(ready.ids, self.model.vocabulary) if self.model.config.wide else NO_NGRAMS),
                 embedding,
                 tuple(_label(example.quality.get(pool)) for pool in pools),
                 tuple(_label(example.token_confidence.get(pool)) for pool in pools),
@@ -105,22 +125,28 @@ class Learner:
         ]
 
     def fit_statistics(self, items: Sequence[Item]) -> None:
-        """Set rarity weights, scales and biases from a first set of items. Not for later steps."""
+        """Set rarity weights, scales and biases from a first set of items, of whatever of these the model has (a trunk
+        without the wide part has none). Not for later steps.
+        """
         model = self.model
-        vocabulary = len(model.idf) - wide.BUCKETS
-        model.idf.copy_(torch.from_numpy(wide.fit_idf([item.prepared.ids for item in items], vocabulary)))
-        surface = torch.tensor([item.prepared.surface for item in items])
-        model.surface_mean.copy_(surface.mean(0))
-        model.surface_scale.copy_(_inverse(surface.std(0, correction=0), 1e-4))
-        with torch.no_grad():
-            embedding = torch.cat([self._embed(items[i : i + 64]) for i in range(0, len(items), 64)])
-        model.embedding_mean.copy_(embedding.mean(0))
-        model.embedding_scale.copy_(_inverse(embedding.std(0, correction=0), 1e-3) / embedding.shape[1] ** 0.5)
-        targets = torch.tensor([item.quality + item.token_confidence for item in items])
-        means = targets.nanmean(0).nan_to_num(0.5).clamp(0.02, 0.98)
-        with torch.no_grad():
-            model.bias.copy_(torch.logit(means).reshape(2, -1).T.reshape(-1))
-        self.average[2].copy_(model.bias.detach())
+        if model.config.wide:
+            model.idf.copy_(torch.from_numpy(wide.fit_idf([item.prepared.ids for item in items], model.vocabulary)))
+            surface = torch.tensor([item.prepared.surface for item in items])
+            model.surface_mean.copy_(surface.mean(0))
+            model.surface_scale.copy_(_inverse(surface.std(0, correction=0), 1e-4))
+        if not model.config.trunk:
+            with fp32(model.device):
+                embedding = torch.cat([self._embed(items[i : i + 64]) for i in range(0, len(items), 64)])
+            model.embedding_mean.copy_(embedding.mean(0))
+            model.embedding_scale.copy_(_inverse(embedding.std(0, correction=0), 1e-3) / embedding.shape[1] ** 0.5)
+        if model.config.wide or not model.config.trunk:
+            targets = torch.tensor([item.quality + item.token_confidence for item in items])
+            means = targets.nanmean(0).nan_to_num(0.5).clamp(0.02, 0.98)
+            with torch.no_grad():
+                model.bias.copy_(torch.logit(means).reshape(2, -1).T.reshape(-1))
+            for averaged, parameter in zip(self.average, self.heads, strict=False):
+                if parameter is model.bias:
+                    averaged.copy_(parameter.detach())
 
     def step(self, batch: Sequence[Example]) -> dict[str, float]:
         """One online update on a batch of examples; the loss terms of the full stage, before the update."""
@@ -128,39 +154,96 @@ class Learner:
 
     def step_items(self, items: Sequence[Item]) -> dict[str, float]:
         """One update on items made by items()."""
-        full, cheap = self._logits(items)
-        pools = len(self.model.config.pools)
-        t_BK = torch.tensor([item.quality for item in items])
-        d_BK = torch.tensor([item.token_confidence for item in items])
-        w_B = torch.tensor([item.weight for item in items])
-        terms = self._terms(full.reshape(-1, pools, 2), t_BK, d_BK, w_B)
-        # the wide part must stand alone as the cheap stage, so it answers for itself as well
-        alone = self._terms(cheap.reshape(-1, pools, 2), t_BK, d_BK, w_B)
+        pools, device = len(self.model.config.pools), self.model.device
+        t_BK = torch.tensor([item.quality for item in items], device=device)
+        d_BK = torch.tensor([item.token_confidence for item in items], device=device)
+        w_B = torch.tensor([item.weight for item in items], device=device)
+        # the same masks for the same step, in every process and after a resume
+        drawn = int(np.random.SeedSequence([self.seed, self.steps]).generate_state(1, np.uint64)[0])
+        masks = dropout(self.model, device, drawn) if self.config.dropout else nullcontext()
+        with fp32(device, gradients=True), masks:
+            full, cheap = self._logits(items)  # one graph, and so one dropout mask, for all terms
+            terms = self._terms(full.reshape(-1, pools, 2), t_BK, d_BK, w_B)
+            loss: Any = sum(terms.values())
+            if cheap is not None:  # the wide part must stand alone as the cheap stage, so it answers for itself as well
+                loss = loss + sum(self._terms(cheap.reshape(-1, pools, 2), t_BK, d_BK, w_B).values())
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        (sum(terms.values()) + sum(alone.values())).backward()  # type: ignore[union-attr]
-        if self.trained:
-            torch.nn.utils.clip_grad_norm_([p for p in self.model.encoder.parameters() if p.requires_grad], 1.0)
-        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.AdamW):
+                clipped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                torch.nn.utils.clip_grad_norm_(clipped, 1.0)
             optimizer.step()
         self.steps += 1
         # the usual warm-up of a running average: the first steps from zero are soon forgotten, a checkpoint is not
-        decay = AVERAGE if self.model.loaded else min(AVERAGE, (1 + self.steps) / (10 + self.steps))
-        for averaged, parameter in zip(self.average, self.heads, strict=True):
-            averaged.lerp_(parameter.detach(), 1 - decay)
+        decay = self.config.average if self.settled else min(self.config.average, (1 + self.steps) / (10 + self.steps))
+        if self.average:
+            for averaged, parameter in zip(self.average, self.heads, strict=True):
+                averaged.lerp_(parameter.detach(), 1 - decay)
         return {name: float(term.detach()) for name, term in terms.items()}
 
+    def score(self, prompts: Sequence[str], batch_size: int = 64) -> NDArray[np.float64]:
+        """Logits of the full stage (N, K, 2), by the weights that predict. Like lengths go together."""
+        items = self.items([Example(prompt, {}) for prompt in prompts], batch_size)
+        order = sorted(range(len(items)), key=lambda i: len(items[i].prepared.ids))
+        logits = np.zeros((len(items), len(self.model.config.pools), 2))
+        with self.averaged(), fp32(self.model.device):
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                full, _ = self._logits([items[i] for i in rows])
+                logits[rows] = full.double().cpu().numpy().reshape(len(rows), -1, 2)
+        return logits
+
     def predict(self, items: Sequence[Item]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Logits of the full and of the cheap stage, (N, K, 2) each."""
+        """Logits of the full and of the cheap stage, (N, K, 2) each; without a wide part the full stage's twice."""
         shape = (-1, len(self.model.config.pools), 2)
-        with self.averaged(), torch.no_grad():
-            parts = [self._logits(items[start : start + 256]) for start in range(0, len(items), 256)]
-        full, cheap = (torch.cat(stage).reshape(shape).double().numpy() for stage in zip(*parts, strict=True))
-        return full, cheap
+        full, cheap = [], []
+        with self.averaged(), fp32(self.model.device):
+            for start in range(0, len(items), 256):
+                both, alone = self._logits(items[start : start + 256])
+                full.append(both)
+                cheap.append(both if alone is None else alone)
+        stages = [torch.cat(stage).reshape(shape).double().cpu().numpy() for stage in (full, cheap)]
+        return stages[0], stages[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later steps depend on, as tensors and plain values: a snapshot, which later steps leave alone."""
+        return copy.deepcopy(
+            {
+                "weights": self._weights(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "average": self.average,
+                "settled": self.settled,
+                "steps": self.steps,
+                "seed": self.seed,
+            }
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where state_dict() was taken, to the bit. Raises ValueError for another kind of learner's state."""
+        own, saved = ({name: tensor.shape for name, tensor in w.items()} for w in (self._weights(), state["weights"]))
+        if own != saved or len(self.average) != len(state["average"]):
+            odd = sorted(name for name in {*own, *saved} if own.get(name) != saved.get(name)) or ["the average"]
+            raise ValueError(f"the estimator's saved state is one of other settings: it differs in {odd[0]}")
+        self.model.load_state_dict(state["weights"], strict=False)
+        for optimizer, of in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(of)
+        _assign(self.average, state["average"])
+        self.settled, self.steps, self.seed = state["settled"], state["steps"], state["seed"]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What steps may change, or a loaded checkpoint had changed: all but the frozen part of the encoder."""
+        changed = {*self.trained, *self.model.trained}
+        state = self.model.state_dict()
+        return {name: t for name, t in state.items() if not name.startswith("encoder.") or name in changed}
 
     @contextmanager
     def averaged(self) -> Iterator[Estimator]:
         """The model with its heads' running average, which is what predicts and is saved: one step's noise is not."""
+        if not self.average:
+            yield self.model
+            return
         live = [parameter.detach().clone() for parameter in self.heads]
         _assign(self.heads, self.average)
         try:
@@ -170,26 +253,29 @@ class Learner:
 
     def _terms(self, logits_BKH: Tensor, t_BK: Tensor, d_BK: Tensor, w_B: Tensor) -> dict[str, Tensor]:
         z_BK, u_BK = logits_BKH.unbind(2)
-        terms = {
-            "advantage": losses.advantage(z_BK, t_BK, w_B),
-            "distillation": losses.distillation(u_BK, d_BK, w_B),
-        }
+        terms = {"advantage": losses.advantage(z_BK, t_BK, w_B)}
+        if weight := self.config.distillation_weight:
+            terms["distillation"] = weight * losses.distillation(u_BK, d_BK, w_B)
         if weight := self.config.ranking_weight:
             terms["ranking"] = weight * losses.ranking(z_BK, t_BK, w_B)  # (B, B, K) numbers: dear, so not for nothing
         if weight := self.config.gain_weight:
             terms["gain"] = weight * losses.gain(z_BK, t_BK, w_B)
         return terms
 
-    def _logits(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-        """(full, cheap) logits, (B, H) each."""
-        model = self.model
+    def _logits(self, items: Sequence[Item]) -> tuple[Tensor, Tensor | None]:
+        """(full, cheap) logits, (B, H) each; no cheap ones without a wide part."""
+        model, device = self.model, self.model.device
+        if not model.config.wide:
+            return model.deep(self._embed(items)), None
         lengths = [len(item.indices) for item in items]
-        indices = torch.from_numpy(np.concatenate([item.indices for item in items]))
-        values = torch.from_numpy(np.concatenate([item.counts for item in items])) * model.idf[indices]
-        rows = torch.repeat_interleave(torch.arange(len(items)), torch.tensor(lengths))
-        norms = torch.zeros(len(items)).index_add(0, rows, values * values).sqrt().clamp_min(1e-9)
-        offsets = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        surface = torch.tensor([item.prepared.surface for item in items])
+        indices = torch.from_numpy(np.concatenate([item.indices for item in items])).to(device)
+        counts = torch.from_numpy(np.concatenate([item.counts for item in items])).to(device)
+        values = counts * model.idf[indices]
+        rows = torch.repeat_interleave(torch.arange(len(items)), torch.tensor(lengths)).to(device)
+        squares = torch.zeros(len(items), device=device).index_add(0, rows, values * values)
+        norms = squares.sqrt().clamp_min(1e-9)
+        offsets = torch.tensor([0, *lengths[:-1]]).cumsum(0).to(device)
+        surface = torch.tensor([item.prepared.surface for item in items], device=device)
         surface = wide.SURFACE_SCALE * ((surface - model.surface_mean) * model.surface_scale).clamp(
             -wide.CLIP, wide.CLIP
         )
@@ -202,8 +288,8 @@ class Learner:
         embedded: dict[int, Tensor] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            with torch.no_grad():  # not inference_mode: what it makes can't be used in a step later
-                batch = self.model.embed(*collate([prepared[i] for i in rows]))
+            with fp32(self.model.device):
+                batch = self.model.embed(*collate([prepared[i] for i in rows], self.model.device))
             embedded |= zip(rows, (row.clone() for row in batch), strict=True)  # a view would keep the whole batch
         return [embedded[row] for row in range(len(prepared))]
 
@@ -211,12 +297,35 @@ class Learner:
         cached = [item.embedding for item in items if item.embedding is not None]
         if len(cached) == len(items):
             return torch.stack(cached)
-        return self.model.embed(*collate([item.prepared for item in items]))
+        return self.model.embed(*collate([item.prepared for item in items], self.model.device))
+
+
+def optimizers_of(model: Estimator, config: LearnerConfig) -> list[torch.optim.Optimizer]:
+    """SGD for wide part and linear heads, AdamW for the encoder's trained tensors and the trunk: those there are."""
+    sgd: list[dict[str, Any]] = []
+    if model.config.wide:
+        sgd.append({"params": [model.wide_weight, model.surface_weight, model.bias], "lr": config.wide_learning_rate})
+    if not model.config.trunk:
+        linear = [model.deep_weight] if model.config.wide else [model.deep_weight, model.bias]
+        sgd.append({"params": linear, "lr": config.learning_rate})
+    adam: list[dict[str, Any]] = []
+    if encoder := [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]:
+        adam.append({"params": encoder, "lr": config.encoder_learning_rate})
+    if model.config.trunk:
+        adam.append({"params": list(model.trunk.parameters()), "lr": config.trunk_learning_rate})
+    optimizers: list[torch.optim.Optimizer] = []
+    if sgd:
+        optimizers.append(torch.optim.SGD(sgd, momentum=0.9, nesterov=True))
+    if adam:
+        optimizers.append(torch.optim.AdamW(adam, weight_decay=0.01))
+    return optimizers
 
 
 def trained_names(model: Estimator, train_layers: int) -> tuple[str, ...]:
-    """Names of the encoder's tensors in its last `train_layers` layers."""
+    """Names of the encoder's tensors in its last `train_layers` layers, or of all its tensors if that is WHOLE."""
     names = [name for name, _ in model.encoder.named_parameters()]
+    if train_layers == WHOLE:
+        return tuple(f"encoder.{name}" for name in names)
     numbers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
     if train_layers > len(numbers):
         raise ValueError(f"train_layers is {train_layers}, but {len(numbers)} layers of the encoder are kept")

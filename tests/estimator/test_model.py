@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AlbertConfig,
     AlbertModel,
+    AutoModel,
     DistilBertConfig,
     DistilBertModel,
     ModernBertConfig,
@@ -72,6 +73,10 @@ def test_other_encoders_are_read_whole_and_cut_where_their_layers_are_known(tiny
                 create(config(place, layers=1))
         else:
             assert create(config(place, layers=1))[0].eval().embed(ids, mask).shape == (1, 32)
+        short, long = Prepared((2, 5, 6, 3), False, ()), Prepared((2, *range(5, 25), 3), False, ())
+        with torch.no_grad():
+            alone, beside = whole.embed(*collate([short])), whole.embed(*collate([short, long]))
+        assert torch.allclose(alone[0], beside[0], atol=1e-5)
     with pytest.raises(ValueError, match="layers is -1"):
         create(config(tiny_encoder, layers=-1))
 
@@ -95,6 +100,39 @@ def test_a_checkpoint_loads_again_for_training(tiny_checkpoint: Path) -> None:
     assert manifest.pools == POOLS
     assert loaded.wide_weight.abs().sum() > 0
     assert tokenizer.get_vocab_size() == len(loaded.idf) - 2**16
+
+
+def test_an_encoder_is_rounded_to_int8_only_where_it_will_be_stored_so(tiny_encoder: Path) -> None:
+    exact, rounded = (create(config(tiny_encoder), rounded=rounded)[0] for rounded in (False, True))
+    stored = dict(AutoModel.from_pretrained(tiny_encoder).named_parameters())
+    for name, parameter in exact.encoder.named_parameters():
+        assert torch.equal(parameter, stored[name])
+    assert not torch.equal(
+        rounded.encoder.embeddings.word_embeddings.weight, stored["embeddings.word_embeddings.weight"]
+    )
+
+
+def test_a_part_of_the_pools_predicts_what_the_whole_does_for_them(tiny_encoder: Path) -> None:
+    ids, mask = collate([Prepared((2, 5, 6, 3), False, ())])
+    for wide, trunk in ((True, False), (True, True), (False, True), (False, False)):
+        whole, _ = create(ModelConfig(("a", "b", "c"), TextConfig(max_tokens=32), str(tiny_encoder), 0, wide, trunk))
+        with torch.no_grad():
+            for name, parameter in whole.named_parameters():
+                if not name.startswith("encoder."):
+                    parameter.normal_()
+        part = model.subset(whole.eval(), ("c", "a"))
+        assert part.config.pools == ("c", "a")
+        assert part.encoder is whole.encoder
+        assert not part.training
+        embedding = whole.embed(ids, mask)
+        assert torch.allclose(part.deep(embedding), whole.deep(embedding)[:, [4, 5, 0, 1]])
+        if wide:
+            bag = (torch.tensor([3, 9]), torch.tensor([0]), torch.ones(2), torch.ones(1, 18))
+            assert torch.allclose(part.wide(*bag), whole.wide(*bag)[:, [4, 5, 0, 1]])
+        else:
+            assert not [name for name in part.state_dict() if name.startswith(("idf", "surface", "wide"))]
+    with pytest.raises(ValueError, match="has no pool 'd'; it has a, b, c"):
+        model.subset(whole, ("a", "d"))
 
 
 def test_weights_that_do_not_fit_the_manifest_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

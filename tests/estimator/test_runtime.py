@@ -76,7 +76,9 @@ def test_the_cheap_stage_agrees_with_torch(tiny_checkpoint: Path) -> None:
     learner = Learner(loaded, tokenizer, LearnerConfig())
     with torch.no_grad():
         _, expected = learner._logits(learner.items([Example(prompt, {}) for prompt in PROMPTS]))
+    assert expected is not None
     runtime = Runtime.load(tiny_checkpoint)
+    assert runtime.has_cheap
     assert np.allclose(expected.numpy(), runtime.cheap_logits([runtime.prepare(p) for p in PROMPTS]), atol=1e-4)
 
 
@@ -90,6 +92,26 @@ def test_scores_are_probabilities_in_pool_order(tiny_checkpoint: Path) -> None:
         for score in scores:
             assert len(score.quality) == len(score.token_confidence) == 2
             assert all(0.0 <= value <= 1.0 for value in score.quality + score.token_confidence)
+
+
+def test_without_a_wide_part_there_is_no_cheap_stage(tiny_encoder: Path, tmp_path: Path) -> None:
+    config = ModelConfig(("policy",), TextConfig(max_tokens=32), str(tiny_encoder), 0, wide=False, trunk=True)
+    built, tokenizer = create(config)
+    stage = Stage((Platt(),), (Platt(),))
+    calibrated = Calibration(("policy",), {"full": stage, "cheap": stage}, {})
+    export.write(tmp_path / "policy", built, tokenizer, calibrated, {})
+    runtime = Runtime.load(tmp_path / "policy")
+    prepared = [runtime.prepare(prompt) for prompt in PROMPTS]
+    assert not runtime.has_cheap
+    assert all(score.quality[0] == pytest.approx(0.5, abs=0.03) for score in runtime.score(prepared))
+    with pytest.raises(ValueError, match="has no wide part, and so no cheap stage"):
+        runtime.cheap(prepared)
+    manifest, files = checkpoint.load(tmp_path / "policy")
+    both = calibration.dumps(Calibration(("a", "b"), {"full": stage, "cheap": stage}, {}))
+    place = tmp_path / "two"
+    checkpoint.write(place, {**files, checkpoint.CALIBRATION: both}, manifest.base, ("a", "b"), manifest.text, {})
+    with pytest.raises(ValueError, match="disagree with the manifest about the pools"):
+        Runtime.load(place)
 
 
 def test_a_batch_scores_each_prompt_as_if_alone(tiny_checkpoint: Path) -> None:
