@@ -2,7 +2,8 @@
 
 Worker threads, each pinned to a core of its own, run the encoder (ONNX Runtime lets go of the interpreter's lock). The
 event loop waits for them no longer than the deadline: then, and at once when the queue is already longer than the
-deadline, the cheap stage answers. It is a few sparse dot products, so it runs where it is called.
+deadline, the cheap stage answers. It is a few sparse dot products, so it runs where it is called. A checkpoint without
+the wide part has no cheap stage: nobody answers then, and routing.on_overload decides.
 """
 
 import asyncio
@@ -148,6 +149,9 @@ class Scorer:
             self._cache.popitem(last=False)
 
     def _cheap(self, prepared: Prepared, outcome: str) -> Scored | None:
+        if not self.runtime.has_cheap:  # on_overload decides
+            self._metrics.estimator_outcomes.labels(outcome).inc()
+            return None
         started = time.perf_counter()
         try:
             scores = self.runtime.cheap([prepared])[0]
@@ -214,7 +218,8 @@ def load(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime, dict[st
         )
     turn = {"role": "user", "content": "What is 2 + 2?"}  # the first runs allocate: not in a request's time
     prepared = runtime.prepare(*read(runtime.manifest.text, [turn]))
-    runtime.cheap([prepared])
+    if runtime.has_cheap:
+        runtime.cheap([prepared])
     runtime.score([prepared])
     return runtime, columns
 
@@ -228,7 +233,7 @@ def usual_shares(runtime: Runtime, pools: tuple[str, ...], rule: str, threshold:
     if not fits or rule not in runtime.calibration.curves:
         return {}
     large = runtime.calibration.large_share(rule, threshold)
-    return {name: 0.0 for name in pools} | {pools[0]: 1.0 - large, pools[-1]: large}
+    return dict.fromkeys(pools, 0.0) | {pools[0]: 1.0 - large, pools[-1]: large}
 
 
 def _columns(runtime: Runtime, pools: tuple[str, ...], by_order: bool) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Small real parts that many tests share: a two-layer BERT, and a checkpoint that tells easy prompts from hard ones."""
+"""Small real parts that many tests share: a two-layer BERT, and checkpoints that tell easy prompts from hard ones."""
 
 import random
 import re
@@ -79,4 +79,61 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     export.write(
         place, model, tokenizer, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {}
     )
+    return place
+
+
+POLICY_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}"
+    "{% endif %}{{ message.role }} {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real checkpoint as depo-train rl leaves it: one pool, the policy's chat template, DEPO's trunk, no wide part.
+
+    A conversation with the word "hard" anywhere, in its system message too, is hard for the policy.
+    """
+    import numpy as np
+    import torch
+
+    from estimator import calibration, export
+    from estimator.calibration import Calibration, Platt, Stage
+    from estimator.learner import Learner, LearnerConfig
+    from estimator.model import ModelConfig, create
+    from estimator.records import Example
+    from estimator.text import CHAT, TextConfig, read, with_tokens
+
+    torch.manual_seed(0)
+    chance = random.Random(0)
+    chat = with_tokens(POLICY_CHAT, {"bos_token": "<s>", "eos_token": "</s>"})
+    text = TextConfig(CHAT, "cls", 64, chat)
+    examples = []
+    for index in range(300):
+        hard = index % 2 == 1
+        turns = [[chance.choice(WORDS[2:]) for _ in range(chance.randint(2, 6))] for _ in range(2)]
+        turn = chance.choice(turns)
+        turn.insert(chance.randrange(len(turn) + 1), "hard" if hard else "easy")
+        messages = [
+            {"role": role, "content": " ".join(words)} for role, words in zip(("system", "user"), turns, strict=True)
+        ]
+        prompt, _ = read(text, messages[chance.randrange(2) if turn is turns[1] else 0 :])
+        examples.append(Example(prompt, {"policy": 0.0 if hard else 1.0}))
+    model, tokenizer = create(
+        ModelConfig(("policy",), text, str(tiny_encoder), 0, wide=False, trunk=True), rounded=False
+    )
+    learner = Learner(model, tokenizer, LearnerConfig(train_layers=-1, encoder_learning_rate=2e-3, average=0.0))
+    items = learner.items(examples)
+    learner.fit_statistics(items)
+    for _ in range(8):
+        for start in range(0, len(items), 50):
+            learner.step_items(items[start : start + 50])
+    full, _ = learner.predict(items)
+    quality = calibration.sigmoid(full[:, :, 0])
+    observed = np.array([[example.quality["policy"]] for example in examples])
+    straight = Stage((Platt(),), (Platt(),))
+    curves = {"difficulty": calibration.curve(quality, observed, np.ones(len(examples)), "difficulty")}
+    place = tmp_path_factory.mktemp("checkpoints") / "policy"
+    export.write(place, model, tokenizer, Calibration(("policy",), {"full": straight, "cheap": straight}, curves), {})
     return place

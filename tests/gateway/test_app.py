@@ -1,12 +1,13 @@
 """The life of a request through a real gateway in front of scripted backends."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.gateway.backend import FakeVllm
-from tests.gateway.conftest import StartGateway
+from tests.gateway.conftest import Running, StartGateway
 
 
 async def test_an_easy_prompt_stays_small_and_a_hard_one_goes_large(start: StartGateway) -> None:
@@ -207,3 +208,76 @@ async def test_a_shares_coin_follows_the_traffic(start: StartGateway) -> None:
         body = {"model": "auto", "prompt": "easy"}
         await gateway.session.post(f"{gateway.url}/v1/route", json=body)
         assert await shares() == before  # neither pinned requests nor questions count
+
+
+# A policy's checkpoint, as depo-train rl leaves it: it scores one pool, by the policy's chat template, in one stage.
+
+
+def policy(checkpoint: Path, deadline_ms: float = 5000, **routing: Any) -> dict[str, Any]:
+    return {
+        "estimator": {"path": str(checkpoint), "deadline_ms": deadline_ms},
+        "routing": {"rule": "difficulty", "threshold": 0.5, **routing},
+    }
+
+
+async def both_ways(gateway: Running, endpoint: str = "chat/completions", **fields: Any) -> tuple[str, str, str]:
+    """Pool, reason and confidence of a request, which /v1/route told as well."""
+    body = {"model": "auto", **fields}
+    told = await gateway.session.post(f"{gateway.url}/v1/route", json=body)
+    answer = await gateway.session.post(f"{gateway.url}/v1/{endpoint}", json=body)
+    assert (told.status, answer.status) == (200, 200)
+    names = [f"x-depo-{name}" for name in ("pool", "reason", "confidence")]
+    of_route, of_answer = (tuple(item.headers.get(name, "") for name in names) for item in (told, answer))
+    assert of_route == of_answer
+    return of_answer  # type: ignore[return-value]
+
+
+async def test_a_policys_checkpoint_reads_the_system_message(
+    start: StartGateway, tiny_policy_checkpoint: Path, tiny_checkpoint: Path
+) -> None:
+    user = {"role": "user", "content": "what is the sum"}
+    chats = {word: [{"role": "system", "content": f"be {word}"}, user] for word in ("easy", "hard")}
+    chats["parts"] = [{"role": "system", "content": [{"type": "text", "text": "be hard"}]}, user]
+    for checkpoint, differ in ((tiny_policy_checkpoint, True), (tiny_checkpoint, False)):
+        sections = policy(checkpoint, sticky=False)
+        async with FakeVllm() as small, FakeVllm() as large, start([small], [large], **sections) as gateway:
+            seen = {name: await both_ways(gateway, messages=messages) for name, messages in chats.items()}
+            assert (seen["easy"] != seen["hard"]) is differ
+            assert seen["parts"] == seen["hard"]
+            if differ:
+                assert [seen["easy"][:2], seen["hard"][:2]] == [("small", "confident"), ("large", "unsure")]
+                written = "<s>system be hard</s>user what is the sum</s>assistant "
+                assert await both_ways(gateway, "completions", prompt=written) == seen["hard"]
+                tool = {"role": "tool", "tool_call_id": "c", "content": "5"}  # which this policy's template refuses
+                assert (await both_ways(gateway, messages=[*chats["hard"], tool]))[0] == "large"
+            answer = await gateway.chat("hard", model="small")
+            assert answer.headers["x-depo-reason"] == "pinned"
+            outcomes = {
+                name: await gateway.metric("gateway_estimator_outcomes_total", outcome=name)
+                for name in ("full", "cached", "error")
+            }
+            assert outcomes == (
+                {"full": 3, "cached": 7, "error": 0} if differ else {"full": 1, "cached": 5, "error": 0}
+            )
+
+
+@pytest.mark.parametrize(("threshold", "pool"), [(0.0, "small"), (1.0, "large")])
+async def test_a_policys_checkpoint_out_of_time_is_overload(
+    start: StartGateway, tiny_policy_checkpoint: Path, threshold: float, pool: str
+) -> None:
+    """There is no cheap stage, so a coin decides at the share that the policy is not sure of."""
+    sections = policy(tiny_policy_checkpoint, deadline_ms=0, threshold=threshold, on_overload="share")
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], **sections) as gateway:
+        seen = {await both_ways(gateway, messages=[{"role": "user", "content": f"easy {i}"}]) for i in range(6)}
+        assert seen == {(pool, "overload", "")}
+        assert await gateway.metric("gateway_estimator_outcomes_total", outcome="deadline") == 12
+        assert await gateway.metric("gateway_estimator_duration_seconds_count", stage="cheap") == 0
+
+
+async def test_a_policys_checkpoint_under_gain_stops_the_start(
+    start: StartGateway, tiny_policy_checkpoint: Path
+) -> None:
+    async with FakeVllm() as small, FakeVllm() as large:
+        with pytest.raises(ValueError, match=r"scores one pool \(policy\) and can't route by gain"):
+            async with start([small], [large], **policy(tiny_policy_checkpoint, rule="gain")):
+                pass

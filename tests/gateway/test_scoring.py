@@ -16,6 +16,7 @@ import gateway
 from estimator import checkpoint
 from estimator.calibration import Calibration, Platt, Stage
 from estimator.runtime import Runtime
+from estimator.text import read
 from gateway import __version__, scoring
 from gateway.metrics import Metrics
 from gateway.scoring import Scorer
@@ -51,8 +52,10 @@ Make = Callable[..., Scorer]
 async def make(runtime: Runtime) -> Any:
     made: list[Scorer] = []
 
-    def begin(deadline_s: float = 10.0, of: Runtime = runtime, workers: int = 1) -> Scorer:
-        made.append(Scorer(of, COLUMNS, deadline_s, Metrics(__version__), workers))
+    def begin(
+        deadline_s: float = 10.0, of: Runtime = runtime, workers: int = 1, columns: dict[str, int] = COLUMNS
+    ) -> Scorer:
+        made.append(Scorer(of, columns, deadline_s, Metrics(__version__), workers))
         return made[-1]
 
     yield begin
@@ -89,7 +92,8 @@ async def test_the_same_prompt_is_scored_once(make: Make) -> None:
     assert other is not None
     assert (again.quality, again.stage, other.stage) == (first.quality, "cached", "full")
     assert outcomes(scorer) == {"full": 2, "cached": 1}
-    assert (await scorer.score(turns("easy sumhard", " hard hard"))) != other  # the seam between turn and context counts
+    moved = await scorer.score(turns("easy sumhard", " hard hard"))
+    assert moved != other  # the seam between turn and context counts
 
 
 async def test_the_cache_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +228,50 @@ async def test_a_tokenizer_that_fails_leaves_nothing_too(make: Make, runtime: Ru
     assert outcomes(scorer) == {"error": 1}
 
 
+async def test_a_checkpoint_without_a_wide_part_answers_in_time_or_not_at_all(
+    make: Make, tiny_policy_checkpoint: Path, gate: threading.Event
+) -> None:
+    policy = Runtime.load(tiny_policy_checkpoint)
+    gated = replace(policy, session=Gated(policy.session, gate))  # type: ignore[arg-type]
+    scorer = make(0.05, gated, columns={"small": 0})
+    chat = [{"role": "system", "content": "be hard"}, {"role": "user", "content": "sum"}]
+    assert await scorer.score(chat) is None
+    scorer._seconds_per_prompt = 1.0
+    assert await scorer.score("sum") is None
+    assert outcomes(scorer) == {"deadline": 1, "queue": 1}
+    broken = make(of=replace(policy, session=Broken()), columns={"small": 0})
+    assert await broken.score("sum") is None
+    assert outcomes(broken) == {"error": 1}
+    gate.set()
+    for _ in range(200):  # the late score is kept
+        late = await scorer.score(chat)
+        if late is not None and late.stage == "cached":
+            break
+        await asyncio.sleep(0.01)
+    assert late is not None
+    expected = policy.score([policy.prepare(*read(policy.manifest.text, chat))])[0]
+    assert (late.stage, late.quality) == ("cached", {"small": pytest.approx(expected.quality[0], abs=1e-5)})
+
+
+async def test_a_conversation_is_scored_as_the_policys_chat_template_writes_it(
+    make: Make, tiny_policy_checkpoint: Path
+) -> None:
+    scorer = make(of=Runtime.load(tiny_policy_checkpoint), columns={"small": 0})
+    user = {"role": "user", "content": "what is the sum"}
+
+    async def quality(asked: Any) -> tuple[float, str]:
+        scored = await scorer.score(asked)
+        assert scored is not None
+        return scored.quality["small"], scored.stage
+
+    easy, hard = ([{"role": "system", "content": f"be {word}"}, user] for word in ("easy", "hard"))
+    assert (await quality(easy))[0] > 0.6 > 0.4 > (await quality(hard))[0]
+    written = "<s>system be hard</s>user what is the sum</s>assistant "
+    assert await quality(written) == ((await quality(hard))[0], "cached")  # a completion's prompt is taken as it is
+    bare = await quality([*hard, {"role": "tool", "content": "5"}])  # which the template refuses
+    assert bare == ((await quality("be hard\nwhat is the sum\n5"))[0], "full")
+
+
 async def test_long_prompts_are_cut_and_counted(make: Make) -> None:
     scorer = make()
     await scorer.score(LONG)
@@ -253,36 +301,6 @@ async def test_a_closed_scorers_threads_end(make: Make) -> None:
 # Loading.
 
 
-def one_pool(source: Path, place: Path, name: str = "policy") -> Path:
-    """A checkpoint of one pool, as depo-train rl leaves it: the first pool's part of another one."""
-    import numpy as np
-    import onnx
-    import safetensors.numpy
-    from onnx import helper
-
-    files = {name: (source / name).read_bytes() for name in checkpoint.FILES}
-    weights = dict(safetensors.numpy.load(files[checkpoint.WEIGHTS]))
-    for key in ("wide_weight", "surface_weight", "bias"):
-        weights[key] = np.ascontiguousarray(weights[key][..., :2])
-    graph = onnx.load_from_string(files[checkpoint.ENCODER])
-    was = graph.graph.output[0].name
-    graph.graph.node.append(helper.make_node("Gather", [was, "first_two"], ["first_pool"], axis=1))
-    graph.graph.initializer.append(helper.make_tensor("first_two", onnx.TensorProto.INT64, [2], [0, 1]))
-    del graph.graph.output[:]
-    graph.graph.output.append(helper.make_tensor_value_info("first_pool", onnx.TensorProto.FLOAT, ["prompts", 2]))
-    straight = Stage((Platt(),), (Platt(),))
-    from estimator import calibration
-
-    files[checkpoint.WEIGHTS] = safetensors.numpy.save(weights)
-    files[checkpoint.ENCODER] = graph.SerializeToString()
-    files[checkpoint.CALIBRATION] = calibration.dumps(
-        Calibration((name,), {"full": straight, "cheap": straight}, {}, {})
-    )
-    manifest = checkpoint.load_manifest(source)
-    checkpoint.write(place, files, manifest.base, (name,), manifest.text, {})
-    return place
-
-
 def test_a_checkpoint_scores_pools_by_name(tiny_checkpoint: Path) -> None:
     assert scoring.load(str(tiny_checkpoint), ("small", "large"), "gain")[1] == {"small": 0, "large": 1}
 
@@ -295,25 +313,12 @@ def test_a_checkpoint_of_other_pools_is_refused(tiny_checkpoint: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_policys_checkpoint_routes_by_difficulty_only(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    place = one_pool(tiny_checkpoint, tmp_path / "policy")
-    _, columns = scoring.load(str(place), ("small", "large"), "difficulty")
+def test_a_policys_checkpoint_routes_by_difficulty_only(tiny_policy_checkpoint: Path) -> None:
+    runtime, columns = scoring.load(str(tiny_policy_checkpoint), ("small", "large"), "difficulty")
     assert columns == {"small": 0}
+    assert not runtime.has_cheap
     with pytest.raises(ValueError, match=r"scores one pool \(policy\) and can't route by gain; set routing.rule"):
-        scoring.load(str(place), ("small", "large"), "gain")
-
-
-async def test_a_gateway_routes_by_a_policys_checkpoint(
-    start: StartGateway, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    place = one_pool(tiny_checkpoint, tmp_path / "policy")
-    sections = {
-        "estimator": {"path": str(place), "deadline_ms": 5000},
-        "routing": {"rule": "difficulty", "threshold": 0.5},
-    }
-    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], **sections) as gateway:
-        assert (await gateway.chat("easy sum")).headers["x-depo-pool"] == "small"
-        assert (await gateway.chat("hard " * 9)).headers["x-depo-pool"] == "large"
+        scoring.load(str(tiny_policy_checkpoint), ("small", "large"), "gain")
 
 
 def test_damage_is_one_sentence(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -424,3 +429,12 @@ def test_the_overload_coin_starts_at_the_calibrations_share() -> None:
     assert 0 < low["b"] < high["b"] < 1
     assert low["a"] + low["b"] == pytest.approx(1)
     assert scoring.usual_shares(runtime, ("a", "b", "c"), "gain", 0.5) == {}
+
+
+def test_a_policys_overload_coin_starts_at_the_share_it_is_not_sure_of(tiny_policy_checkpoint: Path) -> None:
+    runtime = Runtime.load(tiny_policy_checkpoint)
+    assert scoring.usual_shares(runtime, ("a", "b"), "difficulty", 0.5) == pytest.approx({"a": 0.5, "b": 0.5}, abs=0.1)
+    assert scoring.usual_shares(runtime, ("a", "b"), "difficulty", 0.0) == {"a": 1.0, "b": 0.0}
+    assert scoring.usual_shares(runtime, ("a", "b", "c"), "difficulty", 1.0) == {"a": 0.0, "b": 0.0, "c": 1.0}
+    assert scoring.usual_shares(runtime, ("a",), "difficulty", 0.5) == {}
+    assert scoring.usual_shares(runtime, ("a", "b"), "gain", 0.5) == {}
