@@ -281,7 +281,8 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             return None
         step, place = self.state.global_step, Path(self.args.output_dir) / "estimator"
         if step != self._exported:
-            trainer_state.export(place, step, self.learner, self.selector, self.args.save_total_limit)
+            with torch.random.fork_rng(devices=[]):  # the exporter draws numbers; the policy must not notice
+                trainer_state.export(place, step, self.learner, self.selector, self.args.save_total_limit)
             self._exported = step
         return place
 
