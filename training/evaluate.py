@@ -26,6 +26,8 @@ from estimator import calibration, checkpoint
 from estimator.checkpoint import Manifest
 from estimator.records import Example
 from estimator.runtime import Runtime
+from estimator.text import TextConfig
+from estimator.text import read as text_of
 from training.data import Pools, Row, examples_of, key_of, labels, parse_pools, read_tables
 from training.measure import (
     Array,
@@ -65,9 +67,10 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys((row.question, row.context) for row in rows))
     place = {prompt: index for index, prompt in enumerate(prompts)}
+    full, cheap = logits_of(runtime, prompts)
+    served = {"full": full, "cheap": cheap} if runtime.has_cheap else {"full": full}
     stages = {
-        stage: calibration.apply(runtime.calibration.stages[stage], logits)[0]
-        for stage, logits in zip(("full", "cheap"), logits_of(runtime, prompts), strict=True)
+        stage: calibration.apply(runtime.calibration.stages[stage], logits)[0] for stage, logits in served.items()
     }
     write_scores(args.out / SCORES, rows, stages["full"], place, runtime.pools)
     index = np.array([place[example.prompt, example.context] for example in examples])
@@ -142,8 +145,11 @@ def _fingerprint(example: Example) -> bytes:
 
 
 def logits_of(runtime: Runtime, prompts: Sequence[tuple[str, str]], batch_size: int = 32) -> tuple[Array, Array]:
-    """Raw logits of the full and the cheap stage, (N, K, 2) each, of (prompt, context) pairs."""
-    prepared = [runtime.prepare(*prompt) for prompt in prompts]
+    """Raw logits of the full and the cheap stage, (N, K, 2) each, of (prompt, context) pairs.
+
+    Without a cheap stage both are the full one's, so that its calibration, which nothing uses, is a sound one.
+    """
+    prepared = [runtime.prepare(*as_served(runtime.manifest.text, *prompt)) for prompt in prompts]
     order = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids))
     full: NDArray[np.float32] = np.zeros((len(prepared), 2 * len(runtime.pools)), np.float32)
     cheap = np.zeros_like(full)
@@ -151,10 +157,18 @@ def logits_of(runtime: Runtime, prompts: Sequence[tuple[str, str]], batch_size: 
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [prepared[i] for i in rows]
-            full[rows], cheap[rows] = runtime.full_logits(batch), runtime.cheap_logits(batch)
+            full[rows] = runtime.full_logits(batch)
+            cheap[rows] = runtime.cheap_logits(batch) if runtime.has_cheap else full[rows]
             progress.update(len(rows))
     shape = (len(prepared), len(runtime.pools), 2)
     return full.astype(np.float64).reshape(shape), cheap.astype(np.float64).reshape(shape)
+
+
+def as_served(config: TextConfig, prompt: str, context: str) -> tuple[str, str]:
+    """What the gateway would read of a table's row: under a chat template, the one user turn it makes of it."""
+    if not config.chat:
+        return prompt, context
+    return text_of(config, [{"role": "user", "content": f"{context}\n{prompt}" if context else prompt}])
 
 
 def write_scores(
