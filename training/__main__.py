@@ -16,13 +16,16 @@ COMMANDS = {
     "collect": ("training.collect", "make an outcome table from your own servers"),
     "fit": ("training.fit", "fit an estimator to outcome tables"),
     "calibrate": ("training.calibrate", "set probabilities and thresholds for targets, as a new checkpoint"),
+    "rl": ("training.rl", "train a policy by GRPO, DAPO or DEPO; its estimator routes"),
     "evaluate": ("training.evaluate", "measure a checkpoint's routing against random and prompt length"),
 }
 # command -> what it imports beyond the base install
 NEEDS = {
     "fit": ("torch", "transformers", "onnx", "onnxscript"),
     "evaluate": ("matplotlib",),
+    "rl": ("torch", "transformers", "trl", "accelerate", "datasets", "onnx", "onnxscript"),
 }
+RAW = ("rl",)  # commands that read what follows themselves: run(args) finds it in args.rest
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name == meant:  # the others' imports would only cost time
+        if name == meant and name not in RAW:  # the others' imports would only cost time
             importlib.import_module(module).add_arguments(command)
-    args = parser.parse_args(arguments)
+    raw = arguments[:1] == [meant] and meant in RAW
+    args = argparse.Namespace(command=meant, rest=arguments[1:]) if raw else parser.parse_args(arguments)
     try:
         code: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
     except (ValueError, OSError) as error:

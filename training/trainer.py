@@ -16,29 +16,28 @@ Shapes: B rows of a micro-batch, R rows of this rank in a generation, P prompts,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from estimator.learner import WHOLE, Learner
-from estimator.model import create
-from training import trainer_rounds, trainer_state
+from training import trainer_estimator, trainer_rounds, trainer_state
 from training.depo import Selector
 from training.groups import Group
 from training.selection import Choice
 from training.trainer_config import DepoConfig, refuse
 from training.trainer_prompts import Prompts, text_config
+from training.trainer_rewards import Guarded, filled, guarded
 from training.trainer_rounds import Round
+from training.verify import RewardError
 
 
 class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -60,11 +59,13 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         args = DepoConfig(output_dir="depo") if args is None else args
         refuse(args, train_dataset, others)
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **others)
+        super().__init__(
+            model=model, reward_funcs=guarded(reward_funcs), args=args, train_dataset=train_dataset, **others
+        )
         if args.dynamic_sampling and self.tools:
             raise ValueError("dynamic_sampling can't merge generations with tools; turn it off")
         text = text_config(self._tokenizer, self.chat_template_kwargs, args.depo_max_tokens)
-        self.learner = self._estimator(args, text) if args.depo != "off" else None
+        self.learner = trainer_estimator.new(args, text, self.accelerator) if args.depo != "off" else None
         self.selector = Selector(
             Prompts(self.train_dataset, text), args.selection(), self.learner, args.seed, score=self._scores
         )
@@ -76,6 +77,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         self._rewards: tuple[tuple[float, ...], ...] = ()  # of the last generation, all ranks' groups
         self._captured: Tensor | None = None
         self._said = False
+        self._saved = -1
         self._exported = -1
         self.add_callback(Boundaries(self))
 
@@ -86,14 +88,27 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         if not self.model.training:
             evaluated: dict[str, Any] = super()._generate_and_score_completions(inputs)
             return evaluated
-        need, group_size = self.args.prompts_per_generation, self.args.num_generations
-        ranks = self.accelerator.num_processes
-        if len(inputs) * ranks != need * group_size:
+        need, ranks = self.args.prompts_per_generation, self.accelerator.num_processes
+        if len(inputs) * ranks != self.args.generation_batch_size:
             raise ValueError(
-                f"a generation takes {need * group_size} rows, but the data loader brought {len(inputs)} to each of "
-                f"{ranks} processes; leave accelerator_config as it is"
+                f"a generation takes {self.args.generation_batch_size} rows, but the data loader brought {len(inputs)} "
+                f"to each of {ranks} processes; leave accelerator_config as it is"
             )
         columns = list(inputs[0])
+        before = self._moment()
+        try:
+            output = self._generation(need, columns)
+        except RewardError:
+            self._go_back(before)  # so that a checkpoint of this moment can be written
+            raise
+        self._log_generation()
+        output["depo_row"] = torch.arange(len(inputs), device=self.accelerator.device)  # TRL shuffles it along
+        self._log_probs_R = torch.full((len(inputs),), float("nan"), device=self.accelerator.device)
+        return output
+
+    def _generation(self, need: int, columns: Sequence[str]) -> dict[str, Any]:
+        """TRL's output for `need` groups, out of as many rounds as it takes."""
+        group_size, ranks = self.args.num_generations, self.accelerator.num_processes
         self._rounds = [self._round(need, columns)]
         while self.args.dynamic_sampling and len(self._rounds) < self.args.dynamic_sampling_rounds:
             good = sum(sum(each.informative()) for each in self._rounds)
@@ -108,10 +123,19 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             outputs = [each.output for each in self._rounds]
             pad_token = self._tokenizer.pad_token_id
             output = trainer_rounds.merge(outputs, self._trained, group_size, pad_token, self.accelerator)
-        self._log_generation()
-        output["depo_row"] = torch.arange(len(inputs), device=self.accelerator.device)  # TRL shuffles it along
-        self._log_probs_R = torch.full((len(inputs),), float("nan"), device=self.accelerator.device)
         return output
+
+    def _moment(self) -> tuple[Any, ...]:
+        """What a generation moves."""
+        numbers = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return self.selector.state_dict(), self.completions, self.state.num_input_tokens_seen, *numbers
+
+    def _go_back(self, moment: tuple[Any, ...]) -> None:
+        state, self.completions, self.state.num_input_tokens_seen, numbers, of_gpus = moment
+        self.selector.load_state_dict(state)
+        torch.set_rng_state(numbers)
+        if of_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
 
     def _round(self, count: int, columns: Sequence[str]) -> Round:
         choice = self.selector.choose(count)
@@ -126,11 +150,11 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         return Round(choice, self._rewards, output)
 
     def _compare(self, choice: Choice) -> None:
-        """Raises RuntimeError on every rank if any chose other prompts, or has other text in their rows."""
+        """Raises ValueError on every rank if any chose other prompts, or has other text in their rows."""
         text = "\0".join(self.selector.prompts[row] for row in choice.indices)
         digests = gather_object([hashlib.sha256(f"{choice.digest()}{text}".encode()).hexdigest()[:16]])
         if len(set(digests)) > 1:
-            raise RuntimeError(
+            raise ValueError(
                 f"the processes chose different prompts ({', '.join(digests)}): they must see the same data set in the "
                 "same order, the same seed and the same settings"
             )
@@ -148,6 +172,9 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """TRL's (all ranks' rows, functions). A completion without any reward gets its group's mean: advantage 0."""
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        errors = [f.error for f in self.reward_funcs if isinstance(f, Guarded) and f.error]
+        if said := [error for error in gather_object(errors[:1] or [""]) if error]:
+            raise RewardError(said[0])
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         if self.model.training:
             weights = self.reward_weights.to(rewards.device)
@@ -155,7 +182,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             self._rewards = tuple(tuple(group) for group in total.view(-1, group_size).tolist())
             missing = float(total.isnan().float().mean())
             self._metrics["train"]["depo/missing_rewards"].append(missing)
-        return trainer_rounds.filled(rewards, group_size)
+        return filled(rewards, group_size)
 
     # --- learning ---
 
@@ -207,16 +234,11 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
                 for number, (index, group) in enumerate(zip(indices, rewards, strict=True))
             ]
         )
-        self._share_weights()
+        if self.learner is not None:
+            trainer_estimator.share(self.learner, self.accelerator)
         metrics.pop("depo/zero_advantage_share", None)  # it was told with the generation, whatever the mode
         self._note(metrics)
         self._rounds, self._trained = [], []
-
-    def _share_weights(self) -> None:
-        """Rank 0's estimator for all: the same sums on two GPUs may differ in the last bit, and would drift apart."""
-        if self.learner is not None and self.accelerator.num_processes > 1:
-            for tensor in (*self.learner.model.parameters(), *self.learner.model.buffers(), *self.learner.average):
-                broadcast(tensor.detach())
 
     def _log_generation(self) -> None:
         flags = [flag for each in self._rounds for flag in each.informative()]
@@ -225,6 +247,10 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             for name in ("depo/scored", "depo/explored", "depo/seconds_scoring"):
                 if name in metrics:
                     metrics[name] += each.choice.metrics[name]
+        counted = [f.counts() for f in self.reward_funcs if isinstance(f, Guarded)]
+        for name in ("timeouts", "failures"):
+            lost = torch.tensor([float(sum(c.get(name, 0) for c in counted))], device=self.accelerator.device)
+            metrics[f"depo/reward_{name}"] = float(self.accelerator.reduce(lost, "sum"))
         self._note(
             {
                 **metrics,
@@ -241,16 +267,6 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     # --- beginning, saving, resuming ---
 
-    def _estimator(self, args: DepoConfig, text: Any) -> Learner:
-        config = args.learner()
-        with plain_loading(args), torch.random.fork_rng(devices=[]):
-            model, tokenizer = create(args.estimator(text), rounded=config.train_layers != WHOLE, seed=args.seed)
-        learner = Learner(model.to(self.accelerator.device), tokenizer, config, args.seed)
-        if self.accelerator.num_processes > 1:  # with FSDP's sparing loading only rank 0 has the weights
-            for tensor in (*model.parameters(), *model.buffers()):
-                broadcast(tensor.detach())
-        return learner
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trainer.train, and at its end the estimator's export. True: from the newest whole checkpoint."""
         place = None
@@ -258,7 +274,12 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             where = resume_from_checkpoint
             place = trainer_state.newest(Path(self.args.output_dir)) if where is True else Path(where)
             self.completions = trainer_state.load(place, self.selector, self.learner)
-        result = super().train(resume_from_checkpoint=None if place is None else str(place), **kwargs)
+        try:
+            result = super().train(resume_from_checkpoint=None if place is None else str(place), **kwargs)
+        except RewardError:
+            if self.state.global_step and self.state.global_step != self._saved:
+                self._save_checkpoint(self.model_wrapped, None)
+            raise
         self.export()
         return result
 
@@ -271,6 +292,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
                 trainer_state.save(place, self.selector, self.learner, self.completions, whole)
             super()._save_checkpoint(model, trial)
             self.export()
+        self._saved = self.state.global_step
 
     def export(self) -> Path | None:
         """Write the estimator as a gateway's checkpoint under output_dir/estimator and publish it; rank 0 alone.
@@ -309,19 +331,3 @@ class Boundaries(TrainerCallback):
         told = torch.tensor([float(trainer.stopping)], device=trainer.accelerator.device)
         if float(trainer.accelerator.reduce(told, "sum")):
             trainer.stopped = control.should_save = control.should_training_stop = True
-
-
-@contextmanager
-def plain_loading(args: DepoConfig) -> Iterator[None]:
-    """While it lasts, from_pretrained loads a model whole, on every rank: DeepSpeed's ZeRO-3 would share it out."""
-    config = getattr(args, "hf_deepspeed_config", None)
-    if config is None:
-        yield
-        return
-    from transformers.integrations import deepspeed
-
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed.set_hf_deepspeed_config(config)

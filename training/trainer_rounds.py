@@ -97,15 +97,6 @@ def merge(
     return merged
 
 
-def filled(rewards: Tensor, group_size: int) -> Tensor:
-    """Rewards (rows, functions) whose rows without any reward have their group's mean, and 0 if the group has none."""
-    by_group = rewards.view(-1, group_size, rewards.shape[1])
-    nothing = by_group.isnan().all(2, keepdim=True)
-    there = (~nothing).sum(1, keepdim=True).clamp_min(1)
-    means = torch.where(nothing, 0.0, by_group.nan_to_num(0.0)).sum(1, keepdim=True) / there
-    return torch.where(nothing, means, by_group).view_as(rewards)
-
-
 def _gathered(rows: Tensor, fill: float, left: bool, accelerator: Accelerator) -> Tensor:
     if rows.ndim > 1:
         rows = accelerator.pad_across_processes(rows, dim=1, pad_index=fill, pad_first=left)

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from estimator import checkpoint
 from estimator import export as exporting
 from estimator.learner import Learner
-from estimator.model import Estimator
+from estimator.model import subset
 from training.calibrate import calibrate
 from training.depo import Selector
 from training.selection import POLICY
@@ -40,7 +39,7 @@ def writing(place: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if not isinstance(error, OSError | SafetensorError) and "PytorchStreamWriter" not in str(error):
             raise  # torch says so when a disk is full
-        left = _whole(place.parent)
+        left = resumable(place.parent)
         usable = f"the newest to resume from is {left[-1]}" if left else "there is none to resume from"
         raise OSError(f"{place} could not be written ({error}); {usable}") from error
 
@@ -76,10 +75,16 @@ def load(place: Path, selector: Selector, learner: Learner | None) -> int:
 
 def newest(output_dir: Path) -> Path:
     """The newest checkpoint that is whole. Raises ValueError if there is none."""
-    found = _whole(output_dir)
+    found = resumable(output_dir)
     if not found:
         raise ValueError(f"{output_dir} has no checkpoint to resume from")
     return found[-1]
+
+
+def resumable(output_dir: Path) -> list[Path]:
+    """The checkpoints to resume from, oldest first."""
+    found = [place for place in output_dir.glob("checkpoint-*") if place.name.split("-")[1].isdigit()]
+    return sorted(filter(_readable, found), key=lambda place: int(place.name.split("-")[1]))
 
 
 def export(root: Path, step: int, learner: Learner, selector: Selector, limit: int | None) -> Path:
@@ -103,25 +108,12 @@ def export(root: Path, step: int, learner: Learner, selector: Selector, limit: i
     calibrated = calibrate(full, full, rates[:, None], unknown, weights, (POLICY,))
     metrics = {"trained_by": "depo-train rl", "steps": step, "labels": len(recent)}
     with learner.averaged() as model:
-        exporting.write(place, of_policy(model), learner.tokenizer, calibrated, metrics, learner.trained)
+        exporting.write(place, subset(model, [POLICY]), learner.tokenizer, calibrated, metrics, learner.trained)
     checkpoint.publish(place)
     for old in sorted(root.glob("step-*"), key=os.path.getmtime)[: -limit if limit else 0]:
         if old != place:
             shutil.rmtree(old)
     return place
-
-
-def of_policy(model: Estimator) -> Estimator:
-    """The estimator with the policy's pool, the first, alone."""
-    alone = Estimator(
-        replace(model.config, pools=(POLICY,)), model.encoder, model.vocabulary, model.width, model.rounded
-    )
-    mine = alone.state_dict()
-    alone.load_state_dict(
-        {name: tensor[tuple(slice(n) for n in mine[name].shape)] for name, tensor in model.state_dict().items()}
-    )
-    alone.trained, alone.loaded = model.trained, True
-    return alone.to(model.device)
 
 
 @contextmanager
@@ -135,12 +127,6 @@ def _beside(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _whole(output_dir: Path) -> list[Path]:
-    """The checkpoints to resume from, oldest first."""
-    found = [place for place in output_dir.glob("checkpoint-*") if place.name.split("-")[1].isdigit()]
-    return sorted(filter(_readable, found), key=lambda place: int(place.name.split("-")[1]))
 
 
 def _readable(place: Path) -> bool:

@@ -44,7 +44,7 @@ def run(name: str, out: Path, encoder: str, off_by: int = 0, **settings: Any) ->
     error = ""
     try:
         made.train()
-    except RuntimeError as raised:
+    except ValueError as raised:
         error = str(raised)
     held = [] if error else list(made._buffered_inputs)
     decode = made.processing_class.decode

@@ -19,7 +19,8 @@ from tests.training import policy
 from training.groups import Group
 from training.trainer import DepoTrainer
 from training.trainer_config import DepoConfig
-from training.trainer_rounds import filled, next_size
+from training.trainer_rewards import filled
+from training.trainer_rounds import next_size
 
 # what TRL and transformers say to each other
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")

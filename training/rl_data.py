@@ -1,0 +1,70 @@
+"""The prompts of `depo-train rl`: a data set by name or file, as rows with `prompt` and `answer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+
+FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def read_rows(name: str, config: str | None, split: str) -> Dataset:
+    """A data set of the hub, or a local file or directory. Raises ValueError, naming it, if it can't be read."""
+    place = Path(name)
+    try:
+        if place.is_file():
+            if place.suffix not in FILES:
+                raise ValueError(f"dataset {name} is no {', '.join(FILES)} file")
+            rows = datasets.load_dataset(FILES[place.suffix], data_files=str(place), split="train")
+        elif (place / "dataset_info.json").is_file():
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(name, config, split=split)
+    except (datasets.exceptions.DatasetsError, OSError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(f"dataset {name} can't be read: {reason}") from None
+    if not isinstance(rows, Dataset):
+        raise ValueError(f"dataset {name} has more than one split; dataset_split must name one")
+    return rows
+
+
+def prepared(rows: Dataset, prompt_column: str, answer_column: str, system_prompt: str | None, chat: bool) -> Dataset:
+    """Rows with `prompt`, text or, with `chat`, messages, and `answer`; other columns stay.
+
+    Columns may be nested: reward_model.ground_truth. A system prompt needs `chat`. Raises ValueError for a column that
+    is not there; only `answer` may be missing, for a reward that needs none.
+    """
+    if system_prompt and not chat:
+        raise ValueError("system_prompt is set, but the model's tokenizer has no chat template")
+    for column in (prompt_column, answer_column):
+        if column.split(".")[0] not in rows.column_names:
+            if column == "answer":
+                continue
+            raise ValueError(f"the dataset has no column {column!r}, only {', '.join(rows.column_names)}")
+    graded = answer_column.split(".")[0] in rows.column_names
+
+    def row_of(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = _at(row, prompt_column)
+        if chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if not isinstance(prompt, str | list):
+            raise ValueError(f"the column {prompt_column!r} holds {type(prompt).__name__}, not text or messages")
+        if isinstance(prompt, list) and not chat:
+            raise ValueError(f"the column {prompt_column!r} holds messages, but the tokenizer has no chat template")
+        if system_prompt:
+            prompt = [{"role": "system", "content": system_prompt}, *prompt]
+        return {"prompt": prompt, **({"answer": str(_at(row, answer_column))} if graded else {})}
+
+    # removed first: a column's type can't change under its own name
+    own = [name for name in ("prompt", "answer") if name in rows.column_names]
+    return rows.map(row_of, remove_columns=own, desc="Prompts")
+
+
+def _at(row: dict[str, Any], column: str) -> Any:
+    value: Any = row
+    for part in column.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,51 @@
+"""DepoTrainer's estimator: the same on every rank, whatever else loads and shards the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from estimator.learner import WHOLE, Learner
+from estimator.model import create
+from estimator.text import TextConfig
+from training.trainer_config import DepoConfig
+
+
+def new(args: DepoConfig, text: TextConfig, accelerator: Accelerator) -> Learner:
+    """A fresh one on the policy's device; nothing of it is wrapped or belongs to the policy.
+
+    The global random state stays, so a policy samples alike with and without one.
+    """
+    config = args.learner()
+    with plain_loading(args), torch.random.fork_rng(devices=[]):
+        model, tokenizer = create(args.estimator(text), rounded=config.train_layers != WHOLE, seed=args.seed)
+    learner = Learner(model.to(accelerator.device), tokenizer, config, args.seed)
+    share(learner, accelerator)  # with FSDP's sparing loading only rank 0 has the weights
+    return learner
+
+
+def share(learner: Learner, accelerator: Accelerator) -> None:
+    """Rank 0's weights for all: the same sums on two GPUs may differ in the last bit, and would drift apart."""
+    if accelerator.num_processes > 1:
+        for tensor in (*learner.model.parameters(), *learner.model.buffers(), *learner.average):
+            broadcast(tensor.detach())
+
+
+@contextmanager
+def plain_loading(args: DepoConfig) -> Iterator[None]:
+    """While it lasts, from_pretrained loads a model whole, on every rank: DeepSpeed's ZeRO-3 would share it out."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(config)
