@@ -196,7 +196,9 @@ class BatchReward:
             self._runner.close()
 
 
-def reward_function(name: str, answer_column: str = "answer", deadline_s: float = 5.0) -> PairReward | BatchReward:
+def reward_function(
+    name_or_path: str, answer_column: str = "answer", deadline_s: float = 5.0
+) -> PairReward | BatchReward:
     """What TRL's trainers take as a reward function, of a verifier's name or a function's import path.
 
     A function whose first two parameters are named `completion` and `reference`, others having defaults, is a verifier:
@@ -206,16 +208,16 @@ def reward_function(name: str, answer_column: str = "answer", deadline_s: float 
     Raises:
         ValueError: no such verifier, it cannot be imported or is not callable, or it takes neither.
     """
-    if name in VERIFIERS or name == "math" or is_pairwise(function := _callable(name)):
-        return PairReward(Grader(name, deadline_s), answer_column)
+    if name_or_path in VERIFIERS or name_or_path == "math" or is_pairwise(function := _callable(name_or_path)):
+        return PairReward(Grader(name_or_path, deadline_s), answer_column)
     parameters = inspect.signature(function).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if not takes_any:
         raise ValueError(
-            f"{name} takes ({', '.join(parameters)}): a verifier takes (completion, reference), "
+            f"{name_or_path} takes ({', '.join(parameters)}): a verifier takes (completion, reference), "
             "a reward function (prompts, completions, **kwargs)"
         )
-    return BatchReward(name, function)
+    return BatchReward(name_or_path, function)
 
 
 def is_pairwise(function: Callable[..., Any]) -> bool:

@@ -44,6 +44,7 @@ class Worker:
 
     def __init__(self, path: str) -> None:
         ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
         program = (
             f"import sys; sys.path[:] = {sys.path!r}; from training.verify import work; "
             f"work({theirs.fileno()}, {os.getpid()}, {path!r})"
@@ -57,7 +58,6 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 process_group=0,
             )
-        self._connection = Connection(ours.detach())
 
     @property
     def runs(self) -> bool:
@@ -175,7 +175,10 @@ class Workers:
         with self._lock:
             if self._closed:
                 raise EOFError
-            worker = Worker(self._path)
+            try:
+                worker = Worker(self._path)
+            except OSError as error:  # no more processes, memory or file descriptors
+                raise RewardError(f"does not start in a worker: {error}") from error
             self._live.add(worker)
         try:
             kind, *said = worker.answer(START_SECONDS)

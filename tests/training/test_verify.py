@@ -146,6 +146,13 @@ def test_a_worker_that_cannot_import_the_function_is_told(tmp_path: Path) -> Non
             dying.grade([("", "")] * 3)
 
 
+def test_a_process_that_cannot_be_started_is_told(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with closing(Workers(path, size=2)) as without:
+        with pytest.raises(RewardError, match=r"does not start in a worker: \[Errno 2\] No such file"):
+            without.grade([("", "")] * 3)
+
+
 def test_any_thread_may_grade_and_several_at_once(workers: Workers) -> None:
     results: dict[int, list[float | None]] = {}
 
@@ -259,7 +266,10 @@ except KeyboardInterrupt:
         running.stdout.readline()
         time.sleep(0.3)
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=SOON)  # not 500 / 2 workers * 2 s
+        try:
+            out, err = running.communicate(timeout=SOON)  # not 500 / 2 workers * 2 s
+        finally:
+            running.kill()
     assert (out, err, running.returncode) == ("interrupted\n", "", 0)
     assert all_end(pids)
 
