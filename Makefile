@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint check format lock clean
+.PHONY: demo test lint check format bench-depo lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/depo-gateway demo $(ARGS)
@@ -22,6 +22,11 @@ check: lint test
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# DEPO against GRPO, DAPO and others on a small policy: about an hour on two cores; ARGS="--jobs 8" on more.
+bench-depo: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.depo.run $(ARGS)
+	$(BIN)/python -m benchmarks.depo.report
 
 # A stamp per set of dependencies; the demo's set has no torch.
 $(VENV)/bin/python:
