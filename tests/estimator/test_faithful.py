@@ -115,7 +115,8 @@ def test_every_tensor_of_encoder_and_trunk_moves_in_one_step_in_fp32(tiny_encode
     made = faithful(tiny_encoder)
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # as a trainer may have set
-        made.step(rollouts(32))
+        terms = made.step(rollouts(32))
+    assert terms == faithful(tiny_encoder).step(rollouts(32))
     (optimizer,) = made.optimizers
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates == pytest.approx([4e-5, 2e-4])
@@ -158,9 +159,12 @@ def test_dropout_follows_from_the_seed_and_leaves_the_global_random_state_alone(
     assert torch.equal(torch.get_rng_state(), state)
     assert same(first, again)
     assert not made.model.training
-    other = faithful(tiny_encoder)
-    other.seed = 1
-    assert not same(first, steps(other, 3))
+    for name in ("seed", "steps"):  # the masks of another seed, or of another step, are others
+        one, other = faithful(tiny_encoder), faithful(tiny_encoder)
+        setattr(other, name, 1)
+        for each in (one, other):
+            each.step(rollouts(16))
+        assert not same(one.model.state_dict(), other.model.state_dict())
     assert not same(first, steps(faithful(tiny_encoder, replace(FAITHFUL, dropout=False)), 3))
 
 
@@ -178,8 +182,9 @@ def test_a_learner_goes_on_where_its_state_was_taken(
     whole, first = fresh(), fresh()
     for made in (whole, first):
         steps(made, 4)
-    torch.save(first.state_dict(), tmp_path / "state.pt")
+    state = first.state_dict()
     steps(first, 1)  # a snapshot stays what it was
+    torch.save(state, tmp_path / "state.pt")
     resumed = fresh(seed=7)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert same(steps(whole, 3), steps(resumed, 3))
