@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+from transformers.utils import logging as transformers_logging
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from training import rl_data, trainer_state
 from training.rewards import reward_function
@@ -72,6 +73,7 @@ def run(args: Namespace) -> int:
     logging.getLogger("trl").setLevel(logging.ERROR)  # it prints whole rows whose reward is missing; we count them
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
     parser, flags = checked(own)
     if launching is not None:
         return launch(own, launching)
@@ -87,18 +89,18 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
 
 
 def checked(words: Sequence[str]) -> tuple[Parser, list[str]]:
-    """The settings of a YAML file (--config) and of flags, which override it, as flags for parsed().
+    """The settings of YAML files (--config; a later one overrides) and of flags, which override them, for parsed().
 
     Raises ValueError for a setting that there is not, or that can't have such a value.
     """
     parser = Parser((RlArguments, DepoConfig, ModelConfig), prog="depo-train rl", allow_abbrev=False)
     known = {action.dest for action in parser._actions}
     flags, given = list(words), {}
-    if "--config" in flags:
+    while "--config" in flags:
         at = flags.index("--config")
         if at + 1 == len(flags):
             raise ValueError("--config wants a YAML file")
-        given = settings_of(Path(flags[at + 1]))
+        given |= settings_of(Path(flags[at + 1]))
         del flags[at : at + 2]
     for key in given:
         if key not in known:
@@ -237,7 +239,7 @@ def assemble(arguments: RlArguments, config: DepoConfig, model: ModelConfig, sta
     given = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     quantized = get_quantization_config(model)
     if quantized is not None:
-        given |= {"quantization_config": quantized, "device_map": get_kbit_device_map()}
+        given |= {"quantization_config": quantized}
     config.model_init_kwargs = {**given, **(config.model_init_kwargs or {})}
     try:
         return DepoTrainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"
 def read_rows(name: str, config: str | None, split: str) -> Dataset:
     """A data set of the hub, or a local file or directory. Raises ValueError, naming it, if it can't be read."""
     place = Path(name)
+    if place.suffix in FILES and not place.exists():
+        raise ValueError(f"dataset {name} is not there")
     try:
         if place.is_file():
             if place.suffix not in FILES:
@@ -46,7 +49,7 @@ def prepared(rows: Dataset, prompt_column: str, answer_column: str, system_promp
             raise ValueError(f"the dataset has no column {column!r}, only {', '.join(rows.column_names)}")
     graded = answer_column.split(".")[0] in rows.column_names
 
-    def row_of(row: dict[str, Any]) -> dict[str, Any]:
+    def row_of(row: Mapping[str, Any]) -> dict[str, Any]:
         prompt = _at(row, prompt_column)
         if chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
@@ -63,8 +66,8 @@ def prepared(rows: Dataset, prompt_column: str, answer_column: str, system_promp
     return rows.map(row_of, remove_columns=own, desc="Prompts")
 
 
-def _at(row: dict[str, Any], column: str) -> Any:
+def _at(row: Mapping[str, Any], column: str) -> Any:
     value: Any = row
     for part in column.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        value = value.get(part) if isinstance(value, Mapping) else None
     return value

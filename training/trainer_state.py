@@ -25,6 +25,7 @@ from training.selection import POLICY
 
 FOLDER, SELECTOR, ESTIMATOR = "depo", "selector.json", "estimator.pt"
 LAST = "trainer_state.json"  # what Trainer writes last of a checkpoint: with it, the checkpoint is whole
+TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "iostream")  # in torch.save's words for a full disk
 SAMPLE = 64  # prompts whose scores stand in where nothing has been observed
 
 log = logging.getLogger("depo")
@@ -37,11 +38,11 @@ def writing(place: Path) -> Iterator[None]:
         (place / LAST).unlink(missing_ok=True)  # of a run before: from here on it is not whole
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if not isinstance(error, OSError | SafetensorError) and "PytorchStreamWriter" not in str(error):
-            raise  # torch says so when a disk is full
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITES):
+            raise
         left = resumable(place.parent)
         usable = f"the newest to resume from is {left[-1]}" if left else "there is none to resume from"
-        raise OSError(f"{place} could not be written ({error}); {usable}") from error
+        raise OSError(f"{place} could not be written ({str(error).splitlines()[0]}); {usable}") from error
 
 
 def save(place: Path, selector: Selector, learner: Learner | None, completions: int, whole: bool) -> None:
