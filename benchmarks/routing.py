@@ -1,10 +1,10 @@
 """How well the estimator routes, cross-fitted, on outcome tables: APGR, and the paper's routing table.
 
-    python benchmarks/routing.py --data DIR --out benchmarks/results/routing.md
+    python benchmarks/routing.py --data DIR --out benchmarks/results/routing.md [--only trunk]
 
 DIR/outcomes holds the tables named in SOURCES, as JSON lines. Every figure is held out: 5 folds grouped by question, or
 by subject where it says so. Prompts are embedded once, in both poolings, since the encoder is frozen; the folds then
-refit heads and wide part.
+refit what stands on it and the wide part.
 """
 
 from __future__ import annotations
@@ -47,6 +47,13 @@ TERMS = {
     "+ ranking at the paper's weight": {"ranking_weight": 1.0},
     "+ both": {"ranking_weight": 1.0, "gain_weight": 1.0},
 }
+DEFAULT = "linear + wide (the default)"
+DROPOUT: Mapping[str, float] = {"dropout": True}
+TRUNKS: Mapping[str, tuple[bool, bool, Mapping[str, float]]] = {  # wide, trunk, the learner's settings
+    DEFAULT: (True, False, NO_TERMS),
+    "trunk + wide": (True, True, DROPOUT),
+    "trunk alone": (False, True, DROPOUT),
+}
 METHOD = """\
 APGR: random 0.5. Predictions are held out, in 5 folds. Where questions are held out, scores are centred by fold before
 they are ranked together (`training.measure.centred`), and the 95% bootstrap intervals resample prompts. Where whole
@@ -60,6 +67,13 @@ TERMS_NOTE = """\
 Each row stops after the whole epoch at which its own held-out loss is least, at learning rates that were chosen for the
 first row's terms. With the ranking term that is after 1 to 5 epochs, where one epoch more or less is much. So the table
 tells what adding a term does to this recipe; it does not show that ranking hurts, which at another rate it may not."""
+TRUNK_TITLE = "## The trunk"
+TRUNK_NOTE = """\
+What stands on the frozen encoder: linear heads, or DEPO's trunk (5 million weights, AdamW at the paper's 2e-4, dropout)
+with the wide part and without. Same terms of the loss, same question folds, each stopped after the epoch at which its
+own held-out loss is least (the trunk after two epochs without a better one). Differences are paired, with 95% bootstrap
+intervals over prompts; the error is the mean squared one of the small pool's calibrated quality. The trunk alone has no
+cheap stage."""
 PAPER = (0.3, 0.5, 0.7, 0.75)  # the paper's thresholds
 GAIN = (0.7, 0.8, 0.85, 0.9, 0.95)  # gain's confidence is a loss forgone: its scale is another
 
@@ -68,8 +82,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory with outcomes/*.jsonl")
     parser.add_argument("--out", type=Path, help="the Markdown file to write (default: stdout)")
+    parser.add_argument("--only", choices=("trunk",), help="replace this section alone in the file at --out")
     args = parser.parse_args()
     started = time.monotonic()
+    if args.only is not None:
+        return only_trunk(args.data, args.out)
     tables = {name: list(read_table(args.data / "outcomes" / f"{name}.jsonl")) for name in SOURCES}
     embedded = embed(sorted({row.question for rows in tables.values() for row in rows}))
     parts = [
@@ -82,6 +99,7 @@ def main() -> int:
         parts += [f"## {name}", *comparison(tables[name], embedded)]
     parts += ["## The terms of the loss", TERMS_NOTE]
     parts += [losses(name, tables[name], embedded["cls"]) for name in SOURCES[:2]]
+    parts += trunks({name: tables[name] for name in SOURCES[:2]}, embedded["cls"])
     parts.append("## The paper's routing table")
     parts.append(
         "Trained and measured on the named source alone. `coin` is the quality of sending prompts to the large model at"
@@ -101,10 +119,28 @@ def main() -> int:
     return 0
 
 
-def start(pooling: str, terms: Mapping[str, float] = NO_TERMS) -> tuple[Learner, FitConfig]:
-    config = FitConfig(LearnerConfig(**terms))
+def only_trunk(data: Path, out: Path | None) -> int:
+    """The section on the trunk, in place of the one in the file."""
+    tables = {name: list(read_table(data / "outcomes" / f"{name}.jsonl")) for name in SOURCES[:2]}
+    embedded = embed(sorted({row.question for rows in tables.values() for row in rows}))
+    section = "\n\n".join(trunks(tables, embedded["cls"]))
+    if out is None:
+        sys.stdout.write(section + "\n")
+        return 0
+    before, _, after = out.read_text(encoding="utf-8").partition(TRUNK_TITLE + "\n")
+    rest = after if after else before
+    following = "## The paper's routing table"
+    kept = before if after else rest[: rest.index(following)]
+    out.write_text(f"{kept}{section}\n\n{rest[rest.index(following) :]}", encoding="utf-8")
+    return 0
+
+
+def start(
+    pooling: str, terms: Mapping[str, float] = NO_TERMS, wide: bool = True, trunk: bool = False
+) -> tuple[Learner, FitConfig]:
+    config = FitConfig(LearnerConfig(**terms), patience=2 if trunk else FitConfig().patience)
     torch.manual_seed(config.seed)
-    model, tokenizer = create(ModelConfig(("small", "large"), TextConfig(pooling=pooling)))
+    model, tokenizer = create(ModelConfig(("small", "large"), TextConfig(pooling=pooling), wide=wide, trunk=trunk))
     return Learner(model, tokenizer, config.learner), config
 
 
@@ -147,13 +183,16 @@ def held_out(
     embedded: Mapping[str, torch.Tensor],
     pooling: str,
     terms: Mapping[str, float] = NO_TERMS,
+    wide: bool = True,
+    trunk: bool = False,
+    foldings_wanted: int = 2,
 ) -> HeldOut:
-    """Cross-fit one recipe on one table."""
+    """Cross-fit one recipe on one table; of the foldings the first so many."""
     parsed = parse_pools(list(pools))
     examples = examples_of(rows, parsed)
-    first, config = start(pooling, terms)
+    first, config = start(pooling, terms, wide, trunk)
     items = first.items(examples, embeddings=[embedded[example.prompt] for example in examples])
-    foldings = foldings_of(examples, config)
+    foldings = foldings_of(examples, config)[:foldings_wanted]
     held, epochs = cross_fit(lambda: fresh(first.model, first.tokenizer, config.learner), items, foldings, config)
     t_NK, d_NK = labels(examples, parsed.names)
     calibrated = calibrate(held[0].full, held[0].cheap, t_NK, d_NK, np.ones(len(examples)), parsed.names)
@@ -197,6 +236,34 @@ def losses(title: str, rows: Sequence[Row], embedded: Mapping[str, torch.Tensor]
         lines.append((name, *cells, held.epochs))
     header = ["terms", "gain", "difficulty", "gain, groups held out", "difficulty, groups held out"]
     return f"{title}, APGR:\n\n" + table(lines, (*header[: len(lines[0]) - 1], "epochs"))
+
+
+def trunks(tables: Mapping[str, Sequence[Row]], embedded: Mapping[str, torch.Tensor]) -> list[str]:
+    """What stands on the encoder, compared: APGR of both rules, paired against the default, questions held out."""
+    parts = [TRUNK_TITLE, TRUNK_NOTE]
+    for source, rows in tables.items():
+        held, seconds = {}, {}
+        for name, (wide, trunk, settings) in TRUNKS.items():
+            began = time.monotonic()
+            held[name] = held_out(rows, MIXTRAL_GPT4, embedded, "cls", settings, wide, trunk, foldings_wanted=1)
+            seconds[name] = time.monotonic() - began
+        small, large = held[DEFAULT].observed.T
+        rules = {
+            rule: measure({name: one.scores(0)[f"{rule} (full)"] for name, one in held.items()}, small, large, DEFAULT)
+            for rule in ("gain", "difficulty")
+        }
+        lines = []
+        for name, one in held.items():
+            cells = []
+            for measured in (rules["gain"][name], rules["difficulty"][name]):
+                low, high = measured.difference_low, measured.difference_high
+                cells.append(f"{measured.apgr:.3f}")
+                cells.append("" if name == DEFAULT else f"{measured.difference:+.3f} [{low:+.3f}, {high:+.3f}]")
+            error = ((one.quality[0]["full"][:, 0] - small) ** 2).mean()
+            lines.append((name, *cells, f"{error:.4f}", one.epochs, f"{seconds[name]:.0f}"))
+        header = ("on the encoder", "gain", "against the default", "difficulty", "against the default")
+        parts.append(f"{source}, APGR:\n\n" + table(lines, (*header, "error", "epochs", "seconds")))
+    return parts
 
 
 def paper_table(

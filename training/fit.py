@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from estimator import calibration, checkpoint, export
 from estimator.calibration import STAGES, Calibration, apply
-from estimator.learner import Item, Learner, LearnerConfig
+from estimator.learner import WHOLE, Item, Learner, LearnerConfig
 from estimator.model import DEFAULT_ENCODER, Estimator, ModelConfig, create
 from estimator.records import Example
 from estimator.text import POOLINGS, TextConfig
@@ -203,6 +203,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="used: only the pieces of words in the tables, for a small checkpoint of a narrow domain (%(default)s)",
     )
+    parser.add_argument(
+        "--trunk",
+        action="store_true",
+        help="DEPO's trunk on the encoder, not linear heads: 5 million weights, slower to fit and to load",
+    )
     parser.add_argument("--pooling", choices=POOLINGS, default=text.pooling, help="%(default)s")
     parser.add_argument(
         "--max-tokens", type=int, default=text.max_tokens, help="longer prompts: head and tail (%(default)s)"
@@ -211,7 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-layers",
         type=int,
         default=learner.train_layers,
-        help="train the encoder's last so many layers (%(default)s)",
+        help="train the encoder's last so many layers, -1: all of it (%(default)s)",
     )
     parser.add_argument(
         "--ranking-weight", type=float, default=learner.ranking_weight, help="1: the paper's ranking term (%(default)s)"
@@ -242,18 +247,22 @@ def run(args: argparse.Namespace) -> int:
     pools = parse_pools(args.pools)
     text = TextConfig(pooling=args.pooling, max_tokens=args.max_tokens)
     learning = LearnerConfig(
-        train_layers=args.train_layers, ranking_weight=args.ranking_weight, gain_weight=args.gain_weight
+        train_layers=args.train_layers,
+        dropout=args.trunk,
+        ranking_weight=args.ranking_weight,
+        gain_weight=args.gain_weight,
     )
     config = FitConfig(learning, folds=args.folds, max_epochs=args.max_epochs, seed=args.seed)
     ensure_sensible(config, args.balance)
     rows = read_tables(args.outcomes)
     examples = examples_of(rows, pools, args.balance)
     torch.manual_seed(config.seed)
-    created = ModelConfig(pools.names, text, args.encoder, args.layers)
-    model, tokenizer = create(created)
+    created = ModelConfig(pools.names, text, args.encoder, args.layers, trunk=args.trunk)
+    rounded = args.train_layers != WHOLE
+    model, tokenizer = create(created, rounded=rounded, seed=config.seed)
     if args.vocabulary == "used":
         texts = [part for example in examples for part in (example.prompt, example.context)]
-        model, tokenizer = create(created, narrowed(tokenizer, texts))
+        model, tokenizer = create(created, narrowed(tokenizer, texts), rounded, config.seed)
     learner, held, epochs = train(model, tokenizer, examples, config)
     t_NK, d_NK = labels(examples, pools.names)
     weights = np.array([example.weight for example in examples])
