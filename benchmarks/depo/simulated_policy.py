@@ -1,0 +1,88 @@
+"""A policy simulated by the recorded outcomes of many models on real questions.
+
+Shapes: N questions, M models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.measure import auroc
+
+Array = NDArray[np.float64]
+SPLIT = 11  # a stream of random numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Questions with outcomes (N, M) of models from the weakest to the strongest."""
+
+    questions: tuple[str, ...]
+    sources: tuple[str, ...]
+    outcomes_NM: Array
+    models: tuple[str, ...]
+
+    def rates(self, strength: float, width: float) -> Array:
+        """The policy's pass rate (N,) of each question. `width`: the Gaussian's deviation, in ranks."""
+        count = len(self.models)
+        weights_M = np.exp(-0.5 * ((np.arange(count) - strength * (count - 1)) / width) ** 2)
+        return np.asarray(self.outcomes_NM @ (weights_M / weights_M.sum())).clip(0.0, 1.0)
+
+    def part(self, rows: Sequence[int]) -> Domain:
+        return Domain(
+            tuple(self.questions[row] for row in rows),
+            tuple(self.sources[row] for row in rows),
+            self.outcomes_NM[list(rows)],
+            self.models,
+        )
+
+    def split(self, share: float, seed: int) -> tuple[Domain, Domain]:
+        """(training questions, held-out questions), `share` of them held out."""
+        order = np.random.default_rng([seed, SPLIT]).permutation(len(self.questions)).tolist()
+        held_out = round(share * len(order))
+        return self.part(order[held_out:]), self.part(order[:held_out])
+
+
+def read(paths: Sequence[Path]) -> Domain:
+    """The questions of the files with the models that answered all of them. Raises ValueError for files of no use."""
+    records = []
+    for path in paths:
+        try:
+            records += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except OSError as error:
+            raise ValueError(f"{path} can't be read: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON lines: {error}") from None
+    shared = sorted(set.intersection(*(set(record["correct"]) for record in records))) if records else []
+    if len(shared) < 2:
+        raise ValueError(f"no two models answered every question of {', '.join(map(str, paths))}")
+    outcomes_NM = np.array([[record["correct"][model] for model in shared] for record in records], dtype=np.float64)
+    ranked = np.argsort(outcomes_NM.mean(0), kind="stable")
+    return Domain(
+        tuple(record["question"] for record in records),
+        tuple(record["source"] for record in records),
+        outcomes_NM[:, ranked],
+        tuple(shared[i] for i in ranked),
+    )
+
+
+def expected_auroc(score: Array, probability: Array) -> float:
+    """AUROC of scores (N,) for events that happen with a probability (N,), all pairs weighted by how likely they are.
+
+    As if every question's group were drawn anew without end; NaN if all is certain.
+    """
+    above = (score[:, None] > score[None, :]) + 0.5 * (score[:, None] == score[None, :])
+    weight = probability[:, None] * (1.0 - probability[None, :])
+    np.fill_diagonal(weight, 0.0)
+    total = weight.sum()
+    return float((above * weight).sum() / total) if total > 1e-9 else float("nan")
+
+
+def auroc_of(score: Array, positive: Array) -> float:
+    return auroc(score, positive > 0) if 0 < (positive > 0).sum() < len(positive) else float("nan")
