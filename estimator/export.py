@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from estimator import calibration, checkpoint
 from estimator.calibration import Calibration
 from estimator.checkpoint import Base, Manifest
-from estimator.model import DeepPart, Estimator, int8_of, weights_of
+from estimator.model import DeepPart, Estimator, attend, int8_of, weights_of
 
 SMALL = 4096  # fewer numbers than this stay fp32
 EXACT = 1e-4  # of a step of int8; a matrix rounded before is off by 2e-5, for fp32 is not exact
@@ -32,6 +32,7 @@ EXACT = 1e-4  # of a step of int8; a matrix rounded before is off by 2e-5, for f
 def onnx_bytes(model: Estimator) -> bytes:
     """The deep part as ONNX, for any batch size and length. The model stays as it is."""
     part = DeepPart(copy.deepcopy(model)).cpu().eval()
+    attend(part.model, "eager")  # a learner may have set another; this one ONNX can hold
     ids, mask = torch.randint(0, 100, (2, 8)), torch.ones(2, 8, dtype=torch.long)
     axes = {0: "prompts", 1: "tokens"}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

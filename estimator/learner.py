@@ -25,7 +25,7 @@ from torch import Tensor
 
 from estimator import losses, wide
 from estimator.forward import dropout, fp32
-from estimator.model import Estimator, collate
+from estimator.model import Estimator, attend, collate
 from estimator.records import Example
 from estimator.text import Prepared, prepare
 
@@ -97,6 +97,8 @@ class Learner:
         for name, parameter in model.encoder.named_parameters():
             parameter.requires_grad_(f"encoder.{name}" in self.trained)
         self.heads = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+        if self.trained:  # the eager attention that is exported keeps every layer's (B, heads, T, T) for the way back
+            attend(model, "sdpa")
         self.optimizers = optimizers_of(model, config)
         self.average = [parameter.detach().clone() for parameter in self.heads] if config.average else []
         self.settled = model.loaded  # the average is one of many steps already

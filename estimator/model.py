@@ -194,6 +194,12 @@ def stack_of(encoder: nn.Module) -> nn.ModuleList | None:
     return None
 
 
+def attend(model: Estimator, how: str) -> None:
+    """Let the encoder's attention be computed by `how`, one of transformers' names: "eager", "sdpa"."""
+    encoder: Any = model.encoder
+    encoder.set_attn_implementation(how)
+
+
 def round_to_int8(encoder: nn.Module) -> None:
     """Round every matrix and embedding to 255 steps a row, in place: what an int8 checkpoint can hold, from the start.
 
