@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
 import os
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import typing
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -58,6 +61,10 @@ class RlArguments:
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in output_dir."})
 
 
+SETTINGS = (RlArguments, DepoConfig, ModelConfig)
+UNIONS = (typing.Union, types.UnionType)
+
+
 class Parser(TrlParser):  # type: ignore[misc]
     """TRL's, but a mistake is one line."""
 
@@ -93,9 +100,10 @@ def checked(words: Sequence[str]) -> tuple[Parser, list[str]]:
 
     Raises ValueError for a setting that there is not, or that can't have such a value.
     """
-    parser = Parser((RlArguments, DepoConfig, ModelConfig), prog="depo-train rl", allow_abbrev=False)
+    parser = Parser(SETTINGS, prog="depo-train rl", allow_abbrev=False)
     known = {action.dest for action in parser._actions}
-    flags, given = list(words), {}
+    flags = list(words)
+    given: dict[str, Any] = {}
     while "--config" in flags:
         at = flags.index("--config")
         if at + 1 == len(flags):
@@ -137,14 +145,21 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 
 def as_flags(parser: Parser, given: dict[str, Any]) -> list[str]:
-    """A file's settings as flags, so that their types are checked; what can't be one becomes a default."""
+    """A file's settings as flags, so that their types are checked; what can't be a flag becomes a default.
+
+    Raises ValueError for no value, a list or a mapping where there can't be one.
+    """
     flags: list[str] = []
-    actions = {action.dest: action for action in reversed(parser._actions) if action.dest in given}
+    several = {action.dest for action in parser._actions if action.nargs == "+"}
+    hints = {name: hint for kind in SETTINGS for name, hint in typing.get_type_hints(kind).items()}
     for key, value in given.items():
-        if isinstance(value, list) and actions[key].nargs == "+":
-            flags += [f"--{key}", *map(str, value)]
-        elif isinstance(value, bool | int | float | str):
+        kinds = typing.get_args(hints[key]) if typing.get_origin(hints[key]) in UNIONS else (hints[key],)
+        if isinstance(value, bool | int | float | str):
             flags.append(f"--{key}={value}")
+        elif type(value) not in {typing.get_origin(kind) or kind for kind in kinds}:
+            raise ValueError(f"{key} is {json.dumps(value, default=str)}, which it can't be")
+        elif key in several and value:
+            flags += [f"--{key}", *map(str, value)]
         else:
             parser.set_defaults_with_config(**{key: value})
     return flags

@@ -38,7 +38,8 @@ def share(learner: Learner, accelerator: Accelerator) -> None:
 @contextmanager
 def plain_loading(args: DepoConfig) -> Iterator[None]:
     """While it lasts, from_pretrained loads a model whole, on every rank: DeepSpeed's ZeRO-3 would share it out."""
-    config = getattr(args, "hf_deepspeed_config", None)
+    plugin = getattr(args, "deepspeed_plugin", None)
+    config = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "dschf", None)
     if config is None:
         yield
         return

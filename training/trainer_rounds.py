@@ -93,7 +93,8 @@ def merge(
             parts = [_padded(part, width, fill, key in LEFT) for part in parts]
         merged[key] = torch.cat(parts)[rows.to(parts[0].device)]
     mask = merged["completion_mask"] * merged["tool_mask"] if "tool_mask" in merged else merged["completion_mask"]
-    merged[TOTAL] = accelerator.gather(mask.sum()).sum()  # TRL's normaliser of the token-mean loss
+    # TRL's divisor of the token-mean loss; not 0, though every completion be masked as cut off
+    merged[TOTAL] = accelerator.gather(mask.sum()).sum().clamp_min(1)
     return merged
 
 

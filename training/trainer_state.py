@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +45,7 @@ def writing(place: Path) -> Iterator[None]:
 
 
 def save(place: Path, selector: Selector, learner: Learner | None, completions: int, whole: bool) -> None:
-    """Write the state into a Trainer's checkpoint `place`. `whole`: between two generations, so it can be resumed."""
+    """Write the state into a Trainer's checkpoint `place`. `whole`: between two generations, so a run can resume."""
     folder = place / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     if learner is not None:
@@ -63,10 +62,11 @@ def load(place: Path, selector: Selector, learner: Learner | None) -> int:
     Raises ValueError for what is no such checkpoint, or one of other settings.
     """
     if not _readable(place):
-        raise ValueError(f"{place} is no whole checkpoint of depo-train rl: nothing to resume from")
+        raise ValueError(
+            f"{place} can't be resumed from: it is no checkpoint of DepoTrainer, only part of one, or was written in "
+            "the middle of a generation"
+        )
     state = json.loads((place / FOLDER / SELECTOR).read_text(encoding="utf-8"))
-    if not state["whole"]:
-        raise ValueError(f"{place} was written in the middle of a generation; resume from an earlier checkpoint")
     selector.load_state_dict(state["selector"])
     if learner is not None:
         # weights_only: tensors and plain values, no pickled code
@@ -131,8 +131,10 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def _readable(place: Path) -> bool:
-    parts: tuple[Any, ...] = (place / LAST, place / FOLDER / SELECTOR)
     try:
-        return all(isinstance(json.loads(part.read_text(encoding="utf-8")), dict) for part in parts)
-    except (OSError, ValueError):
+        last, state = (
+            json.loads(part.read_text(encoding="utf-8")) for part in (place / LAST, place / FOLDER / SELECTOR)
+        )
+        return bool(isinstance(last, dict) and state["whole"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False

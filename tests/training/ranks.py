@@ -12,9 +12,20 @@ import torch.distributed
 from tests.training import policy
 from training.trainer import DepoTrainer
 from training.trainer_config import DepoConfig
+from training.verify import RewardError
 
 
-def run(name: str, out: Path, encoder: str, off_by: int = 0, **settings: Any) -> dict[str, Any]:
+def broken(prompts: list[Any], completions: list[Any], **_: Any) -> list[float | None]:
+    """Fails on rank 1 alone, in the third generation."""
+    broken.calls = getattr(broken, "calls", 0) + 1  # type: ignore[attr-defined]
+    if torch.distributed.get_rank() == 1 and broken.calls == 3:  # type: ignore[attr-defined]
+        raise RewardError("the reward function broke")
+    return policy.reward(prompts, completions)
+
+
+def run(
+    name: str, out: Path, encoder: str, off_by: int = 0, reward: Any = policy.reward, **settings: Any
+) -> dict[str, Any]:
     """Train; what this rank chose and ended with. `off_by`: added to the selector's seed on rank 1."""
     args = DepoConfig(
         output_dir=str(out / name), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
@@ -23,7 +34,7 @@ def run(name: str, out: Path, encoder: str, off_by: int = 0, **settings: Any) ->
         depo_trunk=False, depo_max_tokens=32, **settings,
     )  # fmt: skip
     made = DepoTrainer(
-        model=policy.model(), processing_class=policy.tokenizer(), reward_funcs=policy.reward, args=args,
+        model=policy.model(), processing_class=policy.tokenizer(), reward_funcs=reward, args=args,
         train_dataset=policy.prompts(),
     )  # fmt: skip
     rank = made.accelerator.process_index
@@ -71,6 +82,7 @@ if __name__ == "__main__":
         "dapo": run(
             "dapo", place, encoder, depo="faithful", depo_warmup=99, dynamic_sampling=True, dynamic_sampling_rounds=30
         ),
+        "broken": run("broken", place, encoder, reward=broken, depo="faithful"),
         "control": run("control", place, encoder, off_by=1, depo="faithful"),
     }
     (place / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))

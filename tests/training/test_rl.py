@@ -55,7 +55,6 @@ answer_column: answer
 prompt_column: prompt
 depo_trunk: false
 depo_max_tokens: 64
-depo_warmup: 1
 per_device_train_batch_size: 8
 gradient_accumulation_steps: 1
 num_generations: 4
@@ -95,7 +94,7 @@ def run(tmp_path: Path, tiny_encoder: Path, capfd: pytest.CaptureFixture[str], m
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_from_its_example(run: Run, tmp_path: Path, method: str) -> None:
-    flags = [] if method.startswith("depo") else ["--depo_warmup=none"]
+    flags = ["--depo_warmup=1"] if method.startswith("depo") else []
     assert run(*flags, configs=[str(EXAMPLES / f"{method}.yaml"), "tiny.yaml"]) == (0, "")
     assert (tmp_path / "out/model.safetensors").exists()
     root = tmp_path / "out/estimator"
@@ -166,9 +165,9 @@ def test_mistakes_in_the_file(run: Run, tmp_path: Path) -> None:
         "depo-train rl: unknown setting max_step; did you mean max_steps?\n",
     )
     (tmp_path / "odd.yaml").write_text("max_steps: [3]\n")
-    code, err = run(configs=["tiny.yaml", "odd.yaml"])
-    assert code == 2
-    assert err.count("\n") == 1
+    assert run(configs=["tiny.yaml", "odd.yaml"]) == (2, "depo-train rl: max_steps is [3], which it can't be\n")
+    (tmp_path / "odd.yaml").write_text("max_steps:\n")
+    assert run(configs=["tiny.yaml", "odd.yaml"]) == (2, "depo-train rl: max_steps is null, which it can't be\n")
     (tmp_path / "odd.yaml").write_text("- max_steps\n")
     assert run(configs=["odd.yaml"]) == (2, "depo-train rl: odd.yaml must hold settings, one `name: value` a line\n")
     (tmp_path / "odd.yaml").write_text("dataset: prompts.jsonl\noutput_dir: out\n")

@@ -19,8 +19,10 @@ from tests.training import policy
 from training.groups import Group
 from training.trainer import DepoTrainer
 from training.trainer_config import DepoConfig
+from training.trainer_prompts import text_config
 from training.trainer_rewards import filled
 from training.trainer_rounds import next_size
+from training.trainer_state import resumable
 
 # what TRL and transformers say to each other
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -309,6 +311,22 @@ def test_a_save_in_the_middle_of_a_generation_is_refused(tmp_path: Path) -> None
     made = trainer(tmp_path, num_iterations=2, save_strategy="steps", save_steps=3)
     with pytest.raises(ValueError, match=r"save_steps is 3, in the middle of a generation.*use a multiple of 2"):
         made.train()
+
+
+def test_a_run_that_ends_in_the_middle_of_a_generation_resumes_from_before(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, max_steps=3, **settings).train()  # Trainer saves the third step too
+    assert [place.name for place in resumable(tmp_path)] == ["checkpoint-2"]
+    with pytest.raises(ValueError, match="in the middle of a generation"):
+        trainer(tmp_path, max_steps=4, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_chat_options_are_part_of_the_template() -> None:
+    made = policy.tokenizer(chat=True)
+    made.chat_template = "{% if thinking %}think {% endif %}{{ messages[0].content }}{{ eos_token }}"
+    config = text_config(made, {"thinking": True, "tools": []}, 32)
+    assert read(config, [{"role": "user", "content": "hello"}])[0] == "think hello<eos>"
+    assert text_config(policy.tokenizer(), None, 32).chat == ""
 
 
 def test_evaluation_is_left_alone(tmp_path: Path) -> None:

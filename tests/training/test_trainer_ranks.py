@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from training.trainer_state import resumable
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,5 +41,7 @@ def test_ranks_choose_alike(tmp_path: Path, tiny_encoder: Path) -> None:
         assert first["items"] == [first["tokens"][0] + second["tokens"][0]]
     assert len(ranks[0]["plus"]["chosen"]) == 4
     assert [share for share in ranks[0]["dapo"]["trained"] if share is not None] == [0.0] * 4
+    assert [rank["broken"]["error"] for rank in ranks] == ["the reward function broke"] * 2
+    assert resumable(tmp_path / "broken") == [tmp_path / "broken/checkpoint-2"]  # as no rank was left waiting
     for rank in ranks:  # the negative control: other seeds
         assert rank["control"]["error"].startswith("the processes chose different prompts (")
