@@ -194,7 +194,9 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss. Its forward's log-probabilities are noted: those of the policy that generated, if known."""
+        """TRL's loss. The generating policy's log-probabilities are noted: where the policy has moved on since, TRL has
+        kept them; else they are those of this very forward.
+        """
         self._captured = None
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         log_probs_BT = inputs.get("old_per_token_logps")
@@ -204,10 +206,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             if inputs.get("tool_mask") is not None:
                 mask_BT = mask_BT & inputs["tool_mask"].bool()
             sums_B = torch.where(mask_BT, log_probs_BT.float(), 0.0).sum(1)
-            rows_B = inputs["depo_row"]
-            first_B = self._log_probs_R[rows_B].isnan()  # later passes see a policy that has moved on
-            means_B = torch.where(first_B, sums_B / mask_BT.sum(1), self._log_probs_R[rows_B])
-            self._log_probs_R[rows_B] = means_B  # NaN again where every token is masked
+            self._log_probs_R[inputs["depo_row"]] = sums_B / mask_BT.sum(1)  # NaN where every token is masked
         elif self.model.training and self.learner is not None and not self._said:
             self._said = True
             trainer_state.log.warning("use_liger_kernel hides log-probabilities: the estimator learns without them")

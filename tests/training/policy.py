@@ -4,11 +4,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers report each run
 SYMBOLS = ["<pad>", "<eos>", "<unk>", *"0123456789+-= abcdefghijklmnopqrstuvwxyz:"]
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}= {% endif %}"
 

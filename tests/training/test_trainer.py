@@ -107,6 +107,15 @@ def test_warm_up_keeps_all_and_the_next_generation_filters(tmp_path: Path, tiny_
     assert log[-1]["depo/rollouts_saved_estimate"] > 0
 
 
+def test_an_estimator_beside_it_does_not_change_the_policy(tmp_path: Path, tiny_encoder: Path) -> None:
+    alone = trainer(tmp_path / "off", max_steps=4)
+    alone.train()
+    both = trainer(tmp_path / "faithful", tiny_encoder, depo="faithful", depo_warmup=99, max_steps=4)
+    both.train()
+    for name in ("reward", "loss", "grad_norm", "entropy", "num_tokens", "learning_rate"):
+        assert [row[name] for row in rows(alone)] == [row[name] for row in rows(both)], name
+
+
 def test_metrics_stand_in_the_row_of_their_generation(tmp_path: Path, tiny_encoder: Path) -> None:
     made = trainer(tmp_path, tiny_encoder, depo="plus", depo_warmup=2, max_steps=5)
     chosen, observed = watched(made)
@@ -145,7 +154,7 @@ def test_log_probabilities_are_of_the_first_pass_and_of_the_right_rows(
         return policy.reward(prompts, completions)  # type: ignore[return-value]
 
     made = trainer(
-        tmp_path, tiny_encoder, reward, depo="faithful", temperature=0.7, max_steps=4, learning_rate=1e-12, **settings
+        tmp_path, tiny_encoder, reward, depo="faithful", temperature=0.7, max_steps=4, learning_rate=1e-2, **settings
     )
     _, observed = watched(made)
     made.train()
