@@ -211,9 +211,9 @@ def train(arguments: RlArguments, config: DepoConfig, model: ModelConfig) -> int
     if whole and not arguments.resume:
         raise ValueError(f"{output} holds a run ({whole[-1].name}); add --resume, or name another output_dir")
     with ExitStack() as stack:
-        trainer = assemble(arguments, config, model, stack)
         started = time.monotonic()
         try:
+            trainer = assemble(arguments, config, model, stack)
             with interruptible(trainer):
                 trainer.train(resume_from_checkpoint=arguments.resume or None)
             if not trainer.stopped:
@@ -265,6 +265,8 @@ def assemble(arguments: RlArguments, config: DepoConfig, model: ModelConfig, sta
             processing_class=tokenizer,
             peft_config=get_peft_config(model),
         )
+    except (ImportError, ConnectionError) as error:  # vLLM, or its server
+        raise ValueError(str(error)) from None
     except OSError as error:
         raise ValueError(f"model {name} can't be loaded: {str(error).strip().splitlines()[0]}") from None
 

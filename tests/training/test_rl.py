@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,14 @@ def test_a_mistake_is_one_line(run: Run, words: list[str], said: str) -> None:
     assert code == 2
     assert said in err
     assert err.startswith("depo-train rl: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is there")
+def test_a_missing_vllm_is_one_line(run: Run) -> None:
+    code, err = run("--use_vllm", "true")
+    assert code == 2
+    assert err.startswith("depo-train rl: vLLM is not available")
     assert err.count("\n") == 1
 
 
