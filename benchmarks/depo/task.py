@@ -1,9 +1,10 @@
 """The task of the benchmark: chain arithmetic as in training/chains.py. Prompts, their right completions, rollouts.
 
-Training prompts are of the split `collect`, held-out ones of `evaluate`; the policy was taught on `sft`. Both have far
-more multiplications than the policy was taught, so that it starts with prompts it always solves, some it solves now and
-then, and some it never does. The reward is 1 for the whole worked answer and 0 for anything else: the last digit alone
-comes out right by chance once in ten, and then a hopeless prompt looks informative.
+Training prompts are of the split `collect`, held-out ones of `evaluate`; the policy was taught on `sft` and hardly any
+multiplication. Both are a mix of three kinds: what it has learned, what it solves now and then, and what it hardly ever
+does, so that three groups of eight in five begin without any advantage. The reward is 1 for the whole worked answer and
+0 for anything else: the last digit alone comes out right by chance once in ten, and then a hopeless prompt looks
+informative.
 """
 
 from __future__ import annotations
@@ -15,10 +16,26 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.depo.policy import Completion, Policy
-from training.chains import answer_of, build_tokenizer, draw
+from training.chains import answer_of, build_tokenizer, draw, length_of
 
-OPERATORS = (3.0, 2.0, 6.0)  # the weights of + - * in the benchmark's prompts
 LIMIT = 56  # tokens of a completion; the longest answer has 48 with its end
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A part of the prompts: its share, the weights of + - * in it, its shortest and its longest chain."""
+
+    share: float
+    operators: tuple[float, float, float]
+    shortest: int
+    longest: int
+
+
+KINDS = (
+    Kind(0.42, (3.0, 2.0, 0.001), 1, 8),  # easy
+    Kind(0.18, (3.0, 2.0, 3.0), 1, 5),  # middling
+    Kind(0.40, (1.0, 1.0, 8.0), 5, 8),  # hopeless, at first
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +55,11 @@ def task_of(split: str, count: int, seed: int = 0) -> Task:
     rng = random.Random(f"depo benchmark {split} {seed}")
     found: dict[str, None] = {}
     while len(found) < count:
-        found[draw(rng, split, OPERATORS)] = None
+        (kind,) = rng.choices(KINDS, [kind.share for kind in KINDS])
+        prompt = draw(rng, split, kind.operators)
+        while not kind.shortest <= length_of(prompt) <= kind.longest:
+            prompt = draw(rng, split, kind.operators)
+        found[prompt] = None
     tokenizer = build_tokenizer()
     end = (int(tokenizer.eos_token_id),)
     return Task(
