@@ -224,6 +224,7 @@ def train(arguments: RlArguments, config: DepoConfig, model: ModelConfig) -> int
             return failed(str(error), 1)
         except KeyboardInterrupt:
             return failed(f"interrupted; {hint(output)}", 1)
+    trainer.accelerator.end_training()  # every rank leaves its group
     if trainer.stopped:
         return failed(f"interrupted; {hint(output)}", 1) if trainer.accelerator.is_main_process else 1
     if trainer.accelerator.is_main_process:

@@ -86,3 +86,5 @@ if __name__ == "__main__":
         "control": run("control", place, encoder, off_by=1, depo="faithful"),
     }
     (place / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # a rank that left early would abort the other
+    torch.distributed.destroy_process_group()

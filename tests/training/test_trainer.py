@@ -19,9 +19,6 @@ from tests.training import policy
 from training.groups import Group
 from training.trainer import DepoTrainer
 from training.trainer_config import DepoConfig
-from training.trainer_prompts import text_config
-from training.trainer_rewards import filled
-from training.trainer_rounds import next_size
 from training.trainer_state import resumable
 
 # what TRL and transformers say to each other
@@ -191,14 +188,6 @@ def test_a_completion_without_reward_has_no_advantage(tmp_path: Path, tiny_encod
     assert rows(made)[0]["depo/pass_rate"] == pytest.approx(2 / 3)  # of those there are
 
 
-def test_filled_rewards() -> None:
-    nan = torch.nan
-    found = filled(torch.tensor([[1.0, nan], [nan, nan], [0.0, 0.5], [nan, nan], [nan, nan], [nan, nan]]), 3)
-    assert found[1].tolist() == [0.5, 0.25]  # so that its sum is the mean of the others' sums
-    assert torch.isnan(found[0, 1])
-    assert (found[3:] == 0).all()
-
-
 def test_dynamic_sampling_fills_the_batch_with_groups_that_teach(tmp_path: Path) -> None:
     made = trainer(
         tmp_path, dynamic_sampling=True, max_steps=3, dataset=policy.prompts(192), steps_per_generation=2,
@@ -235,13 +224,6 @@ def test_dynamic_sampling_ends_with_the_data_set(tmp_path: Path) -> None:
     made = trainer(tmp_path, dynamic_sampling=True, dataset=policy.prompts(6, "az"), max_steps=2)
     made.train()
     assert [row["depo/completions"] for row in rows(made)] == [24, 48]  # each prompt once a step
-
-
-def test_rounds_divide_over_ranks() -> None:
-    assert next_size(3, 100, 8, 4) == 3
-    assert next_size(3, 100, 4, 8) == 4  # 3 groups of 4 rows can't be shared by 8
-    assert next_size(3, 3, 4, 8) == 2
-    assert next_size(3, 1, 4, 8) == 0
 
 
 def resumed(place: Path, encoder: Path, **settings: Any) -> tuple[list[tuple[int, ...]], list[dict[str, Any]]]:
@@ -328,14 +310,6 @@ def test_a_run_that_ends_in_the_middle_of_a_generation_resumes_from_before(tmp_p
     assert [place.name for place in resumable(tmp_path)] == ["checkpoint-2"]
     with pytest.raises(ValueError, match="in the middle of a generation"):
         trainer(tmp_path, max_steps=4, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
-def test_chat_options_are_part_of_the_template() -> None:
-    made = policy.tokenizer(chat=True)
-    made.chat_template = "{% if thinking %}think {% endif %}{{ messages[0].content }}{{ eos_token }}"
-    config = text_config(made, {"thinking": True, "tools": []}, 32)
-    assert read(config, [{"role": "user", "content": "hello"}])[0] == "think hello<eos>"
-    assert text_config(policy.tokenizer(), None, 32).chat == ""
 
 
 def test_evaluation_is_left_alone(tmp_path: Path) -> None:
