@@ -78,7 +78,7 @@ class SelectionConfig:
     def plus(group_size: int = 8) -> SelectionConfig:
         """DEPO with everything we add; chosen by benchmarks/depo."""
         return SelectionConfig(
-            "informative", group_size, warmup_steps=20, explore=0.05, candidates=2.0, refill_cap=8.0, replay=512,
+            "informative", group_size, warmup_steps=20, explore=0.05, candidates=4.0, refill_cap=8.0, replay=512,
             updates=2, calibrate=True, history_half_life=100.0,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class GrpoConfig:
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     warmup_steps: int = 10
     clip_low: float = 0.2
     clip_high: float = 0.2

@@ -30,10 +30,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
-    budget: int = 49152  # completions
+    budget: int = 32768  # completions
     need: int = 16  # prompts a step
     group_size: int = 8
-    rows: int = 12  # of the history, besides the first
+    rows: int = 8  # of the history, besides the first
     samples: int = 4  # completions of each held-out prompt
     rounds: int = 10  # generations a step at most; DAPO's own code gives up here, ours goes on with what there is
 

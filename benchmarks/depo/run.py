@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/depo"), help="directory of result files (%(default)s)")
     parser.add_argument("--prompts", type=int, default=1024, help="training prompts (%(default)s)")
-    parser.add_argument("--held-out", type=int, default=320, help="prompts to evaluate on (%(default)s)")
+    parser.add_argument("--held-out", type=int, default=480, help="prompts to evaluate on (%(default)s)")
     parser.add_argument(
         "--start-steps", type=int, default=STEPS, help="of the start's SFT; fewer for a try (%(default)s)"
     )
