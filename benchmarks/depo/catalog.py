@@ -30,8 +30,8 @@ TITLES = {
     "depo-plus": "DEPO plus",
     "oracle": "oracle",
 }
-# The policy's learning rate is the best for GRPO of 3e-5, 5e-5, 1e-4 and 2e-4 on the tuning seeds. Dynamic sampling takes
-# a third of the steps for as many completions, and DAPO was better at twice that rate than at GRPO's or at four times it.
+# The policy's learning rate is the best for GRPO of 3e-5, 5e-5 and 1e-4 on the tuning seeds. Dynamic sampling takes a
+# third of the steps for as many completions; DAPO was a little better at twice that rate, and worse at four times it.
 FEWER_STEPS = {"dapo": 1e-4, "greso": 1e-4}
 FAITHFUL, PLUS = SelectionConfig.faithful(), SelectionConfig.plus()
 DEPO = {
