@@ -33,7 +33,7 @@ def onnx_bytes(model: Estimator) -> bytes:
     """The deep part as ONNX, for any batch size and length. The model stays as it is."""
     part = DeepPart(copy.deepcopy(model)).cpu().eval()
     attend(part.model, "eager")  # a learner may have set another; this one ONNX can hold
-    ids, mask = torch.randint(0, 100, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    ids, mask = torch.randint(0, min(100, model.vocabulary), (2, 8)), torch.ones(2, 8, dtype=torch.long)
     axes = {0: "prompts", 1: "tokens"}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         # The TorchScript exporter is deprecated, but takes 1 s where the new one takes 12, and is as exact.
