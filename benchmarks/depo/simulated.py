@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.depo.catalog import TITLES, method_of, parse
+from benchmarks.depo.catalog import method_of, parse
 from benchmarks.depo.methods import Method
-from benchmarks.depo.simulated_estimator import DEPO, Items, TextDepo, text_depo
-from benchmarks.depo.simulated_policy import Domain, auroc_of, expected_auroc, read
+from benchmarks.depo.simulated_estimator import DEPO, Items, TextDepo, embedded, text_depo
+from benchmarks.depo.simulated_policy import Domain, auroc_of, expected_auroc, read, readable
 from benchmarks.depo.simulated_report import report
 from training.beliefs import nonzero_advantage
 from training.groups import Group
@@ -41,14 +41,15 @@ from training.groups import Group
 Row = dict[str, Any]
 FILES = {"gsm8k": "gsm8k_many_models.jsonl", "math_l5": "math_l5_many_models.jsonl"}
 DOMAINS = {"gsm8k": ("gsm8k",), "mixed": ("gsm8k", "math_l5")}
+UNREAD = "depo-plus@trunk_learning_rate=0"  # its estimator never learns: what is left is memory of each prompt
 # Left out: what only changes the loss (DAPO's clipping), and DEPO without distillation: models here say no log-probs
-METHODS = ("grpo", "dapo", "polaris", "greso", "mopps", "depo", "depo-noranking", "depo-plus", "oracle")
+METHODS = ("grpo", "dapo", "polaris", "greso", "mopps", "depo", "depo-noranking", "depo-plus", UNREAD, "oracle")
 DRAWS = 12  # a stream of random numbers
 
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    target: int = 1000  # informative groups learned from until the policy is the strongest
+    target: int = 600  # informative groups learned from until the policy is the strongest
     need: int = 16  # prompts a step
     group_size: int = 8
     width: float = 3.0  # of the Gaussian over ranks
@@ -234,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = RunConfig(target=options.target)
     items: Items = {}
     results: dict[str, list[Row]] = {}
+    ceilings: dict[str, list[Row]] = {}
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         for name in options.methods:
@@ -248,10 +250,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     result = json.loads(path.read_text(encoding="utf-8"))
                     results.setdefault(domain_name, []).append(result)
                     print(line(domain_name, result), flush=True)
+            if options.report is not None:
+                embeddings_ND = embedded(domain.questions, items)
+                ceilings[domain_name] = readable(domain, embeddings_ND, config.width, config.group_size)
     except ValueError as error:
         parser.error(str(error))
     if options.report is not None:
-        report(results, TITLES, options.report)
+        report(results, ceilings, options.report)
     return 0
 
 

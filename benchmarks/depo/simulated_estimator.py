@@ -27,6 +27,7 @@ Items = dict[str, Item]  # prompt -> it, embedded, without labels; runs share th
 DEPO = ("depo", "depo-noranking", "depo-plus")
 # The encoder whole, as in the paper, would take most of the benchmark's time; its learning rate is without effect.
 LEARNER = replace(FAITHFUL, train_layers=0)
+WARMUP = 10  # steps: of the questions' first pass, in which nothing but their text tells them apart, much is left
 
 
 class Remembering(Learner):
@@ -93,6 +94,7 @@ def text_depo(name: str, prompts: Sequence[str], seed: int, steps: int, group_si
     kind, settings = parse(name)
     weights = replace(LEARNER, ranking_weight=CATALOG[kind].learner.ranking_weight)
     layers = int(settings.pop("layers", 5))
+    settings.setdefault("warmup_steps", WARMUP)
     config = depo_of(replace(CATALOG[kind], learner=weights), settings, steps, group_size)
     model, tokenizer = create(
         ModelConfig(config.selection.pools, TextConfig(), DEFAULT_ENCODER, layers, wide=False, trunk=True),
@@ -102,3 +104,11 @@ def text_depo(name: str, prompts: Sequence[str], seed: int, steps: int, group_si
     learner = Remembering(model, tokenizer, config.learner, seed)
     learner.remembered = items
     return TextDepo(Selector(prompts, config.selection, learner, seed), group_size)
+
+
+def embedded(prompts: Sequence[str], items: Items) -> NDArray[np.float64]:
+    """Embeddings (N, D) of prompts by the encoder that the DEPO methods have."""
+    learner = text_depo("depo", prompts, 0, 1, 8, items).selector.learner
+    assert learner is not None
+    made = learner.items([Example(prompt, {}) for prompt in prompts])
+    return np.array([item.embedding.double().numpy() for item in made if item.embedding is not None])

@@ -1,6 +1,6 @@
 """A policy simulated by the recorded outcomes of many models on real questions.
 
-Shapes: N questions, M models.
+Shapes: N questions, M models, D embedding width.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from training.beliefs import nonzero_advantage
 from training.measure import auroc
 
 Array = NDArray[np.float64]
@@ -86,3 +88,37 @@ def expected_auroc(score: Array, probability: Array) -> float:
 
 def auroc_of(score: Array, positive: Array) -> float:
     return auroc(score, positive > 0) if 0 < (positive > 0).sum() < len(positive) else float("nan")
+
+
+def readable(domain: Domain, embeddings_ND: Array, width: float, group_size: int) -> list[dict[str, Any]]:
+    """How well a question's text can tell at all whether its group will be informative, at some strengths: AUROCs.
+
+    Ridge regression of the probability on standardised embeddings, fitted on four of five folds with all labels exact:
+    more than a run ever sees. Regularised a little or a lot, whichever tells more: so in the text's favour.
+    """
+    x_ND = (embeddings_ND - embeddings_ND.mean(0)) / (embeddings_ND.std(0) + 1e-9) / embeddings_ND.shape[1] ** 0.5
+    folds_N = np.random.default_rng(SPLIT).permutation(len(x_ND)) % 5
+    sources = sorted(set(domain.sources))
+    rows: list[dict[str, Any]] = []
+    for strength in (0.1, 0.3, 0.5, 0.8):
+        truth_N = nonzero_advantage(domain.rates(strength, width), group_size)
+        row = {"strength": strength, "informative share": float(truth_N.mean())}
+        row["ridge on embeddings"] = max(
+            expected_auroc(crossfit(x_ND, truth_N, folds_N, penalty), truth_N) for penalty in (0.3, 1.0, 3.0)
+        )
+        row["length"] = expected_auroc(np.array([float(len(question)) for question in domain.questions]), truth_N)
+        if len(sources) > 1:
+            row["set"] = expected_auroc(np.array([float(of == sources[-1]) for of in domain.sources]), truth_N)
+        rows.append({**row, "truth": expected_auroc(truth_N, truth_N)})
+    return rows
+
+
+def crossfit(x_ND: Array, y_N: Array, folds_N: NDArray[np.int64], penalty: float) -> Array:
+    """Ridge predictions (N,), each by a fit that was not shown its fold."""
+    predicted_N = np.zeros(len(y_N))
+    for fold in np.unique(folds_N):
+        shown = folds_N != fold
+        x, mean = x_ND[shown], float(y_N[shown].mean())
+        weights_D = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ (y_N[shown] - mean))
+        predicted_N[~shown] = mean + x_ND[~shown] @ weights_D
+    return predicted_N
