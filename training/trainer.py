@@ -65,10 +65,9 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         if args.dynamic_sampling and self.tools:
             raise ValueError("dynamic_sampling can't merge generations with tools; turn it off")
         text = text_config(self._tokenizer, self.chat_template_kwargs, args.depo_max_tokens)
-        self.learner = trainer_estimator.new(args, text, self.accelerator) if args.depo != "off" else None
-        self.selector = Selector(
-            Prompts(self.train_dataset, text), args.selection(), self.learner, args.seed, score=self._scores
-        )
+        prompts = Prompts(self.train_dataset, text)
+        self.learner = trainer_estimator.new(args, text, prompts, self.accelerator) if args.depo != "off" else None
+        self.selector = Selector(prompts, args.selection(), self.learner, args.seed, score=self._scores)
         self.completions = 0  # generated so far, by all ranks
         self.stopping = self.stopped = False
         self._rounds: list[Round] = []  # of the generation under way

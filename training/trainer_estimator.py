@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,11 +11,14 @@ from accelerate.utils import broadcast
 
 from estimator.learner import WHOLE, Learner
 from estimator.model import create
+from estimator.records import Example
 from estimator.text import TextConfig
 from training.trainer_config import DepoConfig
 
+SAMPLE = 1024  # prompts that tell a wide part which words are rare, and linear heads how embeddings are scaled
 
-def new(args: DepoConfig, text: TextConfig, accelerator: Accelerator) -> Learner:
+
+def new(args: DepoConfig, text: TextConfig, prompts: Sequence[str], accelerator: Accelerator) -> Learner:
     """A fresh one on the policy's device; nothing of it is wrapped or belongs to the policy.
 
     The global random state stays, so a policy samples alike with and without one.
@@ -24,6 +27,8 @@ def new(args: DepoConfig, text: TextConfig, accelerator: Accelerator) -> Learner
     with plain_loading(args), torch.random.fork_rng(devices=[]):
         model, tokenizer = create(args.estimator(text), rounded=config.train_layers != WHOLE, seed=args.seed)
     learner = Learner(model.to(accelerator.device), tokenizer, config, args.seed)
+    if args.depo_wide or not args.depo_trunk:
+        learner.fit_statistics(learner.items([Example(prompt, {}) for prompt in prompts[:SAMPLE]]))
     share(learner, accelerator)  # with FSDP's sparing loading only rank 0 has the weights
     return learner
 

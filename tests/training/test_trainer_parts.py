@@ -1,9 +1,15 @@
 """DepoTrainer's pure parts: missing rewards, the size of a round, how prompts are read."""
 
-import torch
+from pathlib import Path
 
-from estimator.text import read
+import pytest
+import torch
+from accelerate import Accelerator
+
+from estimator.text import TextConfig, read
 from tests.training import policy
+from training import trainer_estimator
+from training.trainer_config import DepoConfig
 from training.trainer_prompts import text_config
 from training.trainer_rewards import filled
 from training.trainer_rounds import next_size
@@ -30,3 +36,19 @@ def test_chat_options_are_part_of_the_template() -> None:
     config = text_config(made, {"thinking": True, "tools": []}, 32)
     assert read(config, [{"role": "user", "content": "hello"}])[0] == "think hello<eos>"
     assert text_config(policy.tokenizer(), None, 32).chat == ""
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # what TRL and transformers say to each other
+def test_an_estimator_with_a_wide_part_knows_its_words_before_the_first_step(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    args = DepoConfig(
+        output_dir=str(tmp_path), depo="plus", depo_encoder=str(tiny_encoder), depo_wide=True, depo_trunk=False,
+        use_cpu=True, bf16=False,
+    )  # fmt: skip
+    prompts = ["easy sum", "easy number", "hard sum", "easy please"]
+    learner = trainer_estimator.new(args, TextConfig(pooling="cls", max_tokens=32), prompts, Accelerator(cpu=True))
+    sum_id, please_id = (learner.tokenizer.token_to_id(word) for word in ("sum", "please"))
+    assert learner.model.idf[please_id] > learner.model.idf[sum_id]
+    assert (learner.model.surface_scale > 0).any()
+    assert learner.score(prompts)[:, :, 0] == pytest.approx(0)
