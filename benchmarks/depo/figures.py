@@ -17,8 +17,9 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 
 
 def smoothed(values_R: Sequence[float]) -> list[float]:
-    """Each with its two neighbours' mean, at the ends with the one there is: an evaluation's noise is not progress."""
-    return [float(np.mean(values_R[max(0, i - 1) : i + 2])) for i in range(len(values_R))]
+    """Each averaged with its neighbours, for an evaluation's noise is not progress. The first is left alone."""
+    means = [float(np.mean(values_R[max(0, i - 1) : i + 2])) for i in range(len(values_R))]
+    return [*values_R[:1], *means[1:]]
 
 
 def reached(x_R: Sequence[float], y_R: Sequence[float], level: float) -> float | None:

@@ -112,8 +112,9 @@ def page(runs: Runs) -> str:
         table(*needs(runs, levels)),
         f"Completions in thousands until the evaluations, each averaged with its neighbours, reach {levels[0]:.2f},"
         f" {levels[1]:.2f}, and {levels[2]:.3f}, which is where GRPO ends. `>`: not all seeds got there; one that did"
-        " not counts with all its completions, so the figure is a lower bound. Ratios of completions to GRPO's final"
-        " accuracy are paired by seed (geometric mean).",
+        " not counts with all its completions, so the figure is a lower bound; `<`: the rival did not, so the ratio is"
+        " an upper bound; `-`: neither did. Ratios of completions to GRPO's final accuracy are paired by seed"
+        " (geometric mean).",
         "![learning curves](curves.png)",
         "## What was rolled out, and what was known",
         table(*groups(runs)),
@@ -150,29 +151,36 @@ def needs(runs: Runs, levels: Sequence[float]) -> tuple[list[list[Any]], tuple[s
                 for count, result in zip(counts, by_seed.values(), strict=True)
             ]
             cells.append((">" if None in counts else "") + show(interval([n / 1000 for n in spent]), 1))
+        cells.append(compared(by_seed, runs.get("dapo", {}), levels[1], "completions"))
         cells += [compared(by_seed, runs.get(rival, {}), levels[-1], "completions") for rival in ("dapo", "grpo")]
         cells.append(compared(by_seed, runs["grpo"], levels[-1], "tokens"))
         rows.append([title_of(method), *cells])
     header = (
-        "method", "final accuracy", *(f"k to {level:.3g}" for level in levels), "of DAPO's", "of GRPO's",
-        "of GRPO's tokens",
+        "method", "final accuracy", *(f"k to {level:.3g}" for level in levels), f"of DAPO's to {levels[1]:.3g}",
+        f"of DAPO's to {levels[2]:.3g}", f"of GRPO's to {levels[2]:.3g}", "of GRPO's tokens",
     )  # fmt: skip
     return rows, header
 
 
 def compared(mine: Mapping[int, Any], theirs: Mapping[int, Any], level: float, unit: str) -> str:
-    """The ratio of what both need to reach `level`, over the seeds both have."""
+    """The ratio of what both need to reach `level`, over the seeds both have; "-" if neither always gets there."""
     seeds = sorted(set(mine) & set(theirs))
     if not seeds:
         return "-"
+    if mine is theirs:
+        return "1"
     counts = [[needed(runs[seed], level, unit) for seed in seeds] for runs in (mine, theirs)]
+    short = [None in part for part in counts]
+    if all(short):
+        return "-"
+    if all(None in known for known in counts):
+        return "-"
     ends = [[runs[seed]["history"][-1][unit] for seed in seeds] for runs in (mine, theirs)]
     spent = [
         [end if count is None else max(count, 1.0) for count, end in zip(*pair, strict=True)]
         for pair in zip(counts, ends, strict=True)
     ]
-    sign = (">" if None in counts[0] else "") + ("<" if None in counts[1] else "")
-    return sign + show(ratio(*spent), 2)
+    return (">" if short[0] else "<" if short[1] else "") + show(ratio(*spent), 2)
 
 
 def groups(runs: Runs) -> tuple[list[list[Any]], tuple[str, ...]]:
@@ -208,8 +216,7 @@ def learned(rows: Sequence[Mapping[str, Any]]) -> float:
 def phases(runs: Runs) -> tuple[list[list[Any]], tuple[str, ...]]:
     rows = []
     for method, by_seed in runs.items():
-        spent = [[result["history"][-1]["seconds"][phase] for phase in PHASES] for result in by_seed.values()]
-        means = np.mean(spent, axis=0)
+        means = np.mean([plots.spent(result) for result in by_seed.values()], axis=0)
         rows.append([title_of(method), *(f"{value:.1f}" for value in means), f"{means.sum():.1f}"])
     return rows, ("method", *PHASES.values(), "together")
 

@@ -91,7 +91,7 @@ def test_prompts_are_of_disjoint_splits_and_only_the_whole_answer_is_right() -> 
 
 
 def test_figures() -> None:
-    assert smoothed([0.0, 3.0, 6.0, 0.0]) == [1.5, 3.0, 3.0, 3.0]
+    assert smoothed([0.0, 3.0, 6.0, 0.0]) == [0.0, 3.0, 3.0, 3.0]
     assert reached([0, 10, 20], [0.1, 0.2, 0.4], 0.3) == pytest.approx(15)
     assert reached([0, 10], [0.1, 0.2], 0.3) is None
     assert reached([0, 10], [0.1, 0.2], 0.05) == 0
