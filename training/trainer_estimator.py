@@ -15,7 +15,7 @@ from estimator.records import Example
 from estimator.text import TextConfig
 from training.trainer_config import DepoConfig
 
-SAMPLE = 1024  # prompts that tell a wide part which words are rare, and linear heads how embeddings are scaled
+SAMPLE = 1024  # prompts that tell a wide part which words are rare, and linear heads how a frozen encoder scales
 
 
 def new(args: DepoConfig, text: TextConfig, prompts: Sequence[str], accelerator: Accelerator) -> Learner:
@@ -27,8 +27,12 @@ def new(args: DepoConfig, text: TextConfig, prompts: Sequence[str], accelerator:
     with plain_loading(args), torch.random.fork_rng(devices=[]):
         model, tokenizer = create(args.estimator(text), rounded=config.train_layers != WHOLE, seed=args.seed)
     learner = Learner(model.to(accelerator.device), tokenizer, config, args.seed)
-    if args.depo_wide or not args.depo_trunk:
+    frozen = not learner.trained
+    if args.depo_wide or (frozen and not args.depo_trunk):
         learner.fit_statistics(learner.items([Example(prompt, {}) for prompt in prompts[:SAMPLE]]))
+    if not frozen and not args.depo_trunk:  # embeddings that will move can't be scaled by how they were
+        learner.model.embedding_mean.zero_()
+        learner.model.embedding_scale.fill_(1.0)
     share(learner, accelerator)  # with FSDP's sparing loading only rank 0 has the weights
     return learner
 
