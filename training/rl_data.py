@@ -37,8 +37,9 @@ def read_rows(name: str, config: str | None, split: str) -> Dataset:
 def prepared(rows: Dataset, prompt_column: str, answer_column: str, system_prompt: str | None, chat: bool) -> Dataset:
     """Rows with `prompt`, text or, with `chat`, messages, and `answer`; other columns stay.
 
-    Columns may be nested: reward_model.ground_truth. A system prompt needs `chat`. Raises ValueError for a column that
-    is not there; only `answer` may be missing, for a reward that needs none.
+    Columns may be nested: reward_model.ground_truth. A row without an answer has None. A system prompt needs `chat`.
+    Raises ValueError for a column that is not there, or nested and in no row; only `answer` may be missing, for a
+    reward that needs none.
     """
     if system_prompt and not chat:
         raise ValueError("system_prompt is set, but the model's tokenizer has no chat template")
@@ -47,6 +48,8 @@ def prepared(rows: Dataset, prompt_column: str, answer_column: str, system_promp
             if column == "answer":
                 continue
             raise ValueError(f"the dataset has no column {column!r}, only {', '.join(rows.column_names)}")
+        if "." in column and not any(_at(row, column) is not None for row in rows.select_columns(column.split(".")[0])):
+            raise ValueError(f"no row of the dataset has a value in the column {column!r}")
     graded = answer_column.split(".")[0] in rows.column_names
 
     def row_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,11 +62,17 @@ def prepared(rows: Dataset, prompt_column: str, answer_column: str, system_promp
             raise ValueError(f"the column {prompt_column!r} holds messages, but the tokenizer has no chat template")
         if system_prompt:
             prompt = [{"role": "system", "content": system_prompt}, *prompt]
-        return {"prompt": prompt, **({"answer": str(_at(row, answer_column))} if graded else {})}
+        return {"prompt": prompt}
 
     # removed first: a column's type can't change under its own name
     own = [name for name in ("prompt", "answer") if name in rows.column_names]
-    return rows.map(row_of, remove_columns=own, desc="Prompts")
+    prompts = rows.map(row_of, remove_columns=own, desc="Prompts")
+    if not graded:
+        return prompts
+    found = (_at(row, answer_column) for row in rows.select_columns(answer_column.split(".")[0]))
+    answers = [None if answer is None else str(answer) for answer in found]
+    text = datasets.Features({"answer": datasets.Value("string")})  # also where the first rows, or all, have none
+    return datasets.concatenate_datasets([prompts, Dataset.from_dict({"answer": answers}, features=text)], axis=1)
 
 
 def _at(row: Mapping[str, Any], column: str) -> Any:
