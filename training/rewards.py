@@ -19,8 +19,15 @@ from training.verify import RewardError, Workers, as_reward, load
 Verifier = Callable[[str, str], float]  # (completion, reference) -> reward
 
 # A sign counts only where no operand stands before it: the last number of `7-3` is 3, of `x = -3` it is -3.
-_NUMBER = re.compile(r"(?<![\w.)\]])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<=[-+*/=])\d+(?:\.\d+)?")
-_CHOICE_SAID = re.compile(r"(?:answer|choice|option)\s*(?:is|:)?\s*[*_(\[]*([A-E])\b(?!['’])", re.IGNORECASE)
+_UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+_NUMBER = re.compile(rf"(?<![\w.)\]])-?{_UNSIGNED}|(?<=[-+*/=]){_UNSIGNED}")
+# A small letter is a choice only before a bracket, a full stop or the line's end: in `the answer is a tricky one` it
+# is an article.
+_CHOICE_SAID = re.compile(
+    r"(?i:answer|choice|option)\s*(?i:is|:)?\s*[*_(\[]*"
+    r"([A-E]\b(?!['’])|[a-e](?=[*_]*(?:[)\]]|\.(?!\w)|\s*$)))",
+    re.MULTILINE,
+)
 _CHOICE_ALONE = re.compile(r"(?<![\w'’])[*_(\[]*([A-E])(?![\w'’])")
 
 

@@ -25,6 +25,10 @@ from training.verify import RewardError
         ("7", "no digits", 0),
         ("", "0", 0),
         ("v2 is version 3.", "3", 1),
+        ("it is .5", "0.5", 1),
+        ("x = -.5.", "-0.5", 1),
+        ("3-.5", ".5", 1),
+        ("3 and then...5", "3", 1),
     ],
 )
 def test_number_compares_the_last_numbers(completion: str, reference: str, reward: float) -> None:
@@ -47,6 +51,12 @@ def test_last_number_of_a_long_digit_string_is_exact() -> None:
         ("It is C)", "C", 1),
         ("", "A", 0),
         ("The answer is Berlin", "B", 0),
+        ("The answer is a tricky one to see. Only B fits.", "A", 0),
+        ("The answer is a tricky one to see. Only B fits.", "B", 1),
+        ("ANSWER: b", "B", 1),
+        ("The Answer is **c**.\nA closer look confirms it.", "C", 1),
+        ("I choose option d) here", "D", 1),
+        ("It starts at 9. The answer is a.m. then, so E", "E", 1),
     ],
 )
 def test_choice_reads_the_letter_chosen(completion: str, reference: str, reward: float) -> None:
