@@ -89,7 +89,8 @@ class Beliefs:
         if not self.calibrate or not self.recent:
             return
         logits, rates, counts, weights = np.array(self.recent).T
-        if not enough(rates, weights):
+        if not enough(rates, weights):  # all alike, say: nothing is known of how predictions fare, as at the start
+            self.platt, self.strength = Platt(), float("inf")
             return
         self.platt = fit_platt(logits, rates, weights)
         self.strength = strength_of(self.predicted(logits), rates, counts, weights)

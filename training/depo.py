@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from estimator.calibration import sigmoid
 from estimator.learner import Learner
 from estimator.records import Example
 from training.beliefs import WINDOW, Beliefs
-from training.groups import Group, is_binary, quality_of, spread_of, token_confidence_of
+from training.groups import Group, Label, Seen, is_binary, quality_of, spread_of, token_confidence_of
 from training.measure import auroc, calibration_error
 from training.selection import POLICY, SPREAD, Choice, SelectionConfig, Stream
 
@@ -29,27 +29,6 @@ Array = NDArray[np.float64]
 EXPLORING, REPLAYING = 1, 2  # streams of random numbers
 UNKNOWN = (float("nan"), float("nan"))
 HEAVIEST = 5.0  # of inverse-propensity weights: a kept reject at 5% would weigh 20 and drown its batch
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """What one group taught, kept for replay."""
-
-    index: int
-    quality: float
-    spread: float
-    token_confidence: float | None
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A group's mean reward as predicted and as it was, its worth (see Selector) as predicted, its spread as it was."""
-
-    predicted: float
-    quality: float
-    worth: float
-    spread: float
 
 
 class Selector:
@@ -111,7 +90,6 @@ class Selector:
                 scored = need
         self._in_step.update(kept)
         self._rejected += rejected
-        self._propensity |= dict.fromkeys(explored, self.config.explore)
         metrics: dict[str, float] = {}
         if self.config.rule != "off":
             metrics = {
@@ -188,12 +166,23 @@ class Selector:
         filled, rejects = rejects[:short], rejects[short:]  # surely kept, so their propensity is 1
         if len(good) + len(filled) < need:  # the data set is small, or most of it was rolled out in this step
             filled += self._take(need - len(good) - len(filled), {*self._in_step, *good, *filled, *rejects})
-        coins = np.random.default_rng([self.seed, self.choices, EXPLORING]).random(len(rejects))
-        lucky = [row for row, coin in zip(rejects, coins.tolist(), strict=True) if coin < self.config.explore]
-        lucky = lucky[: min(need // 2, need - len(filled))]
-        room = need - len(filled) - len(lucky)
-        self._carried = good[room:] + self._carried
-        return good[:room] + filled + lucky, lucky, scored, len(rejects) - len(lucky)
+        lucky, rate = self._explore(rejects, need // 2)
+        self._propensity |= dict.fromkeys(lucky, rate)
+        kept = [*good, *filled][: need - len(lucky)]
+        self._carried = good[len(kept) :] + self._carried
+        return kept + lucky, lucky, scored, len(rejects) - len(lucky)
+
+    def _explore(self, rejects: Sequence[int], most: int) -> tuple[list[int], float]:
+        """(rejects to keep all the same, each one's chance of it). At most `most`; of many rejects the chance is less.
+
+        All have the same chance, whatever their rank: what is seen of them is then true of all rejects.
+        """
+        if not rejects or not self.config.explore:
+            return [], 1.0
+        rate = min(self.config.explore, most / len(rejects))
+        rng = np.random.default_rng([self.seed, self.choices, EXPLORING])
+        count = int(rate * len(rejects) + rng.random())  # rounded up or down so that its mean is exact
+        return rng.choice(np.array(rejects), min(count, most), replace=False).tolist(), rate
 
     def _band(self, need: int) -> tuple[list[int], list[int], int]:
         """Raw batches until enough lie in the band: (kept in order, rejects best first, how many were scored)."""

@@ -22,6 +22,27 @@ class Group:
     log_probs: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What one group taught, kept for replay."""
+
+    index: int
+    quality: float
+    spread: float
+    token_confidence: float | None
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A group's mean reward as predicted and as it was, its worth as predicted, and its spread as it was."""
+
+    predicted: float
+    quality: float
+    worth: float
+    spread: float
+
+
 def quality_of(rewards: Sequence[float], low: float = 0.0, high: float = 1.0) -> float | None:
     """The paper's t: mean reward (mean@G) of the rollouts that have one, from [low, high] to [0, 1]. None: none has."""
     there = _there(rewards)

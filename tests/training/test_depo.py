@@ -187,17 +187,28 @@ def test_a_wrongly_rejected_prompt_shows_in_the_false_reject_rate(
     learner: Callable[[SelectionConfig], Learner],
 ) -> None:
     config = replace(SelectionConfig.faithful(), warmup_steps=0, explore=1.0)
-    rates = [0.5] * 8 + [0.0] * 8
+    rates = [0.5] * 4 + [0.0] * 12
     selector = Selector(prompts_of(rates), config, learner(config), score=knowing())
-    chosen = selector.choose(8)
-    wrong = [1.0 if p < 1 else 0.5 for p in chosen.propensity]
-    assert 1.0 not in wrong  # at a rate of 1 every reject is kept, and its propensity is 1
-    config = replace(config, explore=0.9)
-    selector = Selector(prompts_of(rates), config, learner(config), score=knowing())
-    chosen = selector.choose(8)
-    assert min(chosen.propensity) == 0.9
+    chosen = selector.choose(4)
+    explored = [p for row, p in zip(chosen.indices, chosen.propensity, strict=True) if rates[row] == 0.0]
+    assert len(explored) == 2  # half of the batch at most, so each reject's chance is lower than was asked for
+    rejects = round(2 / chosen.metrics["depo/kept"]) - 2
+    assert explored == pytest.approx([2 / rejects] * 2)
     metrics = selector.observe(groups_at([0.5] * 16, chosen.indices))  # the rejects had something to teach
     assert metrics["depo/false_reject_rate"] == 1.0
+
+
+def test_explored_prompts_are_rejects_of_any_rank(learner: Callable[[SelectionConfig], Learner]) -> None:
+    config = replace(SelectionConfig.faithful(), warmup_steps=0, explore=0.5)  # more than half a batch of them
+    rates = [0.5] * 50 + np.linspace(0, 0.14, 750).round(4).tolist()
+    selector = Selector(prompts_of(rates), config, learner(config), score=knowing())
+    explored = []
+    for _ in range(25):
+        chosen = selector.choose(8)
+        explored += [rates[row] for row, p in zip(chosen.indices, chosen.propensity, strict=True) if p < 1]
+        selector.observe([])
+    assert len(explored) == 100
+    assert np.mean(explored) == pytest.approx(0.07, abs=0.015)  # of rejects best first it would be near 0.14
 
 
 def test_rewards_that_are_missing_are_no_labels(learner: Callable[[SelectionConfig], Learner]) -> None:
