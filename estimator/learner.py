@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from estimator import losses, wide
-from estimator.forward import dropout, fp32
+from estimator.forward import dropout, fp32, sparing
 from estimator.model import Estimator, attend, collate
 from estimator.records import Example
 from estimator.text import Prepared, prepare
@@ -163,7 +163,8 @@ class Learner:
         # the same masks for the same step, in every process and after a resume
         drawn = int(np.random.SeedSequence([self.seed, self.steps]).generate_state(1, np.uint64)[0])
         masks = dropout(self.model, device, drawn) if self.config.dropout else nullcontext()
-        with fp32(device, gradients=True), masks:
+        padded = len(items) * max(len(item.prepared.ids) for item in items)
+        with fp32(device, gradients=True), masks, sparing(self.model.encoder, padded):
             full, cheap = self._logits(items)  # one graph, and so one dropout mask, for all terms
             terms = self._terms(full.reshape(-1, pools, 2), t_BK, d_BK, w_B)
             loss: Any = sum(terms.values())

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from estimator import forward
 from estimator.learner import FAITHFUL, Learner, LearnerConfig
 from estimator.model import ModelConfig, create
 from estimator.records import Example
@@ -253,3 +254,24 @@ def test_a_learner_on_a_gpu_steps_and_scores_there_and_leaves_its_random_state_a
         assert torch.equal(torch.cuda.get_rng_state(), state)
         assert torch.equal(torch.get_rng_state(), on_cpu)
         assert made.score(["what is hard"]).shape == (1, 1, 2)
+
+
+def test_a_large_batch_keeps_less_and_learns_the_same(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def saved(made: Learner) -> int:
+        kept = 0
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            made.step(rollouts(16))
+        return kept
+
+    plain, spared = faithful(tiny_encoder), faithful(tiny_encoder)
+    kept = saved(plain)
+    monkeypatch.setattr(forward, "MANY", 10)
+    assert saved(spared) < kept
+    for one, other in zip(plain.model.parameters(), spared.model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
