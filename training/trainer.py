@@ -35,7 +35,7 @@ from training.groups import Group
 from training.selection import Choice
 from training.trainer_config import DepoConfig, refuse
 from training.trainer_prompts import Prompts, text_config
-from training.trainer_rewards import Guarded, filled, guarded
+from training.trainer_rewards import Guarded, for_trl, guarded
 from training.trainer_rounds import Round
 from training.verify import RewardError
 
@@ -169,7 +169,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         return logits
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """TRL's (all ranks' rows, functions). A completion without any reward gets its group's mean: advantage 0."""
+        """TRL's (all ranks' rows, functions). A completion without any reward has an advantage of 0."""
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         errors = [f.error for f in self.reward_funcs if isinstance(f, Guarded) and f.error]
         if said := [error for error in gather_object(errors[:1] or [""]) if error]:
@@ -181,7 +181,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             self._rewards = tuple(tuple(group) for group in total.view(-1, group_size).tolist())
             missing = float(total.isnan().float().mean())
             self._metrics["train"]["depo/missing_rewards"].append(missing)
-        return filled(rewards, group_size)
+        return for_trl(rewards, group_size)
 
     # --- learning ---
 

@@ -1,17 +1,20 @@
 """DepoTrainer's pure parts: missing rewards, the size of a round, how prompts are read."""
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from trl import GRPOTrainer
 
 from estimator.text import TextConfig, read
 from tests.training import policy
 from training import trainer_estimator
 from training.trainer_config import DepoConfig
 from training.trainer_prompts import text_config
-from training.trainer_rewards import filled
+from training.trainer_rewards import SKIPS_UNREWARDED, Guarded, filled, for_trl, guarded
 from training.trainer_rounds import next_size
 
 
@@ -21,6 +24,34 @@ def test_filled_rewards() -> None:
     assert found[1].tolist() == [0.5, 0.25]  # so that its sum is the mean of the others' sums
     assert torch.isnan(found[0, 1])
     assert (found[3:] == 0).all()
+
+
+def test_rewards_are_filled_only_for_a_trl_that_needs_it() -> None:
+    skips = "unscorable_mask" in inspect.getsource(GRPOTrainer)
+    assert skips == SKIPS_UNREWARDED
+    assert for_trl(torch.tensor([[1.0], [torch.nan]]), 2).isnan().any() == skips
+
+
+def test_a_failing_reward_function_is_kept_as_a_sentence_until_the_next_call() -> None:
+    def reward(prompts: list[str], completions: list[str]) -> list[float | None]:
+        return [1 / len(text) for text in completions]
+
+    (function,) = guarded(reward)
+    assert function(prompts=["a", "b"], completions=["a", ""]) == [None, None]
+    assert function.error == "the reward function reward raised ZeroDivisionError: division by zero"
+    assert function(prompts=["a", "b"], completions=["a", "bb"]) == [1.0, 0.5]
+    assert function.error == ""
+
+
+def test_coroutines_are_left_to_trl() -> None:
+    class Later:
+        async def __call__(self, **_: Any) -> list[float]:
+            return []
+
+    async def later(**_: Any) -> list[float]:
+        return []
+
+    assert not any(isinstance(function, Guarded) for function in guarded([Later(), later, "a/model"]))
 
 
 def test_rounds_divide_over_ranks() -> None:
