@@ -27,6 +27,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from training import trainer_estimator, trainer_rounds, trainer_state
@@ -76,7 +77,8 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         self._rewards: tuple[tuple[float, ...], ...] = ()  # of the last generation, all ranks' groups
         self._captured: Tensor | None = None
         self._said = False
-        self._saved = -1
+        self._saved = -1  # step of the newest checkpoint
+        self._stepped = 0  # _step when the policy last took a step
         self._exported = -1
         self.add_callback(Boundaries(self))
 
@@ -266,7 +268,10 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
     # --- beginning, saving, resuming ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Trainer.train, and at its end the estimator's export. True: from the newest whole checkpoint."""
+        """Trainer.train, and at its end the estimator's export. True: from the newest whole checkpoint.
+
+        A run that was at its end already is loaded, and no step is taken.
+        """
         place = None
         if resume_from_checkpoint:
             where = resume_from_checkpoint
@@ -274,8 +279,10 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             self.completions = trainer_state.load(place, self.selector, self.learner)
         try:
             result = super().train(resume_from_checkpoint=None if place is None else str(place), **kwargs)
+        except trainer_state.FinishedError:
+            result = TrainOutput(self.state.global_step, 0.0, {})
         except RewardError:
-            if self.state.global_step and self.state.global_step != self._saved:
+            if self._step == self._stepped and self.state.global_step not in (0, self._saved):
                 self._save_checkpoint(self.model_wrapped, None)
             raise
         self.export()
@@ -321,9 +328,13 @@ class Boundaries(TrainerCallback):
                 f"save_steps is {state.save_steps}, in the middle of a generation, from where no run can be resumed; "
                 f"use a multiple of {steps}"
             )
+        self.trainer._saved = state.global_step  # resumed from
+        if state.global_step >= state.max_steps:  # the policy is loaded; Trainer would take another step
+            raise trainer_state.FinishedError
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
+        trainer._stepped = trainer._step
         if trainer._step % args.generate_every:
             return
         told = torch.tensor([float(trainer.stopping)], device=trainer.accelerator.device)

@@ -30,6 +30,10 @@ SAMPLE = 64  # prompts whose scores stand in where nothing has been observed
 log = logging.getLogger("depo")
 
 
+class FinishedError(Exception):
+    """The run that is resumed has taken all its steps."""
+
+
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
     """While a checkpoint is written. Raises OSError, saying what a run can resume from, if that fails."""

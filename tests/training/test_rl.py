@@ -199,6 +199,16 @@ def test_ctrl_c_saves_what_resumes(run: Run, tmp_path: Path) -> None:
     assert checkpoint.resolve(tmp_path / "out/estimator").name == "step-4"
 
 
+def test_resuming_a_finished_run_ends_well(run: Run, tmp_path: Path) -> None:
+    assert run() == (0, "")
+    weights = tmp_path / "out/model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()  # as if it had been killed right before
+    assert run("--resume") == (0, "")
+    assert weights.read_bytes() == before
+    assert not (tmp_path / "out/checkpoint-5").exists()
+
+
 def test_a_reward_that_raises_leaves_what_resumes(run: Run, tmp_path: Path) -> None:
     flags = ["--depo", "faithful", "--save_strategy", "no"]
     code, err = run(*flags, "--reward", "rewards.py:broken")

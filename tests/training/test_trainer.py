@@ -1,6 +1,5 @@
 """DepoTrainer on TRL's own training path, with a policy of a few thousand weights on CPU."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,11 +18,10 @@ from tests.training import policy
 from training.groups import Group
 from training.trainer import DepoTrainer
 from training.trainer_config import DepoConfig
-from training.trainer_state import resumable
 
 # what TRL and transformers say to each other
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-SMALL = {
+SMALL: dict[str, Any] = {
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True,
     "per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 6, "logging_steps": 1,
     "save_strategy": "no", "learning_rate": 1e-3, "max_steps": 3, "seed": 7, "beta": 0.0,
@@ -226,36 +224,6 @@ def test_dynamic_sampling_ends_with_the_data_set(tmp_path: Path) -> None:
     assert [row["depo/completions"] for row in rows(made)] == [24, 48]  # each prompt once a step
 
 
-def resumed(place: Path, encoder: Path, **settings: Any) -> tuple[list[tuple[int, ...]], list[dict[str, Any]]]:
-    made = trainer(
-        place, encoder, depo="plus", depo_warmup=1, max_steps=6, save_strategy="steps", save_steps=3, **settings
-    )  # fmt: skip
-    chosen, _ = watched(made)
-    made.train(resume_from_checkpoint=True if (place / "checkpoint-3").exists() else None)
-    return chosen, rows(made)
-
-
-def test_a_resumed_run_chooses_what_it_would_have_chosen(tmp_path: Path, tiny_encoder: Path) -> None:
-    whole, log = resumed(tmp_path, tiny_encoder)
-    assert len(whole) == 6
-    for name in ("trainer_state.json", "depo/selector.json"):
-        (tmp_path / "checkpoint-6" / name).unlink()  # as if the disk had been full
-    again, later = resumed(tmp_path, tiny_encoder)
-    assert again == whole[3:]
-    assert [row["reward"] for row in later] == [row["reward"] for row in log]  # Trainer keeps the log
-    assert [row["depo/completions"] for row in later] == [row["depo/completions"] for row in log]
-    for name in ("depo/auroc", "depo/calibration_error", "loss", "depo/loss_advantage"):
-        assert [row.get(name) for row in later] == [row.get(name) for row in log]
-    # the negative control: without the selector's place in the stream it chooses others
-    (tmp_path / "checkpoint-6" / "depo/selector.json").unlink()
-    state = tmp_path / "checkpoint-3" / "depo/selector.json"
-    forged = json.loads(state.read_text())
-    forged["selector"]["stream"][1] += 5
-    state.write_text(json.dumps(forged))
-    other, _ = resumed(tmp_path, tiny_encoder)
-    assert other != whole[3:]
-
-
 def test_the_estimator_is_a_checkpoint_that_runs(tmp_path: Path, tiny_encoder: Path) -> None:
     made = trainer(
         tmp_path, tiny_encoder, depo="plus", depo_warmup=1, max_steps=4, chat=True, dataset=policy.prompts(chat=True)
@@ -302,14 +270,6 @@ def test_a_save_in_the_middle_of_a_generation_is_refused(tmp_path: Path) -> None
     made = trainer(tmp_path, num_iterations=2, save_strategy="steps", save_steps=3)
     with pytest.raises(ValueError, match=r"save_steps is 3, in the middle of a generation.*use a multiple of 2"):
         made.train()
-
-
-def test_a_run_that_ends_in_the_middle_of_a_generation_resumes_from_before(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 2}
-    trainer(tmp_path, max_steps=3, **settings).train()  # Trainer saves the third step too
-    assert [place.name for place in resumable(tmp_path)] == ["checkpoint-2"]
-    with pytest.raises(ValueError, match="in the middle of a generation"):
-        trainer(tmp_path, max_steps=4, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_evaluation_is_left_alone(tmp_path: Path) -> None:
