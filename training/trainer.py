@@ -40,6 +40,9 @@ from training.trainer_rewards import Guarded, for_trl, guarded
 from training.trainer_rounds import Round
 from training.verify import RewardError
 
+# as they stand at the end of a logging window, where TRL logs the mean of all else
+TOTALS = frozenset({"depo/completions", "depo/epoch", "depo/rollouts_saved_estimate", "depo/false_reject_rate"})
+
 
 class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
     """GRPOTrainer's arguments; `args` is a DepoConfig, `train_dataset` one with rows. Ours is public:
@@ -88,6 +91,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         """TRL's, for the chosen prompts in place of `inputs`; evaluation is untouched."""
         if not self.model.training:
             evaluated: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            self._counts()  # they are not the next generation's
             return evaluated
         need, ranks = self.args.prompts_per_generation, self.accelerator.num_processes
         if len(inputs) * ranks != self.args.generation_batch_size:
@@ -247,7 +251,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             for name in ("depo/scored", "depo/explored", "depo/seconds_scoring"):
                 if name in metrics:
                     metrics[name] += each.choice.metrics[name]
-        counted = [f.counts() for f in self.reward_funcs if isinstance(f, Guarded)]
+        counted = self._counts()
         for name in ("timeouts", "failures"):
             lost = torch.tensor([float(sum(c.get(name, 0) for c in counted))], device=self.accelerator.device)
             metrics[f"depo/reward_{name}"] = float(self.accelerator.reduce(lost, "sum"))
@@ -261,16 +265,19 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             }
         )
 
+    def _counts(self) -> list[dict[str, int]]:
+        return [f.counts() for f in self.reward_funcs if isinstance(f, Guarded)]
+
     def _note(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._metrics["train"][name].append(value)
+            before = [] if name in TOTALS else self._metrics["train"][name]
+            self._metrics["train"][name] = [*before, value]
 
     # --- beginning, saving, resuming ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Trainer.train, and at its end the estimator's export. True: from the newest whole checkpoint.
-
-        A run that was at its end already is loaded, and no step is taken.
+        """Trainer.train, and at its end the estimator's export. True: from the newest whole checkpoint;
+        a run that was at its end already is loaded, and no step is taken.
         """
         place = None
         if resume_from_checkpoint:
@@ -291,7 +298,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Trainer's, with the selector's and the estimator's state in depo/. Raises OSError if it can't be written."""
         place = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        with trainer_state.writing(place):
+        with trainer_state.writing(place, self.args.should_save):
             if self.args.should_save:
                 whole = self._step % self.args.generate_every == 0
                 trainer_state.save(place, self.selector, self.learner, self.completions, whole)

@@ -35,10 +35,14 @@ class FinishedError(Exception):
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """While a checkpoint is written. Raises OSError, saying what a run can resume from, if that fails."""
+def writing(place: Path, mine: bool = True) -> Iterator[None]:
+    """While a checkpoint is written; `mine`: this process writes Trainer's state.
+
+    Raises OSError, saying what a run can resume from, if that fails.
+    """
     try:
-        (place / LAST).unlink(missing_ok=True)  # of a run before: from here on it is not whole
+        if mine:
+            (place / LAST).unlink(missing_ok=True)  # of a run before: from here on it is not whole
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITES):
