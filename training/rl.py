@@ -102,7 +102,7 @@ def checked(words: Sequence[str]) -> tuple[Parser, list[str]]:
     """
     parser = Parser(SETTINGS, prog="depo-train rl", allow_abbrev=False)
     known = {action.dest for action in parser._actions}
-    flags = list(words)
+    flags = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     given: dict[str, Any] = {}
     while "--config" in flags:
         at = flags.index("--config")

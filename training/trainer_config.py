@@ -37,6 +37,8 @@ LEARNER = {
     "depo_ranking_weight": "ranking_weight",
     "depo_distillation_weight": "distillation_weight",
 }
+ESTIMATOR = ("depo_encoder", "depo_layers", "depo_max_tokens", "depo_trunk", "depo_wide")
+ENCODER_SHARE = 0.2  # of the trunk's learning rate, the paper's
 
 
 def _option(default: Any, text: str) -> Any:
@@ -93,8 +95,24 @@ class DepoConfig(GRPOConfig):  # type: ignore[misc]  # no string annotations: Tr
             raise ValueError(f"dynamic_sampling_rounds is {self.dynamic_sampling_rounds}; it must be 1 or more")
         if not self.shuffle_dataset:
             raise ValueError("shuffle_dataset is false, but prompts are chosen from a shuffled stream; remove it")
+        self._refuse_idle()
         self.selection()  # raises ValueError for what can't be
         self.learner()
+
+    def _refuse_idle(self) -> None:
+        """Raises ValueError for a setting that nothing would read."""
+        off, rule = self.depo == "off", self.depo_rule or MODES[self.depo](self.num_generations).rule
+        choosing = [ours for ours, name in SELECTION.items() if not name.startswith("reward_")]
+        for idle, names, why in (
+            (off, (*choosing, *LEARNER, *ESTIMATOR), "depo is off; set depo to faithful or plus"),
+            (rule == "off", ("depo_rule",), f"depo is {self.depo}; for no selection set depo to off"),
+            (rule != "band", ("depo_low", "depo_high"), f"the rule is {rule}; they are the rule band's"),
+            (rule != "informative", ("depo_candidates",), f"the rule is {rule}; it is the rule informative's"),
+            (not self.depo_trunk, ("depo_learning_rate",), "depo_trunk is false, so there is no trunk to learn by it"),
+        ):
+            given = [name for name in names if getattr(self, name) != self.__dataclass_fields__[name].default]
+            if idle and given:
+                raise ValueError(f"{given[0]} is {getattr(self, given[0])}, but {why}")
 
     @property
     def prompts_per_generation(self) -> int:
@@ -109,15 +127,13 @@ class DepoConfig(GRPOConfig):  # type: ignore[misc]  # no string annotations: Tr
     def selection(self) -> SelectionConfig:
         """How prompts are chosen. Raises ValueError for settings that can't be."""
         given = {name: getattr(self, ours) for ours, name in SELECTION.items() if getattr(self, ours) is not None}
-        if self.depo == "off":
-            refused = [ours for ours, name in SELECTION.items() if name in given and not name.startswith("reward_")]
-            if refused:
-                raise ValueError(f"{refused[0]} is set, but depo is off; set depo to faithful or plus")
         return replace(MODES[self.depo](self.num_generations), **given)
 
     def learner(self) -> LearnerConfig:
         """How the estimator learns: as in the paper, but for what is set."""
         given = {name: getattr(self, ours) for ours, name in LEARNER.items() if getattr(self, ours) is not None}
+        if "trunk_learning_rate" in given:
+            given.setdefault("encoder_learning_rate", ENCODER_SHARE * given["trunk_learning_rate"])
         return replace(FAITHFUL, **given)
 
     def estimator(self, text: TextConfig) -> ModelConfig:

@@ -54,8 +54,6 @@ TINY = """
 dataset_config: null
 answer_column: answer
 prompt_column: prompt
-depo_trunk: false
-depo_max_tokens: 64
 per_device_train_batch_size: 8
 gradient_accumulation_steps: 1
 num_generations: 4
@@ -81,8 +79,10 @@ def run(tmp_path: Path, tiny_encoder: Path, capfd: pytest.CaptureFixture[str], m
     policy.save(tmp_path / "policy", chat=True)
     policy.prompts().to_json(tmp_path / "prompts.jsonl")
     (tmp_path / "rewards.py").write_text(REWARDS)
-    tiny = f"model_name_or_path: policy\ndataset: prompts.jsonl\ndepo_encoder: {tiny_encoder}\n"
-    (tmp_path / "tiny.yaml").write_text(f"{tiny}reward: ['rewards.py:parity']\noutput_dir: out\n{TINY}")
+    tiny = f"model_name_or_path: policy\ndataset: prompts.jsonl\nreward: ['rewards.py:parity']\noutput_dir: out\n{TINY}"
+    (tmp_path / "plain.yaml").write_text(tiny)
+    estimator = f"depo_encoder: {tiny_encoder}\ndepo_trunk: false\ndepo_max_tokens: 64\n"
+    (tmp_path / "tiny.yaml").write_text(tiny + estimator)
     capfd.readouterr()
 
     def running(*words: str, configs: Sequence[str] = ("tiny.yaml",)) -> tuple[int, str]:
@@ -96,7 +96,8 @@ def run(tmp_path: Path, tiny_encoder: Path, capfd: pytest.CaptureFixture[str], m
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_from_its_example(run: Run, tmp_path: Path, method: str) -> None:
     flags = ["--depo_warmup=1"] if method.startswith("depo") else []
-    assert run(*flags, configs=[str(EXAMPLES / f"{method}.yaml"), "tiny.yaml"]) == (0, "")
+    tiny = "tiny.yaml" if flags else "plain.yaml"
+    assert run(*flags, configs=[str(EXAMPLES / f"{method}.yaml"), tiny]) == (0, "")
     assert (tmp_path / "out/model.safetensors").exists()
     root = tmp_path / "out/estimator"
     assert root.exists() == method.startswith("depo")
@@ -161,7 +162,7 @@ def test_a_mistake_is_one_line(run: Run, words: list[str], said: str) -> None:
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is there")
 def test_a_missing_vllm_is_one_line(run: Run) -> None:
-    code, err = run("--use_vllm", "true")
+    code, err = run("--use_vllm", "true", configs=["plain.yaml"])
     assert code == 2
     assert err.startswith("depo-train rl: vLLM is not available")
     assert err.count("\n") == 1
@@ -200,11 +201,11 @@ def test_ctrl_c_saves_what_resumes(run: Run, tmp_path: Path) -> None:
 
 
 def test_resuming_a_finished_run_ends_well(run: Run, tmp_path: Path) -> None:
-    assert run() == (0, "")
+    assert run(configs=["plain.yaml"]) == (0, "")
     weights = tmp_path / "out/model.safetensors"
     before = weights.read_bytes()
     weights.unlink()  # as if it had been killed right before
-    assert run("--resume") == (0, "")
+    assert run("--config=plain.yaml", "--resume", configs=[]) == (0, "")
     assert weights.read_bytes() == before
     assert not (tmp_path / "out/checkpoint-5").exists()
 

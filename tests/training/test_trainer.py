@@ -88,6 +88,12 @@ def test_plain_grpo_takes_prompts_from_the_stream(tmp_path: Path) -> None:
     assert not (tmp_path / "estimator").exists()
 
 
+def test_totals_are_logged_as_they_stand(tmp_path: Path) -> None:
+    made = trainer(tmp_path, logging_steps=2, max_steps=4)
+    made.train()
+    assert [row["depo/completions"] for row in rows(made)] == [32, 64]
+
+
 def test_warm_up_keeps_all_and_the_next_generation_filters(tmp_path: Path, tiny_encoder: Path) -> None:
     made = trainer(
         tmp_path, tiny_encoder, depo="faithful", depo_warmup=8, max_steps=12, dataset=policy.prompts(192, "azzm")
@@ -205,7 +211,7 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_teach(tmp_path: Path)
         assert batch["num_items_in_batch"] == sum(int(b["completion_mask"].sum()) for b in held)
         for ids, mask, advantage in zip(batch["prompt_ids"], batch["prompt_mask"], batch["advantages"], strict=True):
             assert (ids[mask == 0] == tokens.pad_token_id).all()
-            advantages[tokens.decode(ids[mask == 1])].append(float(advantage))
+            advantages[str(tokens.decode(ids[mask == 1]))].append(float(advantage))
     assert {len(group) for group in advantages.values()} == {4}
     assert all(prompt.startswith("m") and abs(sum(group)) < 1e-4 for prompt, group in advantages.items())
 
@@ -250,8 +256,14 @@ def test_the_estimator_is_a_checkpoint_that_runs(tmp_path: Path, tiny_encoder: P
     ("settings", "said"),
     [
         ({"depo": "fast"}, "depo is 'fast'; use one of off, faithful, plus"),
-        ({"depo_warmup": 5}, "depo_warmup is set, but depo is off"),
-        ({"depo": "plus", "depo_low": 0.9}, "low below high"),
+        ({"depo_warmup": 5}, "depo_warmup is 5, but depo is off; set depo to faithful or plus"),
+        ({"depo_ranking_weight": 0.0}, "depo_ranking_weight is 0.0, but depo is off"),
+        ({"depo_trunk": False}, "depo_trunk is False, but depo is off"),
+        ({"depo": "plus", "depo_rule": "off"}, "depo_rule is off, but depo is plus; for no selection set depo to off"),
+        ({"depo": "plus", "depo_low": 0.1}, "depo_low is 0.1, but the rule is informative"),
+        ({"depo": "faithful", "depo_candidates": 2.0}, "depo_candidates is 2.0, but the rule is band"),
+        ({"depo": "plus", "depo_trunk": False, "depo_learning_rate": 1e-3}, "depo_learning_rate is 0.001, but depo_tr"),
+        ({"depo": "faithful", "depo_low": 0.9}, "low below high"),
         ({"dynamic_sampling_rounds": 0}, "it must be 1 or more"),
         ({"shuffle_dataset": False}, "shuffle_dataset is false"),
         ({"dataset": policy.prompts(3)}, "train_dataset has 3 prompts, but one generation takes 4"),
@@ -266,16 +278,38 @@ def test_what_can_not_be_is_refused(tmp_path: Path, settings: dict[str, Any], sa
         trainer(tmp_path, **settings)
 
 
+def test_the_encoder_learns_at_a_fifth_of_the_trunks_rate(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"depo": "plus", "depo_learning_rate": 1e-3, **SMALL}
+    assert DepoConfig(str(tmp_path), **settings).learner().encoder_learning_rate == pytest.approx(2e-4)
+    settings["depo_encoder_learning_rate"] = 1e-5
+    assert DepoConfig(str(tmp_path), **settings).learner().encoder_learning_rate == 1e-5
+
+
 def test_a_save_in_the_middle_of_a_generation_is_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, num_iterations=2, save_strategy="steps", save_steps=3)
     with pytest.raises(ValueError, match=r"save_steps is 3, in the middle of a generation.*use a multiple of 2"):
         made.train()
 
 
+class Counting:
+    """A reward function that counts every completion as a failure."""
+
+    failures = 0
+
+    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> Any:
+        self.failures += len(completions)
+        return policy.reward(prompts, completions)
+
+    def counts(self) -> dict[str, int]:
+        counts, self.failures = {"failures": self.failures}, 0
+        return counts
+
+
 def test_evaluation_is_left_alone(tmp_path: Path) -> None:
+    reward = Counting()
     held_out = Dataset.from_list(list(policy.prompts(4, seed=1)))
     made = DepoTrainer(
-        model=policy.model(), processing_class=policy.tokenizer(), reward_funcs=policy.reward,
+        model=policy.model(), processing_class=policy.tokenizer(), reward_funcs=reward,
         args=DepoConfig(
             output_dir=str(tmp_path), **SMALL, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4
         ),
@@ -286,3 +320,4 @@ def test_evaluation_is_left_alone(tmp_path: Path) -> None:
     assert len(chosen) == 3
     assert len(rows(made, "eval_reward")) == 3
     assert [row["depo/completions"] for row in rows(made)] == [16, 32, 48]
+    assert [row["depo/reward_failures"] for row in rows(made)] == [16, 16, 16]
