@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from estimator import calibration, checkpoint
 from training import rl_data, trainer_state
 from training.rewards import reward_function
 from training.trainer import DepoTrainer
@@ -312,6 +313,15 @@ def summary(trainer: DepoTrainer, output: Path, seconds: float) -> str:
     place = trainer.export()
     if place is not None:
         text += f"{place}: the estimator, which the gateway routes by\n"
-        text += f"Next, in gateway.yaml: estimator: {{path: {place}}}, routing: {{rule: difficulty, threshold: 0.75}}, "
-        text += "and the policy as the first pool\n"
+        text += (
+            f"Next, in gateway.yaml: estimator: {{path: {place}}}, routing: {{rule: difficulty}}, the policy as the "
+        )
+        text += f"first pool, and a routing.threshold; {shares(place)}\n"
     return text
+
+
+def shares(place: Path) -> str:
+    """What thresholds would do on the prompts last rolled out, by the checkpoint's own curve."""
+    found = calibration.loads((checkpoint.resolve(place) / checkpoint.CALIBRATION).read_bytes())
+    told = ", ".join(f"{at}: {found.large_share('difficulty', at):.0%}" for at in (0.3, 0.5, 0.7, 0.85))
+    return f"on the prompts last rolled out a dearer pool would serve, by threshold, {told}"

@@ -262,6 +262,7 @@ def test_what_follows_two_dashes_goes_to_accelerate(run: Run, tmp_path: Path) ->
     code, out, _ = launched("--cpu", "--num_processes", "1")
     assert code == 0
     assert "out/estimator: the estimator, which the gateway routes by" in out
+    assert "a dearer pool would serve, by threshold, 0.3: " in out
     code, _, err = launched("--cpu", "--num_processes", "2")  # accelerate runs one
     assert code == 2
     assert "2 processes were asked for, but accelerate started 1" in err
