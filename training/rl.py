@@ -14,7 +14,7 @@ import time
 import types
 import typing
 import warnings
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -103,6 +103,8 @@ def checked(words: Sequence[str]) -> tuple[Parser, list[str]]:
     """
     parser = Parser(SETTINGS, prog="depo-train rl", allow_abbrev=False)
     known = {action.dest for action in parser._actions}
+    files = "a YAML file of settings; of several a later one overrides; what follows -- goes to accelerate launch"
+    parser.add_argument("--config", metavar="FILE", default=SUPPRESS, help=files)  # for --help: read before the parser
     flags = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     given: dict[str, Any] = {}
     while "--config" in flags:
