@@ -105,9 +105,9 @@ class Selector:
     def observe(self, groups: Sequence[Group]) -> dict[str, float]:
         """Learn from the rollouts of the prompts chosen since the last call: one policy step. Returns metrics."""
         began = time.perf_counter()
-        labels = [label for label in map(self._label, groups) if label is not None]
         metrics: dict[str, float] = {}
         if self.config.rule != "off":
+            labels = [label for label in map(self._label, groups) if label is not None]
             terms = self._learn(labels)
             self.beliefs.refit()
             metrics = {**self._report(labels), **terms, "depo/seconds_updating": time.perf_counter() - began}
@@ -135,9 +135,12 @@ class Selector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where state_dict() was taken. Raises ValueError for another data set, seed or configuration."""
-        for name, here in (("size", len(self.prompts)), ("seed", self.seed), ("config", asdict(self.config))):
-            if state[name] != here:
-                raise ValueError(f"the run to resume was made with the selection's {name} {state[name]}, not {here}")
+        here = {"prompts": len(self.prompts), "seed": self.seed, **asdict(self.config)}
+        there = {"prompts": state["size"], "seed": state["seed"], **state["config"]}
+        if changed := [
+            f"{name} {there.get(name)}, not {value}" for name, value in here.items() if there.get(name) != value
+        ]:
+            raise ValueError(f"the run to resume chose its prompts with {'; '.join(changed)}")
         epoch, cursor = state["stream"]
         self.stream = Stream(len(self.prompts), self.seed, epoch, cursor)
         self.steps, self.choices, self.binary = state["steps"], state["choices"], state["binary"]

@@ -274,10 +274,12 @@ def test_a_resumed_selector_goes_on_with_the_very_same_prompts(
 
 def test_a_run_can_only_be_resumed_with_the_same_settings() -> None:
     state = Selector(prompts_of([0.5] * 10), SelectionConfig.off()).state_dict()
-    with pytest.raises(ValueError, match="size 10, not 9"):
+    with pytest.raises(ValueError, match="prompts 10, not 9"):
         Selector(prompts_of([0.5] * 9), SelectionConfig.off()).load_state_dict(state)
     with pytest.raises(ValueError, match="seed 0, not 1"):
         Selector(prompts_of([0.5] * 10), SelectionConfig.off(), seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"prompts with group_size 8, not 4$"):
+        Selector(prompts_of([0.5] * 10), SelectionConfig.off(4)).load_state_dict(state)
 
 
 def test_an_estimator_learns_which_prompts_teach(learner: Callable[[SelectionConfig], Learner]) -> None:
