@@ -96,6 +96,11 @@ class VllmServer:
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    def freeze(self) -> None:
+        """`kill -STOP`: connections stay open and are still accepted by the kernel, and nobody answers."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
     def kill(self) -> None:
         """`kill -9` to the server and its children: open connections break, new ones are refused."""
         if self.process is not None:
