@@ -1,9 +1,74 @@
-"""Example: what an estimator learns from. One prompt and what was seen of each pool on it."""
+"""What serving tells learning. Record: a finished request. Label: what was found out about a pool's answer to it.
+Example: what an estimator learns from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+SCORED = ("confident", "unsure", "explore")  # reasons of decisions that the scores and chance made, among all pools
+FEEDBACK = "feedback"  # the source of an application's own labels; a judge's name is the source of others
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A finished request: who asked, what was decided and why, how it ended. Enough to tell what the router knew."""
+
+    id: str  # x-request-id
+    time: float  # Unix seconds at its first byte
+    key: str = ""  # the API key's name; "": the gateway is open
+    endpoint: str = "chat"
+    conversation: str = ""  # HMAC of the key's name and the first turns; the same for all turns of a conversation
+    pool: str = ""  # the one that served; "": none did
+    reason: str = ""
+    confidence: float | None = None  # of the cheapest eligible pool
+    threshold: float | None = None
+    estimator: str = ""  # the checkpoint's version
+    stage: str = ""  # full | cheap | cached; "": nothing was scored
+    propensity: float = 1.0  # the probability with which that pool was chosen
+    pools: tuple[str, ...] = ()  # the eligible ones, cheapest first
+    quality: Mapping[str, float] = field(default_factory=dict)  # predicted, by pool
+    status: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    first_token_seconds: float | None = None  # streams only
+    total_seconds: float = 0.0
+    finish_reason: str = ""
+    prompt_hash: str = ""  # HMAC of the text; records.prompts: hash
+    # All of these under records.prompts: full alone
+    asked: str | Sequence[Mapping[str, Any]] | None = None  # a prompt, or a conversation's messages
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # the request's other fields: sampling, tools
+    answer: str | None = None  # text of the first choice
+    reference: str | None = None  # what the client says is right (x-depo-reference)
+    seq: int = 0  # the store's own number, rising; 0: not stored yet
+
+    @property
+    def free(self) -> bool:
+        """Whether scores or chance chose the pool, so that `propensity` may weigh it."""
+        return self.reason in SCORED and self.propensity > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What is known of one pool on one record, from one source. A later one of the same three overwrites."""
+
+    record: int  # Record.seq
+    pool: str
+    source: str  # FEEDBACK, or the judge: exact | math | model | webhook | none
+    quality: float | None  # in [0, 1]; None: only the token confidence is known
+    token_confidence: float | None = None  # in (0, 1]
+    time: float = 0.0  # Unix seconds
+    seq: int = 0  # the store's own number; an overwritten label gets a new one
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A record with all that is known of it."""
+
+    record: Record
+    labels: tuple[Label, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,22 +5,21 @@ The tree is closed: an unknown key stops start-up and names itself and the neare
 """
 
 import dataclasses
-import difflib
 import hashlib
 import ipaddress
 import itertools
-import math
 import os
 import re
-import types
-import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
+
+from estimator import settings
+from estimator.settings import at_least, within
 
 Modality = Literal["text", "tools", "image", "audio"]
 Rule = Literal["gain", "difficulty"]
@@ -56,9 +55,19 @@ class PoolConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """What the threshold follows instead of standing still. One of the three."""
+
+    large_share: float | None = None  # of the routed requests
+    quality: float | None = None  # as a fraction of the last pool's, by the checkpoint's calibration
+    cost: float | None = None  # as a fraction of sending everything to the last pool
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
     rule: Rule = "gain"
     threshold: float = 0.85
+    target: Target | None = None  # instead of a threshold
     sticky: bool = True
     explore: float = 0.0
     on_overload: str = "share"
@@ -70,6 +79,7 @@ class Estimator:
     path: str = "builtin"
     deadline_ms: float = 50.0
     watch: bool = True
+    candidate: str | None = None  # a second checkpoint, which scores live traffic and decides nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +109,25 @@ class Limits:
 class Key:
     name: str
     sha256: str
+    requests_per_minute: float | None = None
+    large_share: float | None = None  # of this key's requests, the most that the last pool may serve
 
 
 @dataclass(frozen=True, slots=True)
 class Auth:
     keys_file: str | None = None
     keys: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Where finished requests are written. An absent section writes none."""
+
+    url: str | None = None  # as SQLAlchemy writes it; default: sqlite:///records.db beside the config
+    url_env: str | None = None  # instead: the environment variable that holds it
+    prompts: Literal["none", "hash", "full"] = "none"
+    hash_key_env: str | None = None  # the environment variable with HMAC's key, for prompts: hash and conversations
+    retention_days: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +142,7 @@ class Config:
     retries: Retries = field(default_factory=Retries)
     limits: Limits = field(default_factory=Limits)
     auth: Auth | None = None  # None: open
+    records: Records | None = None  # None: none are kept
 
 
 def load(path: Path) -> Config:
@@ -127,9 +151,9 @@ def load(path: Path) -> Config:
     Raises:
         ValueError: one sentence that names the key at fault and the remedy.
     """
-    raw = _read_yaml(path)
+    raw = settings.read_yaml(path)
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a mapping with 'version' and 'pools', found {_kind(raw)}")
+        raise ValueError(f"{path}: expected a mapping with 'version' and 'pools', found {settings.kind_of(raw)}")
     try:
         return parse(raw, path.parent)
     except ValueError as error:
@@ -141,22 +165,34 @@ def parse(raw: Mapping[str, Any], directory: Path = Path()) -> Config:
     values = dict(raw)
     if "version" not in values:
         raise ValueError("'version' is missing; write version: 1")
+    if "auth" in values and values["auth"] is None:
+        raise ValueError("auth is empty; write auth: none to serve without keys, or leave it out")
     open_aloud = values.get("auth") == "none"
     if open_aloud:
         del values["auth"]
-    config: Config = _build(Config, values, "")
+    config: Config = settings.build(Config, values, "")
     if config.auth is not None:
         config = dataclasses.replace(config, auth=_with_keys_file(config.auth, directory))
-    if config.estimator.path != "builtin":
-        resolved = directory / Path(config.estimator.path).expanduser()
-        config = dataclasses.replace(config, estimator=dataclasses.replace(config.estimator, path=str(resolved)))
+    config = dataclasses.replace(config, estimator=_with_places(config.estimator, directory))
+    if config.records is not None:
+        config = dataclasses.replace(config, records=_with_url(config.records, directory))
+    if config.routing.target is not None and "threshold" in values["routing"]:
+        raise ValueError("routing has both threshold and target; a target moves the threshold, so write one of them")
     _check(config, open_aloud)
     return config
 
 
 def resolved(config: Config) -> str:
     """The tree as YAML, defaults filled in, key digests shortened so that a paste into a ticket gives nothing away."""
-    tree = _plain(config)
+    tree = settings.plain(config)
+    if config.records is not None:
+        tree["records"]["url"] = shown_url(config.records)
+    else:
+        del tree["records"]
+    if config.routing.target is None:
+        del tree["routing"]["target"]
+    else:
+        del tree["routing"]["threshold"]
     for key in (tree.get("auth") or {}).get("keys", []):
         key["sha256"] = key["sha256"][:8] + "…"
     if tree["admin"]["key_sha256"]:
@@ -171,6 +207,16 @@ def resolved(config: Config) -> str:
 def key_digest(key: str) -> str:
     """What a config holds of an API key: sha256 over its UTF-8 bytes, in hex. Keys are 256 random bits, so no salt."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def shown_url(records: Records) -> str | None:
+    """The database's address without its password; None where an environment variable holds it."""
+    return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", records.url) if records.url is not None else None
+
+
+def database(records: Records) -> str:
+    """The database's address, wherever it is written."""
+    return records.url if records.url is not None else os.environ[records.url_env or ""]
 
 
 def _check(config: Config, open_aloud: bool) -> None:
@@ -200,10 +246,10 @@ def _check(config: Config, open_aloud: bool) -> None:
             _check_url(backend.url, where)
             if backend.api_key_env is not None:
                 _check_secret(backend.api_key_env, f"{where}.api_key_env")
-        _at_least(pool.cost, 0, f"pools.{name}.cost")
-        _at_least(pool.max_in_flight, 1, f"pools.{name}.max_in_flight")
+        at_least(pool.cost, 0, f"pools.{name}.cost")
+        at_least(pool.max_in_flight, 1, f"pools.{name}.max_in_flight")
         if pool.context_tokens is not None:
-            _at_least(pool.context_tokens, 1, f"pools.{name}.context_tokens")
+            at_least(pool.context_tokens, 1, f"pools.{name}.context_tokens")
         if "text" not in pool.accepts:
             raise ValueError(f"pools.{name}.accepts must contain text; what else it takes comes beside it")
     costs = [(pool.cost, name) for name, pool in pools.items()]
@@ -213,8 +259,16 @@ def _check(config: Config, open_aloud: bool) -> None:
                 f"pools are listed cheapest first, but {after!r} ({dearer:g}) comes after {name!r} ({cost:g})"
             )
     routing = config.routing
-    _within(routing.threshold, 0, 1, "routing.threshold")
-    _within(routing.explore, 0, 1, "routing.explore")
+    within(routing.threshold, 0, 1, "routing.threshold")
+    within(routing.explore, 0, 1, "routing.explore")
+    if routing.target is not None:
+        given = {name: value for name, value in settings.plain(routing.target).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError("routing.target takes one of large_share, quality, cost")
+        for name, value in given.items():
+            within(value, 0, 1, f"routing.target.{name}")
+        if "cost" in given and next(reversed(list(pools.values()))).cost <= 0:
+            raise ValueError("routing.target.cost needs a cost above 0 for the last pool")
     if routing.on_overload != "share" and routing.on_overload not in pools:
         raise ValueError(
             f"routing.on_overload is {routing.on_overload!r}; write share or a pool's name ({', '.join(pools)})"
@@ -223,17 +277,33 @@ def _check(config: Config, open_aloud: bool) -> None:
         tree = getattr(config, section)
         for item in dataclasses.fields(tree):
             floor = 0.0 if section == "retries" or item.name == "drain_s" else 0.001
-            _at_least(getattr(tree, item.name), floor, f"{section}.{item.name}")
-    _at_least(config.estimator.deadline_ms, 0, "estimator.deadline_ms")
-    _at_least(config.limits.body_bytes, 1024, "limits.body_bytes")
-    _at_least(config.limits.header_bytes, 1024, "limits.header_bytes")
-    _at_least(config.limits.max_queue, 0, "limits.max_queue")
-    _at_least(config.limits.queue_timeout_s, 0, "limits.queue_timeout_s")
+            at_least(getattr(tree, item.name), floor, f"{section}.{item.name}")
+    at_least(config.estimator.deadline_ms, 0, "estimator.deadline_ms")
+    at_least(config.limits.body_bytes, 1024, "limits.body_bytes")
+    at_least(config.limits.header_bytes, 1024, "limits.header_bytes")
+    at_least(config.limits.max_queue, 0, "limits.max_queue")
+    at_least(config.limits.queue_timeout_s, 0, "limits.queue_timeout_s")
     for section in ("listen", "admin"):
-        _within(getattr(config, section).port, 0, 65535, f"{section}.port")
+        within(getattr(config, section).port, 0, 65535, f"{section}.port")
     if config.listen == Listen(config.admin.host, config.admin.port) and config.listen.port:
         raise ValueError(f"listen and admin both name port {config.listen.port}; give admin.port another")
+    if config.records is not None:
+        _check_records(config.records)
     _check_auth(config, open_aloud)
+
+
+def _check_records(records: Records) -> None:
+    if records.url_env is not None:
+        _check_secret(records.url_env, "records.url_env")
+    url = database(records)
+    if not url.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
+        raise ValueError("records.url is no sqlite:///FILE or postgresql://HOST/DATABASE")
+    if records.prompts == "hash" and records.hash_key_env is None:
+        raise ValueError("records.prompts: hash wants records.hash_key_env, the environment variable with HMAC's key")
+    if records.hash_key_env is not None:
+        _check_secret(records.hash_key_env, "records.hash_key_env")
+    if not records.retention_days > 0:
+        raise ValueError(f"records.retention_days is {records.retention_days:g} and must be above 0")
 
 
 def _check_auth(config: Config, open_aloud: bool) -> None:
@@ -253,21 +323,46 @@ def _check_auth(config: Config, open_aloud: bool) -> None:
         if not key.name:
             raise ValueError(f"auth.keys[{index}].name is empty")
         _check_digest(key.sha256, f"auth.keys[{index}].sha256 (key {key.name!r})")
+        if key.requests_per_minute is not None and not key.requests_per_minute > 0:
+            raise ValueError(f"auth.keys[{index}].requests_per_minute must be above 0 (key {key.name!r})")
+        if key.large_share is not None:
+            within(key.large_share, 0, 1, f"auth.keys[{index}].large_share (key {key.name!r})")
         if key.name in seen.values() or key.sha256 in seen:
             raise ValueError(f"auth.keys[{index}] repeats the name or the digest of an earlier key ({key.name!r})")
         seen[key.sha256] = key.name
+
+
+def _with_places(estimator: Estimator, directory: Path) -> Estimator:
+    """Relative paths made absolute from the config's own directory."""
+
+    def placed(path: str) -> str:
+        return path if path == "builtin" else str(directory / Path(path).expanduser())
+
+    candidate = None if estimator.candidate is None else placed(estimator.candidate)
+    return dataclasses.replace(estimator, path=placed(estimator.path), candidate=candidate)
+
+
+def _with_url(records: Records, directory: Path) -> Records:
+    if records.url is not None and records.url_env is not None:
+        raise ValueError("records has both url and url_env; write one of them")
+    if records.url_env is not None:
+        return records
+    url = records.url if records.url is not None else "sqlite:///records.db"
+    if url.startswith("sqlite:///"):
+        url = "sqlite:///" + str(directory.absolute() / Path(url.removeprefix("sqlite:///")).expanduser())
+    return dataclasses.replace(records, url=url)
 
 
 def _with_keys_file(auth: Auth, directory: Path) -> Auth:
     if auth.keys_file is None:
         return auth
     path = directory / Path(auth.keys_file).expanduser()
-    raw = _read_yaml(path)
+    raw = settings.read_yaml(path)
     if isinstance(raw, dict) and set(raw) == {"keys"}:
         raw = raw["keys"]
     if not isinstance(raw, list):
-        raise ValueError(f"auth.keys_file {path}: expected a list of {{name, sha256}}, found {_kind(raw)}")
-    return Auth(str(path), auth.keys + tuple(_build(Key, item, f"{path}[{i}]") for i, item in enumerate(raw)))
+        raise ValueError(f"auth.keys_file {path}: expected a list of {{name, sha256}}, found {settings.kind_of(raw)}")
+    return Auth(str(path), auth.keys + tuple(settings.build(Key, item, f"{path}[{i}]") for i, item in enumerate(raw)))
 
 
 def _check_digest(value: str, where: str) -> None:
@@ -296,16 +391,6 @@ def _check_url(url: str, where: str) -> None:
         raise ValueError(f"{where}.url {url!r} is not an http or https address such as http://vllm-small:8000")
 
 
-def _at_least(value: float, floor: float, where: str) -> None:
-    if not value >= floor:
-        raise ValueError(f"{where} is {value:g} and must be at least {floor:g}")
-
-
-def _within(value: float, low: float, high: float, where: str) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{where} is {value:g} and must be between {low:g} and {high:g}")
-
-
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -313,108 +398,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key written twice, of which PyYAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # what `<<` brings in may be overridden
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise ValueError(f"line {key_node.start_mark.line + 1}: a key must be plain text")
-            if key in seen:
-                raise ValueError(f"line {key_node.start_mark.line + 1}: the key {key!r} is written twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ValueError(f"can't read {path}: {reason}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Checks `value` against the annotation `kind` and builds it. `where` names the place in messages."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build_tree(kind, value, where)
-    if origin is Literal:
-        if not any(value == option and type(value) is type(option) for option in arguments):
-            raise ValueError(f"{where} is {value!r}; write one of {', '.join(map(str, arguments))}")
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None:
-            if where == "auth":
-                raise ValueError("auth is empty; write auth: none to serve without keys, or leave it out")
-            return None
-        return _build(next(option for option in arguments if option is not type(None)), value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} is {_kind(value)}; write a list")
-        return tuple(_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is Mapping:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is {_kind(value)}; write a mapping from names")
-        for name in value:
-            if not isinstance(name, str):  # YAML reads on, no and 7 as something else
-                raise ValueError(f"{where} has the name {name!r}, which YAML takes for {_kind(name)}; put it in quotes")
-        return {name: _build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where} is {_kind(value)}; write {_KINDS[kind]}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{where} is {value}; write a finite number")
-    return value
-
-
-def _build_tree(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where or 'the config'} is {_kind(value)}; write a mapping")
-    fields = {item.name: item for item in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    for name in value:
-        if name not in fields:
-            path = f"{where}.{name}" if where else str(name)
-            near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
-            raise ValueError(f"unknown key {path!r}; {hint}")
-    built = {}
-    for name, item in fields.items():
-        path = f"{where}.{name}" if where else name
-        if name in value:
-            built[name] = _build(hints[name], value[name], path)
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{path!r} is missing")
-    return kind(**built)
-
-
-_KINDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "empty"
-    names = {dict: "a mapping", list: "a list", bool: "true or false", int: "a whole number", float: "a number"}
-    return names.get(type(value), f"the text {value!r}" if isinstance(value, str) else f"a {type(value).__name__}")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
