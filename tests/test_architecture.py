@@ -14,7 +14,7 @@ FORBIDDEN = {
     "estimator": {"fastapi", "starlette", "uvicorn", "aiohttp", "trl", "vllm"},
     "gateway": {"torch", "transformers", "trl", "vllm"},
 }
-SERVING_ESTIMATOR = ("runtime", "text", "wide", "calibration", "checkpoint", "records")
+SERVING_ESTIMATOR = ("runtime", "text", "wide", "calibration", "checkpoint", "records", "settings", "standing", "store")
 HEAVY = {"torch", "transformers", "onnx", "matplotlib"}
 
 
