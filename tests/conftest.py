@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres import postgres, postgres_server, records_url
+
+__all__ = ["postgres", "postgres_server", "records_url"]  # fixtures
+
 WORDS = re.findall(
     r"\w+",
     "easy hard small large what is the sum of one two three prove theorem hello thanks again "
