@@ -67,7 +67,7 @@ def p_values(losses_NT: Array, epsilon: float, delta: float) -> Array:
     before = np.concatenate([np.full((1, z.shape[1]), 0.25), variances[:-1]])
     stakes = np.minimum(np.sqrt(2.0 * np.log(1.0 / delta) / (count * before)), BOLDEST / (1.0 - mean))
     log_capital = np.cumsum(np.log1p(-stakes * (z - mean)), 0)
-    return np.exp(-np.maximum(log_capital.max(0), 0.0))
+    return np.asarray(np.exp(-np.maximum(log_capital.max(0), 0.0)))
 
 
 def guarantee(
