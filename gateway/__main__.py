@@ -105,10 +105,14 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from gateway import scoring
+    from gateway import control, scoring
 
     settings = config.load(options.config)
-    scoring.load(settings.estimator.path, tuple(settings.pools), settings.routing.rule)
+    pools, rule = tuple(settings.pools), settings.routing.rule
+    for path in (settings.estimator.path, settings.estimator.candidate):
+        if path is not None:
+            runtime, _ = scoring.load(path, pools, rule)
+            control.calibrated_threshold(settings, runtime)
     print(config.resolved(settings), end="", flush=True)
     return 0
 

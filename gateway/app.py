@@ -64,12 +64,14 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
     gateway.begin()
     try:
         key = authenticate(live, headers)
+        gateway.control.admit(key)
         body = await read_body(receive, headers, live.config)
         request.complete = time.perf_counter()
         watcher = asyncio.create_task(_watch(receive, task, request))
         async with asyncio.timeout(live.config.timeouts.total_s):
             query = protocol.parse(endpoint, body)
             candidates, decision = await decide(gateway, live, query, key, request)
+            decision = gateway.control.commit(request.ruling, key, query.asked, candidates, decision)
             exchange = await obtain(gateway, live, query, candidates, decision, request, headers)
             decision = exchange.decision
             note(gateway, live, exchange)
@@ -98,6 +100,7 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
         if exchange is not None:
             exchange.close()
         gateway.end()
+        gateway.control.conclude(request.ruling, exchange.decision.pool if exchange else None, request.tokens)
         seconds = time.perf_counter() - request.started
         gateway.metrics.requests.labels(endpoint, request.pool, str(request.code)).inc()
         gateway.metrics.request_duration.labels(endpoint, request.pool).observe(seconds)
@@ -116,7 +119,7 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
             "model_not_found",
             "model",
         )
-    asked = protocol.wanted_threshold(query.model)
+    asked = request.ruling.asked = protocol.wanted_threshold(query.model)
     if query.endpoint == "embeddings":
         raise ApiError(
             400,
@@ -141,19 +144,20 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
     scored = await live.scorer.score(query.asked)
     sticky = config.routing.sticky and query.endpoint == "chat"
     served_by = gateway.conversations.find(key, query.messages) if sticky else None
-    threshold = config.routing.threshold if asked is None else asked
+    threshold = gateway.control.threshold if asked is None else asked
+    coin = gateway.control.coin(gateway.shares) if asked is None else None
     if scored is None:
         decision = routing.without_scores(
             candidates, config.routing.on_overload, gateway.shares, threshold, random.random()
         )
     else:
-        decision = routing.decide(
-            routing.confidences(scored.quality, config.routing.rule, candidates),
-            candidates,
-            threshold,
-            scored.version,
-            config.routing.explore if served_by is None else 0.0,
-            random.random(),
+        confidence = routing.confidences(scored.quality, config.routing.rule, candidates)
+        request.ruling.scored(confidence, candidates, len(config.pools), scored)
+        explore, draw = config.routing.explore if served_by is None else 0.0, random.random()
+        decision = (
+            routing.decide(confidence, candidates, threshold, scored.version, explore, draw)
+            if coin is None
+            else routing.by_share(confidence, candidates, coin, threshold, scored.version, draw)
         )
     if served_by is not None:
         looping = conversations.in_tool_loop(query.messages)
@@ -189,7 +193,7 @@ async def answer(
     )
     if not exchange.streaming:
         whole = protocol.answer_of(exchange.body) if exchange.status == 200 else None
-        count_tokens(gateway, live, exchange.decision.pool, protocol.usage_of(whole))
+        count_tokens(gateway, live, request, exchange.decision.pool, protocol.usage_of(whole))
         if not head.complete:
             head.whole(whole)
             remember()
@@ -216,7 +220,7 @@ async def answer(
     finally:
         if not head.complete:  # interrupted: clients go on from what they have
             remember()
-        count_tokens(gateway, live, exchange.decision.pool, tap.usage)
+        count_tokens(gateway, live, request, exchange.decision.pool, tap.usage)
 
 
 def authenticate(live: Live, headers: Mapping[bytes, bytes]) -> str:
@@ -292,7 +296,7 @@ def common_headers(gateway: Gateway, request: Request) -> HeaderList:
     return headers
 
 
-def count_tokens(gateway: Gateway, live: Live, pool: str, usage: Mapping[str, Any] | None) -> None:
+def count_tokens(gateway: Gateway, live: Live, request: Request, pool: str, usage: Mapping[str, Any] | None) -> None:
     if usage is None:
         return
     config, metrics = live.config, gateway.metrics
@@ -302,6 +306,7 @@ def count_tokens(gateway: Gateway, live: Live, pool: str, usage: Mapping[str, An
         if isinstance(tokens, int) and tokens > 0:
             metrics.tokens.labels(pool, kind).inc(tokens)
             total += tokens
+    request.tokens = total
     dearest = next(reversed(list(config.pools.values())))
     metrics.cost.labels(pool).inc(total / 1000 * config.pools[pool].cost)
     metrics.cost_all_large.inc(total / 1000 * dearest.cost)

@@ -267,8 +267,8 @@ def _check(config: Config, open_aloud: bool) -> None:
             raise ValueError("routing.target takes one of large_share, quality, cost")
         for name, value in given.items():
             within(value, 0, 1, f"routing.target.{name}")
-        if "cost" in given and next(reversed(list(pools.values()))).cost <= 0:
-            raise ValueError("routing.target.cost needs a cost above 0 for the last pool")
+        if "cost" in given:
+            _check_cost(given["cost"], pools)
     if routing.on_overload != "share" and routing.on_overload not in pools:
         raise ValueError(
             f"routing.on_overload is {routing.on_overload!r}; write share or a pool's name ({', '.join(pools)})"
@@ -290,6 +290,19 @@ def _check(config: Config, open_aloud: bool) -> None:
     if config.records is not None:
         _check_records(config.records)
     _check_auth(config, open_aloud)
+
+
+def _check_cost(wanted: float, pools: Mapping[str, PoolConfig]) -> None:
+    prices = {name: pool.cost for name, pool in pools.items()}
+    last = next(reversed(list(prices)))
+    if prices[last] <= 0:
+        raise ValueError("routing.target.cost needs a cost above 0 for the last pool")
+    first = next(iter(prices))
+    if wanted < prices[first] / prices[last]:
+        raise ValueError(
+            f"routing.target.cost {wanted:g} can't be met: with everything in pool {first} it is "
+            f"{prices[first] / prices[last]:g}"
+        )
 
 
 def _check_records(records: Records) -> None:

@@ -89,11 +89,14 @@ async def obtain(
     gateway.budget.deposit()
     failure, why = "none of its backends is up", "down"
     attempts = 0
-    order = _order(decision, candidates)
+    order, first, last = _order(decision, candidates), decision.pool, list(live.pools)[-1]
     for name in order:
         pool = live.pools[name]
         chosen = decision if name == decision.pool else replace(decision, pool=name, reason="fallback", propensity=1.0)
         if not pool.usable():
+            continue
+        if name == last != first and not request.ruling.pays():
+            failure, why = "the key's share of the last pool is used up", "budget"
             continue
         request.pool = name
         try:

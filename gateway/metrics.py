@@ -1,5 +1,6 @@
 """Every Prometheus metric of the gateway, declared once. Labels come from closed sets only."""
 
+import math
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -96,6 +97,45 @@ class Metrics:
         self.estimator_loads = Counter(
             "gateway_estimator_loads_total", "New checkpoints found while running", ["result"], registry=registry
         )
+        self.target_share = Gauge(
+            "gateway_target_share", "What routing.target bounds, over the last 2,000 routed requests", registry=registry
+        )
+        self.score_drift = Gauge(
+            "gateway_score_drift", "Distance of live confidences from the calibration's", registry=registry
+        )
+        self.router_floor = Gauge(
+            "gateway_router_floor", "1 while requests are routed by share, not by scores", registry=registry
+        )
+        self.candidate_decisions = Counter(
+            "gateway_candidate_decisions_total", "Where the candidate would have sent", ["pool"], registry=registry
+        )
+        self.candidate_agreement = Counter(
+            "gateway_candidate_agreement_total", "The candidate's decisions", ["agrees"], registry=registry
+        )
+        self.candidate_confidence = Histogram(
+            "gateway_candidate_confidence",
+            "The candidate's confidence of the cheapest eligible pool",
+            buckets=CONFIDENCE,
+            registry=registry,
+        )
+        self.candidate_outcomes = Counter(
+            "gateway_candidate_outcomes_total", "What became of prompts for the candidate", ["outcome"],
+            registry=registry,
+        )  # fmt: skip
+        self.candidate_loads = Counter(
+            "gateway_candidate_loads_total", "Checkpoints of the candidate", ["result"], registry=registry
+        )
+        self.candidate_info = Gauge("gateway_candidate_info", "The candidate", ["version"], registry=registry)
+        for gauge in (self.target_share, self.score_drift):
+            gauge.set(math.nan)
+        self.records = Counter(
+            "gateway_records_total", "Records of finished requests", ["outcome"], registry=registry
+        )
+        self.records_waiting = Gauge("gateway_records_waiting", "Records not yet in the database", registry=registry)
+        self.records_failures = Counter(
+            "gateway_records_failures_total", "Tries that the records database failed", registry=registry
+        )
+        self.feedback = Counter("gateway_feedback_total", "Calls of /v1/feedback", ["outcome"], registry=registry)
         self.config_reloads = Counter("gateway_config_reloads_total", "Config reloads", ["result"], registry=registry)
         Gauge("gateway_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
         # A request touches a dozen children, and prometheus_client takes a lock to look one up. These are never

@@ -98,11 +98,22 @@ def without_scores(
     pools = candidates.pools
     if on_overload in pools:
         return Decision(on_overload, "overload", threshold=threshold)
-    weights = [shares.get(name, 0.0) for name in pools]
-    total = sum(weights)
-    weights = [weight / total for weight in weights] if total > 0 else [1.0 / len(pools)] * len(pools)
-    index = _pick(weights, draw)
-    return Decision(pools[index], "overload", threshold=threshold, propensity=weights[index])
+    pool, propensity = _toss(pools, shares, draw)
+    return Decision(pool, "overload", threshold=threshold, propensity=propensity)
+
+
+def by_share(
+    confidence: Mapping[str, float],
+    candidates: Eligible,
+    shares: Mapping[str, float],
+    threshold: float,
+    estimator: str,
+    draw: float,
+) -> Decision:
+    """By coin at the shares given, whatever the scores say: labels found them to be worth nothing."""
+    pool, propensity = _toss(candidates.pools, shares, draw)
+    reason: Reason = "explore" if len(candidates.pools) > 1 else _reason(pool, candidates)
+    return Decision(pool, reason, confidence.get(candidates.pools[0]), threshold, estimator, propensity)
 
 
 def keep(decision: Decision, pool: str, order: Sequence[str], candidates: Eligible, in_tool_loop: bool) -> Decision:
@@ -110,7 +121,7 @@ def keep(decision: Decision, pool: str, order: Sequence[str], candidates: Eligib
     if pool not in candidates.pools:
         return decision
     higher = order.index(decision.pool) > order.index(pool)
-    if higher and decision.reason != "overload" and not in_tool_loop:  # a coin is no need to move
+    if higher and decision.reason not in ("overload", "explore") and not in_tool_loop:  # a coin is no need to move
         return decision
     return replace(decision, pool=pool, reason="sticky", propensity=1.0)
 
@@ -119,6 +130,15 @@ def _reason(chosen: str, candidates: Eligible) -> Reason:
     if chosen != candidates.pools[0]:
         return "unsure"
     return candidates.excluded or "confident"
+
+
+def _toss(pools: Sequence[str], shares: Mapping[str, float], draw: float) -> tuple[str, float]:
+    """A pool in proportion to its share, and the probability with which it was drawn."""
+    weights = [shares.get(name, 0.0) for name in pools]
+    total = sum(weights)
+    weights = [weight / total for weight in weights] if total > 0 else [1.0 / len(pools)] * len(pools)
+    index = _pick(weights, draw)
+    return pools[index], weights[index]
 
 
 def _pick(weights: Sequence[float], draw: float) -> int:

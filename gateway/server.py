@@ -11,9 +11,12 @@ from pathlib import Path
 
 import uvicorn
 
+from estimator import standing
 from gateway import __version__, app, config, pools, scoring, surface
+from gateway.candidate import Candidate
 from gateway.config import Config
 from gateway.connection import uvicorn_config
+from gateway.control import Control, calibrated_threshold, fixed_threshold
 from gateway.metrics import Metrics
 from gateway.state import Gateway, Live, served_names
 from gateway.upstream import Upstream
@@ -82,10 +85,12 @@ async def serve(
         opened.pop_all()  # from here on the servers close them
     upstream = Upstream(settings.timeouts.connect_s)
     budget = pools.RetryBudget(settings.retries.budget, settings.retries.per_second)
-    routing, runtime = settings.routing, live.scorer.runtime
-    shares = scoring.usual_shares(runtime, tuple(settings.pools), routing.rule, routing.threshold)
-    gateway = Gateway(live, metrics, upstream, budget, shares=shares)
+    runtime, control = live.scorer.runtime, Control(metrics)
+    control.follow(settings, runtime)
+    shares = scoring.usual_shares(runtime, tuple(settings.pools), settings.routing.rule, control.threshold)
+    gateway = Gateway(live, metrics, upstream, budget, control, shares=shares)
     gateway.idle.set()
+    await _load_candidate(gateway)
     _show(gateway)
     tasks = _Tasks(gateway)
 
@@ -98,10 +103,11 @@ async def serve(
                 raise ValueError(f"{name}'s address can't change while the gateway runs; restart it")
         live = await _live(fresh, metrics)
         await pools.check_all(live.pools, upstream)
-        await _replace(gateway, live)
+        _replace(gateway, live)
         upstream.set_connect_seconds(fresh.timeouts.connect_s)
         gateway.budget = pools.RetryBudget(fresh.retries.budget, fresh.retries.per_second)
         await tasks.restart()
+        await _load_candidate(gateway)
         log.info("the config %s is applied", path)
         return gateway.live.scorer.version
 
@@ -129,7 +135,8 @@ async def serve(
         await asyncio.gather(*serving)
         await tasks.stop()
         await upstream.close()
-        for scorer in (*gateway.retired, gateway.live.scorer):
+        candidate = (gateway.control.candidate,) if gateway.control.candidate else ()
+        for scorer in (*gateway.retired, gateway.live.scorer, *candidate):
             scorer.close()
             await asyncio.to_thread(scorer.join)
 
@@ -145,9 +152,8 @@ class _Tasks:
         await self.stop()
         gateway = self._gateway
         self._running = [asyncio.create_task(pools.watch_health(gateway.live.pools, gateway.upstream))]
-        estimator = gateway.live.config.estimator
-        if estimator.watch and estimator.path != "builtin":
-            self._running.append(asyncio.create_task(_watch_checkpoint(gateway)))
+        if gateway.live.config.estimator.watch:
+            self._running.append(asyncio.create_task(_watch_checkpoints(gateway)))
 
     async def stop(self) -> None:
         for task in self._running:
@@ -167,12 +173,14 @@ async def _scorer(settings: Config, metrics: Metrics) -> scoring.Scorer:
     runtime, columns = await asyncio.to_thread(
         scoring.load, estimator.path, tuple(settings.pools), settings.routing.rule
     )
+    fixed_threshold(settings, runtime)  # before it is in service: a ValueError where the target asks for more
     return scoring.Scorer(runtime, columns, estimator.deadline_ms / 1000, metrics)
 
 
-async def _replace(gateway: Gateway, live: Live) -> None:
+def _replace(gateway: Gateway, live: Live) -> None:
     """Swaps between two requests; those under way finish with what they hold, so their scorer closes a little later."""
     old, gateway.live = gateway.live, live
+    gateway.control.follow(live.config, live.scorer.runtime)
     _show(gateway)
     if old.scorer is not live.scorer:
         delay = old.config.timeouts.total_s if old.config.estimator.deadline_ms > 1000 else 5.0
@@ -182,31 +190,82 @@ async def _replace(gateway: Gateway, live: Live) -> None:
 
 def _show(gateway: Gateway) -> None:
     live = gateway.live
-    gateway.metrics.threshold.set(live.config.routing.threshold)
     gateway.metrics.estimator_info.clear()
     gateway.metrics.estimator_info.labels(live.scorer.version).set(1)
 
 
-async def _watch_checkpoint(gateway: Gateway) -> None:
-    """Loads a new checkpoint beside the old one and swaps; a bad one is counted and the old one stays."""
-    refused = ""
+async def _watch_checkpoints(gateway: Gateway) -> None:
+    """Looks for a new version of the estimator and of the candidate, and for what labels say of the one in service."""
+    refused = {"estimator": "", "candidate": "", "standing": ""}
     while True:
         await asyncio.sleep(WATCH_SECONDS)
-        live = gateway.live
-        try:
-            if not await asyncio.to_thread(scoring.changed, live.config.estimator.path, live.scorer.version):
-                continue
-            scorer = await _scorer(live.config, gateway.metrics)
-        except (ValueError, OSError) as error:
-            if str(error) != refused:
-                refused = str(error)
-                log.error("the estimator %s stays: %s", live.scorer.version, error)
-                gateway.metrics.estimator_loads.labels("refused").inc()
-            continue
-        refused = ""
-        await _replace(gateway, replace(live, scorer=scorer))
-        gateway.metrics.estimator_loads.labels("applied").inc()
-        log.info("the estimator is now %s", scorer.version)
+        for name, look in (("estimator", _look), ("candidate", _look_for_candidate), ("standing", _read_standing)):
+            try:
+                await look(gateway)
+                refused[name] = ""
+            except (ValueError, OSError) as error:
+                if str(error) != refused[name]:  # told once
+                    refused[name] = str(error)
+                    log.error("the %s stays as it is: %s", name, error)
+                    if name == "estimator":
+                        gateway.metrics.estimator_loads.labels("refused").inc()
+                    elif name == "candidate":
+                        gateway.metrics.candidate_loads.labels("refused").inc()
+
+
+async def _look(gateway: Gateway) -> None:
+    """Loads a new checkpoint beside the old one and swaps. Raises ValueError or OSError for a bad one."""
+    live = gateway.live
+    path = live.config.estimator.path
+    if path == "builtin" or not await asyncio.to_thread(scoring.changed, path, live.scorer.version):
+        return
+    scorer = await _scorer(live.config, gateway.metrics)
+    _replace(gateway, replace(live, scorer=scorer))
+    gateway.metrics.estimator_loads.labels("applied").inc()
+    log.info("the estimator is now %s", scorer.version)
+
+
+async def _look_for_candidate(gateway: Gateway) -> None:
+    """The same for the candidate."""
+    path, old = gateway.live.config.estimator.candidate, gateway.control.candidate
+    if path is None or (old is not None and not await asyncio.to_thread(scoring.changed, path, old.version)):
+        return
+    fresh = await _candidate(gateway.live.config, path, gateway.metrics)
+    _replace_candidate(gateway, fresh)
+    gateway.metrics.candidate_loads.labels("applied").inc()
+    log.info("the candidate is now %s", fresh.version)
+
+
+async def _load_candidate(gateway: Gateway) -> None:
+    """The candidate of a config just taken. One that can't be loaded is counted, and the gateway serves without."""
+    _replace_candidate(gateway, None)
+    try:
+        await _look_for_candidate(gateway)
+    except (ValueError, OSError) as error:
+        log.error("there is no candidate: %s", error)
+        gateway.metrics.candidate_loads.labels("refused").inc()
+
+
+async def _candidate(settings: Config, path: str, metrics: Metrics) -> Candidate:
+    rule = settings.routing.rule
+    runtime, columns = await asyncio.to_thread(scoring.load, path, tuple(settings.pools), rule)
+    return Candidate(runtime, columns, rule, calibrated_threshold(settings, runtime), metrics)
+
+
+def _replace_candidate(gateway: Gateway, fresh: Candidate | None) -> None:
+    old, gateway.control.candidate = gateway.control.candidate, fresh
+    if old is not None:
+        old.close()
+        gateway.retired = [*gateway.retired[-2:], old]
+    gateway.metrics.candidate_info.clear()
+    if fresh is not None:
+        gateway.metrics.candidate_info.labels(fresh.version).set(1)
+
+
+async def _read_standing(gateway: Gateway) -> None:
+    home = standing.home(gateway.live.config.estimator.path)
+    if home is not None:
+        gateway.control.judge(await asyncio.to_thread(standing.read, home))
 
 
 async def _drain(gateway: Gateway) -> None:

@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gateway.candidate import Candidate
 from gateway.config import Config, PoolConfig
+from gateway.control import Control, Ruling
 from gateway.conversations import Conversations
 from gateway.metrics import NONE, Metrics
 from gateway.pools import Pool, RetryBudget
@@ -32,12 +34,13 @@ class Gateway:
     metrics: Metrics
     upstream: Upstream
     budget: RetryBudget
+    control: Control
     conversations: Conversations = field(default_factory=Conversations)
     shares: dict[str, float] = field(default_factory=dict)  # moving shares of free decisions, for `on_overload: share`
     active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
-    retired: list[Scorer] = field(default_factory=list)  # the last ones replaced; their workers may still run
+    retired: list[Scorer | Candidate] = field(default_factory=list)  # the last ones replaced; their workers may run on
 
     def begin(self) -> None:
         self.active += 1
@@ -56,11 +59,13 @@ class Request:
     endpoint: Endpoint
     id: str
     started: float
+    ruling: Ruling = field(default_factory=Ruling)
     phase: str = "reading"  # reading | scoring | queue | waiting | streaming | done
     complete: float = 0.0  # when its last byte was here
     departed: float = 0.0  # when it first left for a backend
     queued: float = 0.0  # seconds
     pool: str = NONE
+    tokens: int = 0  # of prompt and answer, as the backend counts them; 0: not known
     code: int = 500
     answered: bool = False  # the answer's head has gone to the client
     gone: bool = False  # the client hung up

@@ -158,7 +158,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
         "reasons": unready(gateway),
         "estimator": live.scorer.version,
         "rule": live.config.routing.rule,
-        "threshold": live.config.routing.threshold,
+        **gateway.control.describe(),
         "shares": {name: round(share, 4) for name, share in gateway.shares.items()},
         "active_requests": gateway.active,
         "conversations": len(gateway.conversations),

@@ -99,7 +99,7 @@ class Controller:
         return step
 
     def correct(self, step: Step, spent: float | None, weight: float = 1.0) -> None:
-        """Says how a decision ended: another pool answered, none did (None), its answer cost `weight` times the mean."""
+        """Says how a decision ended: another pool answered, none did (None), its cost weighs `weight`."""
         change = self._off(spent, weight) - self._off(step.spent, step.weight)
         self.balance = min(LIMIT, max(-LIMIT, self.balance + change))
         self._add(step, -1)

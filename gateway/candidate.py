@@ -1,0 +1,99 @@
+"""A second estimator that scores live traffic and decides nothing: what it would have done goes to the metrics.
+
+It has one thread of low priority and a short queue. A prompt that finds the queue full is left out and counted, so no
+request ever waits for it, and nothing that goes wrong here reaches one.
+"""
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from estimator.runtime import Runtime
+from estimator.text import read
+from gateway import routing
+from gateway.config import Rule
+from gateway.metrics import Metrics
+from gateway.routing import Eligible
+
+QUEUE = 64
+NICE = 10
+JOIN_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One prompt and what was done with it."""
+
+    asked: str | Sequence[Mapping[str, object]]
+    candidates: Eligible
+    threshold: float
+    pool: str | None  # where the live scores sent it; None: something else than scores decided
+
+
+class Candidate:
+    """One loaded checkpoint beside the one in service."""
+
+    def __init__(
+        self, runtime: Runtime, columns: Mapping[str, int], rule: Rule, threshold: float | None, metrics: Metrics
+    ) -> None:
+        """`threshold`: its own, by its own calibration; None: each request's."""
+        self.version = runtime.version
+        self._runtime, self._columns, self._rule = runtime, columns, rule
+        self._threshold = threshold
+        self._metrics = metrics
+        self._offers: queue.Queue[Offer | None] = queue.Queue(QUEUE)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, daemon=True, name="candidate")
+        self._thread.start()
+
+    def offer(self, offer: Offer) -> None:
+        """Returns at once, whatever becomes of it."""
+        try:
+            self._offers.put_nowait(offer)
+        except queue.Full:
+            self._metrics.candidate_outcomes.labels("busy").inc()
+
+    def close(self) -> None:
+        """Lets the thread end after the prompt it is at."""
+        self._stopped = True
+        try:
+            self._offers.put_nowait(None)
+        except queue.Full:
+            return  # it is awake
+
+    def join(self) -> None:
+        """Waits for the thread. An interpreter that ends while one is inside ONNX Runtime aborts the process."""
+        self._thread.join(JOIN_SECONDS)
+
+    def _work(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # of this thread alone
+        while True:
+            offer = self._offers.get()
+            if offer is None or self._stopped:
+                return
+            try:
+                pool = self._decide(offer)
+            except Exception:  # boundary: whatever a candidate does, requests are served
+                log.exception("the candidate %s failed", self.version)
+                self._metrics.candidate_outcomes.labels("error").inc()
+                continue
+            self._metrics.candidate_outcomes.labels("scored").inc()
+            self._metrics.candidate_decisions.labels(pool).inc()
+            if offer.pool is not None:
+                self._metrics.candidate_agreement.labels("yes" if pool == offer.pool else "no").inc()
+
+    def _decide(self, offer: Offer) -> str:
+        prepared = self._runtime.prepare(*read(self._runtime.manifest.text, offer.asked))
+        scores = self._runtime.score([prepared])[0]
+        quality = {name: scores.quality[column] for name, column in self._columns.items()}
+        confidence = routing.confidences(quality, self._rule, offer.candidates)
+        threshold = offer.threshold if self._threshold is None else self._threshold
+        decision = routing.decide(confidence, offer.candidates, threshold, self.version)
+        if decision.confidence is not None:
+            self._metrics.candidate_confidence.observe(decision.confidence)
+        return decision.pool
