@@ -161,8 +161,12 @@ class Store:
         if not records:
             return
         insert = (sqlite if self._sqlite else postgresql).insert(_records).on_conflict_do_nothing()
+        try:
+            rows = [_row(record) for record in records]
+        except orjson.JSONEncodeError as error:  # deeper than orjson writes: 254 levels
+            raise StoreError(f"a record can't be written as JSON: {error}", rejected=True) from None
         with self._transaction(write=True) as connection:
-            connection.execute(insert, [_row(record) for record in records])
+            connection.execute(insert, rows)
 
     def feedback(self, items: Sequence[Feedback]) -> list[bool]:
         """Labels the newest answer that each item's key got under its id. False: there is none."""
@@ -243,17 +247,22 @@ class Store:
             if rows := [{"record": seq, "time": time} for seq in _existing(connection, records)]:
                 connection.execute(insert, rows)
 
-    def delete_before(self, time: float) -> int:
-        """Deletes older records (Unix seconds), their labels and marks, in small transactions; how many records."""
-        old = sa.select(_records.c.seq).where(_records.c.time < time).order_by(_records.c.seq).limit(CHUNK)
+    def delete_before(self, time: float, most: int | None = None) -> int:
+        """Deletes older records (Unix seconds), their labels and marks, in small transactions; how many records.
+
+        At most `most` of them, None: all.
+        """
         deleted = 0
-        while True:
+        while most is None or deleted < most:
+            size = CHUNK if most is None else min(CHUNK, most - deleted)
+            old = sa.select(_records.c.seq).where(_records.c.time < time).order_by(_records.c.seq).limit(size)
             with self._transaction(write=True) as connection:
                 chosen = old.with_for_update(skip_locked=True)  # another gateway may be at it too
                 count = connection.execute(_records.delete().where(_records.c.seq.in_(chosen))).rowcount
             deleted += count
             if not count:
-                return deleted
+                break
+        return deleted
 
     def _newest(self, limit: int, since: float, where: sa.ColumnElement[bool]) -> list[Labelled]:
         newest = (

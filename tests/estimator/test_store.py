@@ -83,6 +83,16 @@ def test_a_batch_that_comes_twice_is_there_once(store: Store) -> None:
     store.append([])
 
 
+def test_what_no_database_takes_is_told_from_a_database_that_takes_nothing(store: Store) -> None:
+    deep: list[object] = []
+    for _ in range(500):
+        deep = [deep]
+    with pytest.raises(StoreError, match="can't be written as JSON") as raised:
+        store.append([record(1), record(2, parameters={"deep": deep})])
+    assert raised.value.rejected
+    assert seqs(store) == []
+
+
 def test_feedback_is_a_label_of_the_pool_that_served(store: Store) -> None:
     store.append([replace(FULL, time=1.0), replace(FULL, time=2.0, pool="large")])
     assert store.feedback([Feedback("req-1", "team-a", 0.25, "meh", 5.0)]) == [True]
@@ -157,7 +167,9 @@ def test_deleting_takes_labels_and_marks_along(store: Store, monkeypatch: pytest
     every = seqs(store)
     store.add_labels([Label(seq, "small", "exact", 1.0) for seq in every])
     store.mark_shadowed(every, 1.0)
-    assert store.delete_before(8.0) == 8
+    assert store.delete_before(8.0, most=4) == 4
+    assert [item.record.time for item in store.logged(100)] == [4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    assert store.delete_before(8.0) == 4
     assert [item.record.id for item in store.labelled(100)] == ["req-8", "req-9"]
     assert store.count_labels()[0] == 2
     with store._transaction() as connection:
