@@ -242,7 +242,7 @@ def as_reward(value: object) -> float | None:
 
 def work(descriptor: int, parent: int, path: str) -> None:
     """A worker's whole life: it says ready, then answers each [completion, reference] until the line closes."""
-    _end_with(parent)
+    end_with(parent)
     connection = Connection(descriptor)
 
     def say(*message: object) -> None:
@@ -267,7 +267,7 @@ def work(descriptor: int, parent: int, path: str) -> None:
             say(*answer)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """The kernel kills this process when the thread that started it ends, however hard it computes; as does the kernel
     that runs out of memory, before the parent: that one trains.
     """

@@ -1,0 +1,126 @@
+"""Every Prometheus metric of the learner, declared once, and the small server that shows them beside /livez."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+
+STALE_SECONDS = 180.0  # a loop that has not turned for so long is taken for dead
+
+
+class LearnerMetrics:
+    """One learner's metrics, on a registry of their own. Labels come from closed sets only."""
+
+    def __init__(self, version: str) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.labels = Counter("learner_labels_total", "Labels written", ["source"], registry=registry)
+        self.shadowed = Counter(
+            "learner_shadowed_records_total", "Records that shadowing is done with", ["outcome"], registry=registry
+        )
+        self.shadow_requests = Counter(
+            "learner_shadow_requests_total", "Calls of pools", ["pool", "outcome"], registry=registry
+        )
+        self.shadow_cost = Counter(
+            "learner_shadow_cost_total", "Cost of those calls, in the unit of pools.*.cost", registry=registry
+        )
+        self.shadow_paused = Gauge(
+            "learner_shadow_paused", "1 while shadowing waits for this reason", ["reason"], registry=registry
+        )
+        self.priority_refused = Gauge(
+            "learner_priority_refused", "1 once a backend of the pool refused a priority", ["pool"], registry=registry
+        )
+        self.verdicts = Counter("learner_verdicts_total", "What the judge said", ["outcome"], registry=registry)
+        self.refreshes = Counter("learner_refreshes_total", "Trainings", ["verdict"], registry=registry)
+        self.refresh_duration = Histogram(
+            "learner_refresh_duration_seconds",
+            "A training, from its start to its verdict",
+            buckets=(5, 15, 30, 60, 120, 300, 600, 1200, 3600, 7200),
+            registry=registry,
+        )
+        self.calibration_error = Gauge(
+            "learner_calibration_error", "Of the newest training's candidate", ["of"], registry=registry
+        )
+        self.labels_seen = Gauge(
+            "learner_labels_seen", "Labelled records that the newest training read", registry=registry
+        )
+        self.advantage = Gauge(
+            "learner_advantage",
+            "Mean quality of the router minus a coin's at equal shares, on the newest labels",
+            registry=registry,
+        )
+        self.last_publish = Gauge(
+            "learner_last_publish_timestamp_seconds", "When this learner last published", registry=registry
+        )
+        self.errors = Counter(
+            "learner_errors_total", "Failures that the learner waits out", ["part"], registry=registry
+        )
+        self.info = Gauge("learner_info", "The checkpoint that `current` names", ["version"], registry=registry)
+        Gauge("learner_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
+
+
+class Pulse:
+    """When each loop of the learner last turned. Any thread may ask."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._beats: dict[str, float] = {}
+
+    def beat(self, loop: str) -> None:
+        self._beats[loop] = self._clock()
+
+    def stale(self) -> list[str]:
+        """The loops that stand still."""
+        now = self._clock()
+        return sorted(loop for loop, beat in list(self._beats.items()) if now - beat > STALE_SECONDS)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None: ...  # probes would fill the log
+
+
+class MetricsServer:
+    """`with MetricsServer(host, port, metrics, pulse) as server`: /metrics and /livez on a thread; `server.port`.
+
+    ValueError where the address is taken or no address of this machine.
+    """
+
+    def __init__(self, host: str, port: int, metrics: LearnerMetrics, pulse: Pulse) -> None:
+        shown = make_wsgi_app(metrics.registry)
+
+        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            if environ["PATH_INFO"] == "/metrics":
+                page: Iterable[bytes] = shown(environ, start_response)
+                return page
+            if environ["PATH_INFO"] != "/livez":
+                return _plain(start_response, "404 Not Found", "there are /metrics and /livez")
+            stale = pulse.stale()
+            if stale:
+                return _plain(start_response, "503 Service Unavailable", f"stands still: {', '.join(stale)}")
+            return _plain(start_response, "200 OK", "ok")
+
+        try:
+            self._server = make_server(host, port, app, _Server, _Handler)
+        except OSError as error:
+            raise ValueError(f"listen: can't listen on {host}:{port}: {error.strerror}") from None
+        self.port: int = self._server.server_port
+
+    def __enter__(self) -> "MetricsServer":
+        threading.Thread(target=self._server.serve_forever, args=(0.2,), name="metrics", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _plain(start_response: Callable[..., Any], status: str, text: str) -> Iterable[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [text.encode() + b"\n"]

@@ -1,0 +1,101 @@
+"""The learner's side of the process that trains (refresh_worker.py): start it, ask it, outlive it."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from estimator import settings as tree
+from training.learner_settings import LearnerSettings
+
+LONGEST_SECONDS = 6 * 3600.0  # of one training; then it hangs
+LINE_BYTES = 1 << 24  # of one result
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from training.refresh_worker import work; work({parent})"
+
+
+class TrainingFailed(Exception):
+    """No verdict: the process died or hung, or the database or the disk failed it. The message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One refresh's end."""
+
+    seq: int  # the highest label that it could read
+    published: str | None  # the new version
+    reasons: tuple[str, ...]
+    figures: Mapping[str, Any]
+    labels: int  # records that it learned from
+    notes: tuple[str, ...]  # what was not believed
+    standing: Mapping[str, Any] | None
+
+
+class RefreshProcess:
+    """One process for all refreshes, started when first asked; after its death, or a kill, another.
+
+    Args:
+        temporary: a directory for what libraries put aside; with it a read-only root is no harm.
+    """
+
+    def __init__(self, settings: LearnerSettings, base: Path, out: Path, cold: bool, temporary: Path) -> None:
+        wish = {"settings": tree.plain(settings), "base": str(base), "out": str(out), "cold": cold}
+        self._wish, self._temporary = json.dumps(wish).encode() + b"\n", temporary
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def refresh(self) -> Trained:
+        """Trains once.
+
+        Raises:
+            TrainingFailed: see there; worth another try later.
+            ValueError: a mistake of the user's that another try would repeat.
+        """
+        try:
+            async with asyncio.timeout(LONGEST_SECONDS):
+                process = await self._started()
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write(b"refresh\n")
+                await process.stdin.drain()
+                line = await process.stdout.readline()
+        except TimeoutError:
+            await self.end()
+            raise TrainingFailed(f"training took over {LONGEST_SECONDS / 3600:g} hours and was ended") from None
+        except ConnectionError:
+            line = b""
+        if not line.endswith(b"\n"):
+            code = await self.end()
+            raise TrainingFailed(f"the training process ended with {code}; its words stand above")
+        said = json.loads(line)
+        if "failed" in said:
+            raise (ValueError if said["failed"] == "mistake" else TrainingFailed)(said["words"])
+        lists = {name: tuple(said[name]) for name in ("reasons", "notes")}
+        return Trained(**said | lists)
+
+    async def end(self) -> int | None:
+        """Kills the process, if there is one, and waits for it. What it leaves half-written has no name."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        if process.returncode is None:
+            process.kill()
+        return await process.wait()
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        if self._process is None or self._process.returncode is not None:
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                _PROGRAM.format(path=sys.path, parent=os.getpid()),
+                stdin=asyncio.subprocess.PIPE,  # the database's password goes in there, not onto the command line
+                stdout=asyncio.subprocess.PIPE,
+                limit=LINE_BYTES,
+                env={**os.environ, "TMPDIR": str(self._temporary)},
+            )
+            assert self._process.stdin is not None
+            self._process.stdin.write(self._wish)
+        return self._process

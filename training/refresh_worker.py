@@ -1,0 +1,86 @@
+"""The process that trains for `depo-train refresh --follow`: each line it reads is a wish for one refresh.
+
+It is apart from the learner so that a crash in training ends no loop, and lives on between refreshes because loading
+torch and embedding old prompts anew cost minutes. What it writes is whole or has no name, so it may be killed anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from estimator import checkpoint
+from estimator.store import Store, StoreError
+from training import data, learner_settings
+from training.embeddings import EmbeddingCache
+from training.learner_settings import LearnerSettings
+from training.refresh import refresh
+from training.verify import end_with
+
+
+def work(parent: int) -> None:
+    """The process's whole life. Its first line holds {settings, base, out, cold}; it ends with its input."""
+    end_with(parent)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no result
+    wish = json.loads(sys.stdin.readline())
+    settings = learner_settings.parse(wish["settings"])
+    cache = EmbeddingCache()
+    for _ in sys.stdin:
+        print(json.dumps(once(settings, Path(wish["base"]), Path(wish["out"]), wish["cold"], cache)), file=answers)
+        answers.flush()
+
+
+def once(settings: LearnerSettings, base: Path, out: Path, cold: bool, cache: EmbeddingCache) -> Mapping[str, Any]:
+    """One refresh as plain values: {seq, published, reasons, figures, labels, notes, standing}, or {failed, words}."""
+    try:
+        store = Store(learner_settings.database(settings.records))
+        try:
+            _, seq = store.count_labels()  # before they are read: a label that comes meanwhile counts as new
+            labelled = store.labelled(settings.refresh.learn.newest)
+        finally:
+            store.close()
+        champion = checkpoint.resolve(out) if (out / "current").exists() else checkpoint.resolve(base)
+        outcome = refresh(
+            labelled, champion, out, settings.refresh.learn, reference_rows(settings, champion), cache, cold
+        )
+    except StoreError as error:
+        return {"failed": "records", "words": str(error)}
+    except ValueError as error:
+        return {"failed": "mistake", "words": str(error)}
+    except OSError as error:
+        return {"failed": "disk", "words": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
+    return {
+        "seq": seq,
+        "published": None if outcome.published is None else outcome.published.version,
+        "reasons": list(outcome.verdict.reasons),
+        "figures": dict(outcome.verdict.figures),
+        "labels": outcome.labels,
+        "notes": list(outcome.notes),
+        "standing": None if outcome.standing is None else asdict(outcome.standing),
+    }
+
+
+def reference_rows(settings: LearnerSettings, champion: Path) -> list[data.Row]:
+    """The reference table's rows, their labels by pool; none where the settings name no table.
+
+    A table names models: a pool's is `pools.NAME.model`, or the pool's own name.
+    """
+    if settings.reference is None:
+        return []
+    names = {pool: pool for pool in (*checkpoint.load_manifest(champion).pools, *settings.pools)}
+    names |= {config.model: pool for pool, config in settings.pools.items()}
+
+    def by_pool(labels: Mapping[str, float]) -> dict[str, float]:
+        return {names[model]: value for model, value in labels.items() if model in names}
+
+    rows = data.read_tables([Path(settings.reference)])
+    found = [replace(row, correct=by_pool(row.correct), token_confidence=by_pool(row.token_confidence)) for row in rows]
+    if not any(row.correct for row in found):
+        raise ValueError(f"reference: {settings.reference} names none of the models {', '.join(names)}")
+    return [row for row in found if row.correct]
