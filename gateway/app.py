@@ -16,6 +16,7 @@ from gateway import conversations, protocol, routing
 from gateway.config import Config, key_digest
 from gateway.conversations import AnswerHead
 from gateway.exchange import Exchange, obtain
+from gateway.notes import REFERENCE_HEADER
 from gateway.protocol import ApiError, Endpoint, Query, UsageTap
 from gateway.routing import Decision, Eligible
 from gateway.state import Gateway, Live, Request
@@ -59,21 +60,24 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
     assert task is not None
     headers = dict(scope["headers"])
     request = Request(endpoint, request_id(headers), time.perf_counter())
+    notes = request.notes
     watcher: asyncio.Task[None] | None = None
     exchange: Exchange | None = None
     gateway.begin()
     try:
-        key = authenticate(live, headers)
+        key = notes.key = authenticate(live, headers)
+        notes.reference = headers.get(REFERENCE_HEADER, b"")
         gateway.control.admit(key)
         body = await read_body(receive, headers, live.config)
         request.complete = time.perf_counter()
         watcher = asyncio.create_task(_watch(receive, task, request))
         async with asyncio.timeout(live.config.timeouts.total_s):
-            query = protocol.parse(endpoint, body)
+            query = notes.query = protocol.parse(endpoint, body)
             candidates, decision = await decide(gateway, live, query, key, request)
             decision = gateway.control.commit(request.ruling, key, query.asked, candidates, decision)
+            notes.eligible, notes.decision = candidates.pools, decision
             exchange = await obtain(gateway, live, query, candidates, decision, request, headers)
-            decision = exchange.decision
+            notes.decision, notes.served = exchange.decision, True
             note(gateway, live, exchange)
             await answer(gateway, live, query, key, exchange, request, send)
     except ApiError as error:
@@ -104,6 +108,10 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
         seconds = time.perf_counter() - request.started
         gateway.metrics.requests.labels(endpoint, request.pool, str(request.code)).inc()
         gateway.metrics.request_duration.labels(endpoint, request.pool).observe(seconds)
+        if gateway.recorder is not None and notes.key is not None:
+            notes.id, notes.endpoint, notes.status = request.id, endpoint, request.code
+            notes.time, notes.total_seconds = time.time() - seconds, seconds
+            gateway.recorder.add(notes)
 
 
 async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: Request) -> tuple[Eligible, Decision]:
@@ -141,7 +149,7 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
             400, f"No pool accepts {' and '.join(sorted(query.needs))}.", "modality_not_accepted", "messages"
         )
     request.phase = "scoring"
-    scored = await live.scorer.score(query.asked)
+    scored = request.notes.scored = await live.scorer.score(query.asked)
     sticky = config.routing.sticky and query.endpoint == "chat"
     served_by = gateway.conversations.find(key, query.messages) if sticky else None
     threshold = gateway.control.threshold if asked is None else asked
@@ -192,7 +200,7 @@ async def answer(
         exchange.reply.headers + decision_headers(live.config, exchange.decision) + common_headers(gateway, request)
     )
     if not exchange.streaming:
-        whole = protocol.answer_of(exchange.body) if exchange.status == 200 else None
+        whole = request.notes.whole = protocol.answer_of(exchange.body) if exchange.status == 200 else None
         count_tokens(gateway, live, request, exchange.decision.pool, protocol.usage_of(whole))
         if not head.complete:
             head.whole(whole)
@@ -203,14 +211,18 @@ async def answer(
         await send({"type": "http.response.body", "body": exchange.body})
         return
     tap = UsageTap(drop=not query.asked_usage)
+    kept = request.notes.stream = gateway.recorder.stream() if gateway.recorder is not None else None
     data = exchange.body
     idle_s = live.config.timeouts.idle_s
     request.phase, request.answered = "streaming", True
     await send({"type": "http.response.start", "status": exchange.status, "headers": headers})
-    gateway.metrics.first_token.labels(exchange.decision.pool).observe(time.perf_counter() - request.complete)
+    request.notes.first_token_seconds = time.perf_counter() - request.complete
+    gateway.metrics.first_token.labels(exchange.decision.pool).observe(request.notes.first_token_seconds)
     try:
         while data:
             if out := tap.feed(data):
+                if kept is not None:
+                    kept.add(out)
                 if not head.complete and head.feed(out):  # before the client has it: its follow-up may come at once
                     remember()
                 await send({"type": "http.response.body", "body": out, "more_body": True})
@@ -297,6 +309,7 @@ def common_headers(gateway: Gateway, request: Request) -> HeaderList:
 
 
 def count_tokens(gateway: Gateway, live: Live, request: Request, pool: str, usage: Mapping[str, Any] | None) -> None:
+    request.notes.usage = usage
     if usage is None:
         return
     config, metrics = live.config, gateway.metrics

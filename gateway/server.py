@@ -18,6 +18,7 @@ from gateway.config import Config
 from gateway.connection import uvicorn_config
 from gateway.control import Control, calibrated_threshold, fixed_threshold
 from gateway.metrics import Metrics
+from gateway.records import Recorder, identity
 from gateway.state import Gateway, Live, served_names
 from gateway.upstream import Upstream
 
@@ -81,6 +82,9 @@ async def serve(
             opened.enter_context(bind(settings.listen.host, settings.listen.port, "listen")),
             opened.enter_context(bind(settings.admin.host, settings.admin.port, "admin")),
         ]
+        recorder = await asyncio.to_thread(_recorder, settings, metrics)
+        if recorder is not None:
+            opened.callback(recorder.close, 0.0)
         live = await _live(settings, metrics)
         opened.pop_all()  # from here on the servers close them
     upstream = Upstream(settings.timeouts.connect_s)
@@ -88,7 +92,7 @@ async def serve(
     runtime, control = live.scorer.runtime, Control(metrics)
     control.follow(settings, runtime)
     shares = scoring.usual_shares(runtime, tuple(settings.pools), settings.routing.rule, control.threshold)
-    gateway = Gateway(live, metrics, upstream, budget, control, shares=shares)
+    gateway = Gateway(live, metrics, upstream, budget, control, recorder=recorder, shares=shares)
     gateway.idle.set()
     await _load_candidate(gateway)
     _show(gateway)
@@ -102,10 +106,18 @@ async def serve(
             if (here.host, here.port) != (there.host, there.port):
                 raise ValueError(f"{name}'s address can't change while the gateway runs; restart it")
         live = await _live(fresh, metrics)
+        try:
+            recorder = await asyncio.to_thread(_recorder, fresh, metrics, gateway.recorder)
+        except ValueError:
+            live.scorer.close()
+            raise
         await pools.check_all(live.pools, upstream)
         _replace(gateway, live)
         upstream.set_connect_seconds(fresh.timeouts.connect_s)
         gateway.budget = pools.RetryBudget(fresh.retries.budget, fresh.retries.per_second)
+        old, gateway.recorder = gateway.recorder, recorder
+        if old is not None and old is not recorder:
+            await asyncio.to_thread(old.close)
         await tasks.restart()
         await _load_candidate(gateway)
         log.info("the config %s is applied", path)
@@ -135,6 +147,8 @@ async def serve(
         await asyncio.gather(*serving)
         await tasks.stop()
         await upstream.close()
+        if gateway.recorder is not None:
+            await asyncio.to_thread(gateway.recorder.close)
         candidate = (gateway.control.candidate,) if gateway.control.candidate else ()
         for scorer in (*gateway.retired, gateway.live.scorer, *candidate):
             scorer.close()
@@ -160,6 +174,19 @@ class _Tasks:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         self._running = []
+
+
+def _recorder(settings: Config, metrics: Metrics, running: Recorder | None = None) -> Recorder | None:
+    """What a config's records section wants; the one that runs already, where it is the same section.
+
+    Raises:
+        ValueError: the database's address or driver can't be.
+    """
+    if settings.records is None:
+        return None
+    if running is not None and running.identity == identity(settings.records):
+        return running
+    return Recorder(settings.records, metrics)
 
 
 async def _live(settings: Config, metrics: Metrics) -> Live:

@@ -9,8 +9,10 @@ from gateway.config import Config, PoolConfig
 from gateway.control import Control, Ruling
 from gateway.conversations import Conversations
 from gateway.metrics import NONE, Metrics
+from gateway.notes import Notes
 from gateway.pools import Pool, RetryBudget
 from gateway.protocol import Endpoint
+from gateway.records import Recorder
 from gateway.scoring import Scorer
 from gateway.upstream import Upstream
 
@@ -36,6 +38,7 @@ class Gateway:
     budget: RetryBudget
     control: Control
     conversations: Conversations = field(default_factory=Conversations)
+    recorder: Recorder | None = None  # None: nothing is recorded
     shares: dict[str, float] = field(default_factory=dict)  # moving shares of free decisions, for `on_overload: share`
     active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -60,6 +63,7 @@ class Request:
     id: str
     started: float
     ruling: Ruling = field(default_factory=Ruling)
+    notes: Notes = field(default_factory=Notes)
     phase: str = "reading"  # reading | scoring | queue | waiting | streaming | done
     complete: float = 0.0  # when its last byte was here
     departed: float = 0.0  # when it first left for a backend

@@ -12,7 +12,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from gateway import __version__, app, protocol
+from gateway import __version__, app, feedback, protocol
 from gateway.config import key_digest
 from gateway.protocol import ApiError
 from gateway.state import Gateway
@@ -25,7 +25,7 @@ REMEDIES = {404: "GET /v1/models lists what is here", 405: "docs/operations.md s
 
 
 def create_public(gateway: Gateway) -> FastAPI:
-    """What clients reach: /v1/models, /v1/route, /livez, /readyz."""
+    """What clients reach: /v1/models, /v1/route, /v1/feedback, /livez, /readyz."""
     surface = _new("DEPO Gateway")
     started = int(time.time())
 
@@ -65,6 +65,13 @@ def create_public(gateway: Gateway) -> FastAPI:
         answer = _json(told)
         answer.raw_headers += app.decision_headers(live.config, decision) + app.common_headers(gateway, book)
         return answer
+
+    @surface.post("/v1/feedback")
+    async def take_feedback(request: Request) -> Response:
+        live, headers = gateway.live, dict(request.headers.raw)
+        key = app.authenticate(live, headers)
+        body = await app.read_body(request.receive, headers, live.config)
+        return _json({"status": "stored", "request_id": await feedback.take(gateway, key, body)})
 
     @surface.get("/livez")
     async def livez() -> Response:
@@ -162,6 +169,14 @@ def describe(gateway: Gateway) -> dict[str, Any]:
         "shares": {name: round(share, 4) for name, share in gateway.shares.items()},
         "active_requests": gateway.active,
         "conversations": len(gateway.conversations),
+        "records": None
+        if gateway.recorder is None
+        else {
+            "database": gateway.recorder.store.name,
+            "prompts": gateway.recorder.settings.prompts,
+            "waiting": gateway.recorder.waiting,
+            "trouble": gateway.recorder.trouble,
+        },
         "pools": pools,
     }
 

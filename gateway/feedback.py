@@ -1,0 +1,91 @@
+"""POST /v1/feedback: a score for an answer, tied to the request's id and to the key that got it."""
+
+import asyncio
+import time
+
+import orjson
+
+from estimator.store import Feedback, StoreError
+from gateway.protocol import ApiError
+from gateway.records import Recorder
+from gateway.state import Gateway
+
+# A record may still be on its way, from here or from another gateway on the same database: batches take 50 ms.
+LOOK_AGAIN_SECONDS = (0.1, 0.2, 0.3, 0.4)
+RETRY_AFTER = ((b"retry-after", b"5"),)
+COMMENT_CHARACTERS = 4096
+FIELDS = ("request_id", "score", "comment")
+
+
+async def take(gateway: Gateway, key: str, body: bytes) -> str:
+    """Stores the feedback and returns the request's id once it is durable.
+
+    Raises:
+        ApiError: 400 for a body that is none, 404 where no such answer is known or nothing is recorded, 503 while the
+            database takes nothing; then nothing is acknowledged.
+    """
+    outcome = "refused"
+    try:
+        recorder = gateway.recorder
+        if recorder is None:
+            raise ApiError(
+                404, "This gateway records nothing to score: its config needs a `records` section.", "records_off"
+            )
+        item = parse(body, key, time.time())
+        outcome = "unavailable"
+        if not await _stored(recorder, item):
+            outcome = "unknown"
+            raise ApiError(
+                404,
+                f"No answer to the request {item.id!r} is on record for this key; x-request-id of the answer names it.",
+                "request_not_found",
+                "request_id",
+            )
+        outcome = "stored"
+        return item.id
+    except (StoreError, TimeoutError):
+        raise ApiError(
+            503,
+            "The feedback is not stored: the records database is not available. Send it again later.",
+            "records_unavailable",
+            headers=RETRY_AFTER,
+        ) from None
+    finally:
+        gateway.metrics.feedback.labels(outcome).inc()
+
+
+def parse(body: bytes, key: str, now: float) -> Feedback:
+    """Bytes -> Feedback of `key` at `now` (Unix seconds).
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}.", "invalid_json") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "The body must be a JSON object.", "invalid_json")
+    for name in fields:
+        if name not in FIELDS:
+            raise _wrong(name, f"{name!r} is not known here; there are {', '.join(FIELDS)}")
+    request_id, score, comment = (fields.get(name) for name in FIELDS)
+    if not isinstance(request_id, str) or not 0 < len(request_id) <= 128:
+        raise _wrong("request_id", "'request_id' must be the x-request-id of an answer")
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1:
+        raise _wrong("score", "'score' must be a number from 0 to 1")
+    if comment is not None and (not isinstance(comment, str) or len(comment) > COMMENT_CHARACTERS):
+        raise _wrong("comment", f"'comment' must be text of at most {COMMENT_CHARACTERS:,} characters")
+    return Feedback(request_id, key, float(score), comment or "", now)
+
+
+async def _stored(recorder: Recorder, item: Feedback) -> bool:
+    for seconds in LOOK_AGAIN_SECONDS:
+        if await recorder.feedback(item):
+            return True
+        await asyncio.sleep(seconds)
+    return await recorder.feedback(item)
+
+
+def _wrong(field: str, message: str) -> ApiError:
+    return ApiError(400, f"{message}.", "invalid_feedback", field)
