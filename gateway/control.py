@@ -22,10 +22,9 @@ from gateway.metrics import Metrics
 from gateway.protocol import ApiError
 from gateway.routing import Decision, Eligible
 from gateway.scoring import Scored
-from gateway.target import Controller, Step
+from gateway.target import COST_REACH, REACH, Controller, Step
 
 OBEYING = ("confident", "unsure", "context", "accepts")  # reasons of decisions that the threshold makes
-TOKENS_SMOOTHING = 0.005  # of the mean tokens of an answer, in which a cost is weighed
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,6 @@ class Control:
         self._fixed = 1.0
         self._config: Config | None = None
         self._version = ""
-        self._tokens = 0.0  # a moving mean; 0: none counted yet
 
     def follow(self, config: Config, runtime: Runtime) -> None:
         """Takes a new config or a new checkpoint, and keeps what still holds."""
@@ -170,8 +168,7 @@ class Control:
         assert self._config is not None
         target = self._config.routing.target
         if tokens > 0 and target is not None and target.cost is not None:
-            self._tokens = self._tokens + TOKENS_SMOOTHING * (tokens - self._tokens) if self._tokens else float(tokens)
-            weight = tokens / self._tokens
+            weight = self.controller.weight(tokens)
         self.controller.correct(ruling.step, None if pool is None else self._spent(pool), weight)
         self._show()
 
@@ -307,7 +304,7 @@ def _controller(config: Config, curve: Curve | None) -> Controller | None:
         return None
     wanted = target.cost if target.cost is not None else target.large_share
     assert wanted is not None
-    return Controller(wanted, _start(config), curve)
+    return Controller(wanted, _start(config), curve, REACH if target.cost is None else COST_REACH)
 
 
 def _reading(config: Config) -> tuple[object, ...]:

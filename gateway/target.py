@@ -24,7 +24,9 @@ from estimator.calibration import Curve
 
 WINDOW = 2000  # decisions: of the bound, of the reference and of the share shown
 REACH = 17.0  # decisions
+COST_REACH = 12.0  # of a cost: an answer of ten times the usual length moves the balance as ten do
 LIMIT = 19.5  # decisions; twice that is the window's two points, and a little less
+TOKENS_SMOOTHING = 0.005  # of the mean tokens of an answer, in which a cost is weighed
 PRIOR = 200  # confidences that the calibration counts for; live ones count one each
 ABOVE_ALL = math.nextafter(1.0, 2.0)  # a threshold that no confidence reaches
 
@@ -41,13 +43,15 @@ class Step:
 class Controller:
     """Follows one wanted mean of `spent`, in [0, 1]."""
 
-    def __init__(self, wanted: float, start: float, curve: Curve | None) -> None:
+    def __init__(self, wanted: float, start: float, curve: Curve | None, reach: float = REACH) -> None:
         """`start`: the rank that usually spends what is wanted; `curve`: of the confidences before any were seen."""
         self.wanted = wanted
         self.start = start
+        self.reach = reach
         self.balance = 0.0
         self._steps: deque[Step] = deque()
         self._spent = self._weight = 0.0  # sums over _steps
+        self._tokens = 0.0  # a moving mean; 0: none counted yet
         self.expect(curve)
 
     def expect(self, curve: Curve | None) -> None:
@@ -60,7 +64,7 @@ class Controller:
     @property
     def rank(self) -> float:
         """The share of the confidences that should lie below the threshold."""
-        off = min(1.0, max(-1.0, self.balance / REACH)) ** 3
+        off = min(1.0, max(-1.0, self.balance / self.reach)) ** 3
         return self.start + off * (1.0 - self.start if off > 0 else self.start)
 
     @property
@@ -105,6 +109,11 @@ class Controller:
         self._add(step, -1)
         step.spent, step.weight = spent, weight
         self._add(step, 1)
+
+    def weight(self, tokens: int) -> float:
+        """What an answer of so many tokens weighs beside those of late, and counts it among them."""
+        self._tokens = self._tokens + TOKENS_SMOOTHING * (tokens - self._tokens) if self._tokens else float(tokens)
+        return tokens / self._tokens
 
     @property
     def realised(self) -> float:
