@@ -15,7 +15,7 @@ Reply = Callable[[dict[str, Any]], tuple[int, Any]]  # body -> status, JSON; sta
 
 @dataclass
 class Served:
-    """A running server, what it was asked, and what its /metrics say; a test changes `reply` and `waiting` at any time."""
+    """A running server, what it was asked, and what its /metrics say; a test changes `reply` and `waiting` as it likes."""
 
     url: str
     reply: Reply
@@ -53,7 +53,7 @@ def vllm(reply: Reply) -> Iterator[Served]:
             count = served.waiting
             if self.path != "/metrics" or count is None:
                 return self.send(404, b"")
-            text = f'# HELP\nvllm:num_requests_running{{model_name="m"}} 9.0\nvllm:num_requests_waiting{{engine="0"}} {count}\n'
+            text = f'# HELP x y\nvllm:num_requests_running 9.0\nvllm:num_requests_waiting{{engine="0"}} {count}\n'
             return self.send(200, text.encode())
 
         def do_POST(self) -> None:
