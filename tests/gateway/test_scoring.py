@@ -14,13 +14,13 @@ import pytest
 
 import gateway
 from estimator import checkpoint
-from estimator.calibration import Calibration, Platt, Stage
 from estimator.runtime import Runtime
 from estimator.text import read
 from gateway import __version__, scoring
 from gateway.metrics import Metrics
 from gateway.scoring import Scorer
 from tests.gateway.backend import FakeVllm
+from tests.gateway.checkpoints import version
 from tests.gateway.conftest import StartGateway
 
 COLUMNS = {"small": 0, "large": 1}
@@ -330,18 +330,6 @@ def test_damage_is_one_sentence(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 # Swapping.
-
-
-def version(tiny: Path, place: Path, offset: float) -> str:
-    """A new version of a checkpoint: the same with another calibration."""
-    from estimator import calibration
-
-    files = {name: (tiny / name).read_bytes() for name in checkpoint.FILES}
-    shifted = Stage((Platt(1.0, offset), Platt(1.0, 9.0)), (Platt(), Platt()))
-    pools = ("small", "large")
-    files[checkpoint.CALIBRATION] = calibration.dumps(Calibration(pools, {"full": shifted, "cheap": shifted}, {}, {}))
-    manifest = checkpoint.load_manifest(tiny)
-    return checkpoint.write(place, files, manifest.base, pools, manifest.text, {}).version
 
 
 async def test_a_new_checkpoint_is_taken_while_requests_run_and_a_bad_one_is_not(

@@ -1,0 +1,18 @@
+"""New versions of a checkpoint: the same with another calibration."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from estimator import calibration, checkpoint
+from estimator.calibration import Calibration, Curve, Platt, Stage
+
+
+def version(tiny: Path, place: Path, offset: float, curves: Mapping[str, Curve] | None = None) -> str:
+    """Writes one whose small pool is `offset` (in logits) better than `tiny` says; returns its name."""
+    files = {name: (tiny / name).read_bytes() for name in checkpoint.FILES}
+    shifted = Stage((Platt(1.0, offset), Platt(1.0, 9.0)), (Platt(), Platt()))
+    pools = ("small", "large")
+    stages = {"full": shifted, "cheap": shifted}
+    files[checkpoint.CALIBRATION] = calibration.dumps(Calibration(pools, stages, curves or {}, {}))
+    manifest = checkpoint.load_manifest(tiny)
+    return checkpoint.write(place, files, manifest.base, pools, manifest.text, {}).version
