@@ -14,7 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 READY_SECONDS = 300.0  # 45 on a quiet machine of two cores, several times that on a busy one
-FLAGS = ("--enforce-eager", "--dtype", "bfloat16", "--max-num-seqs", "8", "--max-logprobs", "5")
+FLAGS = (
+    "--scheduling-policy",
+    "priority",
+    "--enforce-eager",
+    "--dtype",
+    "bfloat16",
+    "--max-num-seqs",
+    "8",
+    "--max-logprobs",
+    "5",
+)
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_TARGET_DEVICE": "cpu",
