@@ -72,7 +72,8 @@ def record_of(notes: Notes, prompts: str, hash_key: bytes) -> Record:
     usage = notes.usage or {}
     text, finish_reason = _answer(notes)
     key, asked = notes.key or "", _asked_text(query)
-    full = prompts == "full" and query is not None
+    full = prompts == "full"
+    fields = query.fields if full and query is not None else {}
     return Record(
         id=notes.id,
         time=notes.time,
@@ -96,9 +97,7 @@ def record_of(notes: Notes, prompts: str, hash_key: bytes) -> Record:
         finish_reason=finish_reason,
         prompt_hash=_hmac(hash_key, "prompt", "", asked) if prompts == "hash" and asked is not None else "",
         asked=asked if full else None,
-        parameters={name: value for name, value in query.fields.items() if name not in NOT_PARAMETERS}
-        if full and query is not None
-        else {},
+        parameters={name: value for name, value in fields.items() if name not in NOT_PARAMETERS},
         answer=text if full else None,
         reference=reference_text(notes.reference) if full and notes.reference else None,
     )

@@ -46,6 +46,7 @@ class Script:
     reset_before_head: bool = False
     reset_after_events: int | None = None
     stop_after_events: int | None = None  # a clean end of the body without [DONE]
+    finish_reason: str | None = None  # of a stream's last piece
     healthy: bool = True
     health_s: float = 0.0  # before a health check is answered
     repeat: int | None = None  # after so many model requests the script becomes `then`
@@ -162,6 +163,8 @@ class FakeVllm:
         for index in range(script.events):
             part = {"delta": {"content": f"{script.text} {index}"}} if chat else {"text": f"{script.text} {index}"}
             choices = [{"index": 0, **part, "logprobs": None, "finish_reason": None}]
+            if index == script.events - 1:
+                choices[0]["finish_reason"] = script.finish_reason
             made.append({"id": "c-1", "object": "chunk", "model": self.model, "choices": choices})
         if usage:
             made.append({"id": "c-1", "object": "chunk", "model": self.model, "choices": [], "usage": USAGE})

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import Metric
@@ -36,6 +37,8 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "gateway_estimator_duration_seconds": ("histogram", {"stage"}),
     "gateway_estimator_outcomes_total": ("counter", {"outcome"}),
     "gateway_estimator_info": ("gauge", {"version"}),
+    "gateway_records_total": ("counter", {"outcome"}),
+    "gateway_feedback_total": ("counter", {"outcome"}),
     "gateway_config_reloads_total": ("counter", {"result"}),
     "gateway_build_info": ("gauge", {"version"}),
 }
@@ -53,10 +56,13 @@ def labels_of(family: Metric) -> set[str]:
     return set().union(*(sample.labels for sample in family.samples)) - {"le"}
 
 
-async def test_every_metric_of_the_contract_is_there_after_some_traffic(start: StartGateway) -> None:
+async def test_every_metric_of_the_contract_is_there_after_some_traffic(start: StartGateway, tmp_path: Path) -> None:
     broken = Script(status=503)
     async with FakeVllm() as small, FakeVllm() as bad, FakeVllm() as large, start(
-        [small, bad], [large], admin={"port": 0, "key_sha256": "0" * 64}
+        [small, bad],
+        [large],
+        admin={"port": 0, "key_sha256": "0" * 64},
+        records={"url": f"sqlite:///{tmp_path / 'records.db'}"},
     ) as gateway:  # fmt: skip
         bad.script = broken
         for index in range(8):
@@ -69,6 +75,8 @@ async def test_every_metric_of_the_contract_is_there_after_some_traffic(start: S
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         assert await gateway.settles("gateway_client_disconnects_total", 1, phase="waiting")
+        await gateway.session.post(f"{gateway.url}/v1/feedback", json={"request_id": "req-1"})
+        assert await gateway.settles("gateway_records_total", 10)
         found = await families(gateway)
     for name, (kind, labels) in CONTRACT.items():
         family = found.get(name.removesuffix("_total") if kind == "counter" else name)
