@@ -29,6 +29,7 @@ from training.judges import open_judge
 from training.learner_metrics import LearnerMetrics, MetricsServer, Pulse
 from training.learner_settings import LearnerSettings
 from training.pool_client import PoolClient
+from training.refresh_config import NO_TEXT
 from training.refresh_process import RefreshProcess, Trained, TrainingFailed
 from training.shadow import Shadow
 
@@ -36,7 +37,6 @@ POLL_SECONDS = 2.0  # between two counts of new labels
 LONGEST_WAIT_SECONDS = 60.0  # for a database that is away
 LONGEST_RETRY_SECONDS = 1800.0  # after a training that failed
 STOP_SECONDS = 8.0  # after SIGTERM; what still runs then is cut off, which is no harm
-LOOKED_AT = 200  # newest records, for whether they hold text
 STATE = "learner.json"
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,8 @@ class Learner:
 
 def run(args: argparse.Namespace) -> int:
     """0 after SIGTERM or SIGINT. ValueError for the user's mistakes, records without text among them."""
+    if not args.publish:
+        raise ValueError("--no-publish goes without --follow, which publishes what is better and nothing else")
     settings = learner_settings.load(args.config, args.records)
     out = Path(args.out)
     base = checkpoint.resolve(args.base)
@@ -127,20 +129,17 @@ async def _wait_for_text(learner: Learner) -> None:
         learner.pulse.beat("refresh")
         try:
             await asyncio.to_thread(learner.store.create)
-            newest = await asyncio.to_thread(learner.store.logged, LOOKED_AT)
+            records, with_text = await asyncio.to_thread(learner.store.count_records)
         except StoreError as error:
             log.warning("%s; trying again", error)
             learner.metrics.errors.labels("records").inc()
             await asyncio.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
             continue
-        if any(item.record.asked is not None for item in newest):
+        if with_text:
             return
-        if newest:
-            raise ValueError(
-                f"none of the newest {len(newest)} records holds its prompt; learning from traffic needs "
-                "records.prompts: full in gateway.yaml"
-            )
+        if records:
+            raise ValueError(NO_TEXT)
         if not told:
             log.info("there are no records yet; waiting for the gateways to write some (records.prompts: full)")
             told = True

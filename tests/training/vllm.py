@@ -15,7 +15,7 @@ Reply = Callable[[dict[str, Any]], tuple[int, Any]]  # body -> status, JSON; sta
 
 @dataclass
 class Served:
-    """A running server, what it was asked, and what its /metrics say; a test changes `reply` and `waiting` as it likes."""
+    """A running server, what it was asked, and what its /metrics say; tests change `reply` and `waiting`."""
 
     url: str
     reply: Reply
