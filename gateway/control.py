@@ -22,7 +22,7 @@ from gateway.metrics import Metrics
 from gateway.protocol import ApiError
 from gateway.routing import Decision, Eligible
 from gateway.scoring import Scored
-from gateway.target import COST_REACH, REACH, Controller, Step
+from gateway.target import Controller, Step
 
 OBEYING = ("confident", "unsure", "context", "accepts")  # reasons of decisions that the threshold makes
 
@@ -304,7 +304,7 @@ def _controller(config: Config, curve: Curve | None) -> Controller | None:
         return None
     wanted = target.cost if target.cost is not None else target.large_share
     assert wanted is not None
-    return Controller(wanted, _start(config), curve, REACH if target.cost is None else COST_REACH)
+    return Controller(wanted, _start(config), curve)
 
 
 def _reading(config: Config) -> tuple[object, ...]:

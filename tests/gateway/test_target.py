@@ -190,7 +190,7 @@ def test_a_cost_is_weighed_by_tokens(wanted: float) -> None:
     """Answers come 50 requests later, hard prompts have the longer ones, and then all become three times as long."""
     chance = random.Random(4)
     price = 0.2
-    controller = Controller(wanted, (wanted - price) / (1 - price), None, target.COST_REACH)
+    controller = Controller(wanted, (wanted - price) / (1 - price), None)
     spent, tokens, open_steps = [], [], []
     for index in range(12_000):
         confidence = chance.random() if index < 6000 else chance.betavariate(2, 30)
