@@ -12,9 +12,12 @@ import yaml
 
 from gateway import config
 from gateway.metrics import Metrics
+from training import learner_settings
+from training.learner_metrics import LearnerMetrics
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
+LEARNER = OPERATIONS.split("## The learner")[1].split("\n## ")[0]
 DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "examples/*.md") for path in ROOT.glob(pattern))
 
 
@@ -37,9 +40,9 @@ def settings(kind: Any = config.Config, prefix: str = "") -> Iterator[str]:
 
 def metrics() -> dict[str, set[str]]:
     """Every metric's name, as Prometheus shows it, and its labels."""
-    registry = Metrics("0").registry
     names = {}
-    for metric in list(registry._collector_to_names):
+    registries = [Metrics("0").registry, LearnerMetrics("0").registry]
+    for metric in [metric for registry in registries for metric in registry._collector_to_names]:
         name = metric._name + ("_total" if metric._type == "counter" else "")
         names[name] = set(metric._labelnames)
     return names
@@ -60,6 +63,14 @@ def test_no_setting_is_documented_that_does_not_exist() -> None:
     assert named - set(settings()) == {"pools.NAME"}
 
 
+def test_every_setting_of_the_learner_is_documented_and_no_other() -> None:
+    known = set(settings(learner_settings.LearnerSettings))
+    assert {"shadow.share", "pools.NAME.backends[].url", "refresh.learn.gate.least", "listen.port"} <= known
+    table = LEARNER.split("| Key |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {key for row in rows for key in re.findall(r"`([^`]+)`", row)} == known
+
+
 def test_every_metric_is_documented_with_its_labels() -> None:
     for name, labels in metrics().items():
         found = re.search(rf"`{name}(?:\{{([a-z_,]+)\}})?` \|", OPERATIONS)
@@ -70,7 +81,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_metric_named_exists(path: Path) -> None:
     known = set(metrics())
-    for name in re.findall(r"\bgateway_[a-z_]+[a-z]", path.read_text()):
+    for name in re.findall(r"\b(?:gateway|learner)_[a-z_]+[a-z]\b(?!\.py)", path.read_text()):
         base = re.sub(r"_(bucket|sum|count)$", "", name)
         assert name in known or base in known, name
 
@@ -90,7 +101,13 @@ def test_every_error_code_is_documented() -> None:
     assert sorted(code for code in codes if f"`{code}`" not in table and code != "client_gone") == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_example_of_a_learner_is_taken() -> None:
+    found = learner_settings.load(ROOT / "examples/learner.yaml")
+    assert list(found.pools) == ["small", "large"]
+    assert (found.shadow.share, found.judge.kind) == (0.1, "model")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("gateway*.yaml")), ids=lambda path: path.name)
 def test_example_configs_are_taken(path: Path) -> None:
     raw = yaml.safe_load(path.read_text())
     if "keys_file" in (raw.get("auth") or {}):
@@ -101,5 +118,5 @@ def test_example_configs_are_taken(path: Path) -> None:
 def test_reasons_are_documented() -> None:
     from gateway.routing import Reason
 
-    for reason in set(typing.get_args(Reason)) - {"budget"}:  # per-key shares come later
+    for reason in typing.get_args(Reason):
         assert f"`{reason}`" in OPERATIONS

@@ -31,7 +31,7 @@ from training.follow import State
 from training.learner_metrics import STALE_SECONDS, LearnerMetrics, MetricsServer, Pulse
 from training.refresh_process import RefreshProcess, TrainingFailed
 
-LEARN = {"min_labels": 60, "max_epochs": 8, "folds": 2, "gate": {"least": 20, "resamples": 100}}
+LEARN = {"min_labels": 60, "folds": 2, "gate": {"least": 20, "resamples": 100}}
 SECONDS = 90.0
 
 
