@@ -28,7 +28,7 @@ from estimator.model import ModelConfig, collate, create
 from estimator.text import TextConfig, prepare
 from training.calibrate import calibrate
 from training.data import Row, examples_of, labels, parse_pools, read_table
-from training.evaluate import scores_of
+from training.report import scores_of
 from training.fit import FitConfig, cross_fit, foldings_of, fresh, groups_of
 from training.measure import Array, Measured, apgr, apgr_table, at_thresholds, measure, table
 

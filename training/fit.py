@@ -29,8 +29,9 @@ from estimator.text import POOLINGS, TextConfig
 from estimator.vocabulary import narrowed
 from training.calibrate import calibrate
 from training.data import examples_of, folds_of, key_of, labels, parse_pools, read_tables
-from training.evaluate import fingerprints, finite, report_of
+from training.fitted import fingerprints
 from training.measure import Array, Measured, apgr_table
+from training.report import finite, report_of
 
 HELD_OUT = ("questions", "groups")  # names of foldings_of's foldings
 FEW_EXAMPLES, FEW_GROUPS = 50, 10  # with fewer, fit says that its figures are worth little

@@ -128,15 +128,21 @@ def at_thresholds(
     return rows
 
 
-def calibration_error(predicted: Array, observed: Array, bins: int = 10) -> dict[str, float]:
-    """Brier score and expected calibration error over equally full bins; NaN labels are left out."""
-    seen = ~np.isnan(observed)
-    p, t = predicted[seen], observed[seen]
+def calibration_error(
+    predicted: Array, observed: Array, bins: int = 10, weights: Array | None = None
+) -> dict[str, float]:
+    """Brier score and expected calibration error over equally full bins; NaN labels are left out.
+
+    `weights` (N,): what each label counts for, 0 nothing.
+    """
+    w = np.ones(len(predicted)) if weights is None else weights
+    seen = ~np.isnan(observed) & (w > 0)
+    p, t, w = predicted[seen], observed[seen], w[seen]
     if not len(p):
         return {"brier": float("nan"), "ece": float("nan")}
     parts = np.array_split(np.argsort(p, kind="stable"), min(bins, len(p)))
-    ece = sum(len(part) * abs(float(p[part].mean() - t[part].mean())) for part in parts) / len(p)
-    return {"brier": float(((p - t) ** 2).mean()), "ece": float(ece)}
+    ece = sum(abs(float(w[part] @ (p[part] - t[part]))) for part in parts) / w.sum()
+    return {"brier": float(np.average((p - t) ** 2, weights=w)), "ece": float(ece)}
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:

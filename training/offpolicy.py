@@ -14,7 +14,9 @@ there or not whatever they say, given the pool that served: the probability of h
 share of that pool's records that have one. Users who complain more than they praise break that.
 
 A propensity of 1 says that no other pool had a chance. Where a policy would have taken one, nothing is known of it:
-`unsupported` is the share of such records, and beyond UNSUPPORTED there is no estimate.
+`unsupported` is the share of such records, and beyond UNSUPPORTED there is no estimate. Nor is there one where fewer
+than LEAST effective records are to be expected: what was explored rarely may by luck not have been seen at all, and
+then neither the estimate nor a bootstrap nor the weights that did turn up show it.
 
 Shapes: N records, K pools cheapest first, T policies, C conversations, R resamples.
 """
@@ -30,6 +32,7 @@ Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
 CLIP = 100.0  # the largest 1 / propensity: explore: 0.02 over two pools
 UNSUPPORTED = 0.01  # an estimate can be wrong by no more than the share it knows nothing of
+LEAST = 30.0  # effective records; with fewer an interval covers the truth far less often than it says
 RESAMPLES = 500
 CHUNK = 50  # resamples at once: memory of CHUNK x C
 
@@ -73,6 +76,7 @@ class Estimated:
     shares: Array  # (T, K) of the calls
     share_draws: Array  # (R, T, K)
     effective: Array  # (T,) sample size (sum w)^2 / sum w^2 of the weights that SNIPS used
+    expected: Array  # (T,) the same of the weights that were to be expected, whatever chance has shown
     unsupported: Array  # (T,) share of records whose outcome under the policy no log could show
     clipped: float  # share of the labels whose 1 / propensity was clipped
 
@@ -88,8 +92,8 @@ def subset(logs: Logs, rows: NDArray[np.bool_]) -> Logs:
     )
 
 
-def usable(logs: Logs) -> tuple[Logs, dict[str, int]]:
-    """The records that an estimate can stand on, and how many were left out of it, by reason.
+def usable(logs: Logs) -> tuple[NDArray[np.bool_], dict[str, int]]:
+    """The records (N,) that an estimate can stand on, and how many are left out of it, by reason.
 
     Where some records were logged with explore above 0, those without stay out: theirs was another time, or a turn
     that had to move up. Where none was, all stay, and there is support only where the policy does as was done. Records
@@ -99,14 +103,14 @@ def usable(logs: Logs) -> tuple[Logs, dict[str, int]]:
     keep = np.ones(len(logs.pool), bool)
     chance = (logs.propensity < 1.0) | logs.complete
     if (logs.propensity < 1.0).any() and not chance.all():
-        left_out["no other pool had a chance (explore: 0)"] = int((~chance).sum())
+        left_out["without a chance for another pool (explore: 0)"] = int((~chance).sum())
         keep &= chance
     if not (logs.seen & keep).any():
         unlabelled = keep & ~logs.complete
         if unlabelled.any():
-            left_out["no label"] = int(unlabelled.sum())
+            left_out["without label"] = int(unlabelled.sum())
         keep &= logs.complete
-    return subset(logs, keep), left_out
+    return keep, left_out
 
 
 def label_rates(logs: Logs) -> Array:
@@ -124,9 +128,14 @@ def weights(logs: Logs, clip: float = CLIP) -> Array:
 
 
 def estimate(
-    logs: Logs, policies_NT: Integers, clip: float = CLIP, resamples: int = RESAMPLES, seed: int = 0
+    logs: Logs,
+    policies_NT: Integers,
+    clip: float = CLIP,
+    least: float = LEAST,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Estimated:
-    """Values of policies that send record n to pool `policies_NT[n, t]`."""
+    """Values of policies that send record n to pool `policies_NT[n, t]`; NaN of those with too little to stand on."""
     count, pools = logs.observed.shape
     rows = np.arange(count)[:, None]
     complete, seen = logs.complete[:, None], logs.seen[:, None]
@@ -150,10 +159,12 @@ def estimate(
     ]
     snips, robust, shares = (np.concatenate([part[i] for part in drawn]) for i in range(3))
     point = _values(sums.sum(0, keepdims=True), policies, pools)
-    rates = label_rates(logs)
-    reachable = (policies_NT == logs.pool[:, None]) | (logs.propensity < 1.0)[:, None]
-    unsupported = np.mean(~complete & ~(reachable & (rates[policies_NT] > 0)), 0)
-    lost = unsupported > UNSUPPORTED
+    chances = _chances(logs, policies_NT)
+    unsupported = np.mean(chances == 0, 0)
+    expected = (chances > 0).sum(0) ** 2 / np.maximum(
+        np.divide(1.0, chances, where=chances > 0, out=0 * chances).sum(0), 1
+    )
+    lost = (unsupported > UNSUPPORTED) | (expected < least)
     for values in (snips, robust, point[0], point[1]):
         values[:, lost] = np.nan
     used = weights(logs, clip)[:, None] * (agrees | complete)
@@ -166,9 +177,19 @@ def estimate(
         point[2][0],
         shares,
         effective,
+        expected,
         unsupported,
         float((1.0 / logs.propensity[labelled] > clip).mean()) if labelled.any() else 0.0,
     )
+
+
+def _chances(logs: Logs, policies_NT: Integers) -> Array:
+    """The probability (N, T) with which the outcome under a policy was to be seen. Of three pools or more, those that
+    did not serve share what the one that did leaves, evenly: logs don't tell more.
+    """
+    others = (1.0 - logs.propensity) / max(logs.observed.shape[1] - 1, 1)
+    chosen = np.where(policies_NT == logs.pool[:, None], logs.propensity[:, None], others[:, None])
+    return np.where(logs.complete[:, None], 1.0, chosen * label_rates(logs)[policies_NT])
 
 
 def coin(of_constants: Values, shares: Array, share_draws: Array) -> Values:

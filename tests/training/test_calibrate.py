@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from estimator.calibration import Calibration, Platt, Stage, curve
-from training.calibrate import calibrate, kept, large_share, parse_costs, parse_target, summary, thresholds_of
+from training.calibrate import calibrate, kept
+from training.targets import large_share, parse_costs, parse_target, summary, thresholds_of
 
 POOLS = ("small", "large")
 BEFORE = Stage((Platt(2.0, 0.1), Platt(3.0, 0.2)), (Platt(4.0, 0.3), Platt(5.0, 0.4)))
@@ -71,7 +72,7 @@ def test_a_target_that_is_missed_is_told() -> None:
     calibrated = Calibration(POOLS, {"full": stage, "cheap": stage}, curves)
     targets = [("large-share", 0.5), ("large-share", 0.7), ("quality", 0.5), ("quality", 0.9)]
     said = summary(
-        dataclasses.replace(calibrated, targets=thresholds_of(calibrated, targets, None)), logits, observed
+        dataclasses.replace(calibrated, targets=thresholds_of(calibrated, targets, None)), quality, observed
     ).splitlines()
     assert said[-2:] == [
         "large-share=0.7 is not met under gain: the nearest threshold gives 0.500",

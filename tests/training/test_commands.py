@@ -12,7 +12,8 @@ from estimator.records import Example
 from estimator.runtime import Runtime
 from training.__main__ import main
 from training.data import examples_of, parse_pools, read_tables
-from training.evaluate import fingerprints, fitted_share, markdown
+from training.fitted import fingerprints, fitted_share
+from training.report import markdown
 
 NONE = {"prompts": 0, "with_all_labels": 0}
 POOLS = ["--pools", "small=s", "large=l"]
@@ -227,7 +228,7 @@ def test_a_checkpoint_of_old_does_not_know_what_it_was_fitted_on(places: dict[st
 
 
 def test_many_questions_are_remembered_by_a_sample(monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]) -> None:
-    monkeypatch.setattr("training.evaluate.FINGERPRINTS", 64)
+    monkeypatch.setattr("training.fitted.FINGERPRINTS", 64)
     seen, new = ([Example(f"{name} {i}", {}) for i in range(1000)] for name in ("seen", "new"))
     manifest = dataclasses.replace(
         checkpoint.load_manifest(places["fitted"]), metrics={"fitted_on": fingerprints(seen)}

@@ -16,6 +16,7 @@ from training.offpolicy import (
     estimate,
     interval,
     label_rates,
+    subset,
     usable,
     weights,
 )
@@ -149,12 +150,12 @@ def test_what_is_left_out_and_why() -> None:
         np.arange(500),
     )
     kept, left_out = usable(both)
-    assert len(kept.pool) == 300
-    assert left_out == {"no other pool had a chance (explore: 0)": 200}
+    assert kept.tolist() == [True] * 300 + [False] * 200
+    assert left_out == {"without a chance for another pool (explore: 0)": 200}
     unlabelled, _ = logged(generator, 300, 0.2, rates=(0.0, 0.0), shadowed=0.1)
     kept, left_out = usable(unlabelled)
-    assert kept.complete.all()
-    assert left_out == {"no label": 300 - len(kept.pool)}
+    assert subset(unlabelled, kept).complete.all()
+    assert left_out == {"without label": 300 - kept.sum()}
 
 
 def test_weights_and_effective_size_by_hand() -> None:
@@ -167,11 +168,27 @@ def test_weights_and_effective_size_by_hand() -> None:
     )
     assert label_rates(logs).tolist() == [0.5, 1.0]
     assert weights(logs, clip=50).tolist() == pytest.approx([1 / 0.9 / 0.5, 0, 10, 50, 1])
-    found = estimate(logs, np.ones((5, 1), np.int64), clip=50)
+    found = estimate(logs, np.ones((5, 1), np.int64), clip=50, least=0)
     assert found.snips.point[0] == pytest.approx((10 * 1 + 50 * 0 + 1) / 61)
     assert found.doubly_robust.point[0] == pytest.approx((4 * 0.5 + 1 + 10 * 0.5 - 50 * 0.5) / 5)
     assert found.effective[0] == pytest.approx(61**2 / (100 + 2500 + 1))
     assert found.clipped == pytest.approx(1 / 3)
+
+
+def test_what_was_hardly_explored_is_not_estimated_however_well_the_weights_look() -> None:
+    """No record that the router would have sent to the large pool was seen on the small one, by bad luck."""
+    logs, _ = logged(np.random.default_rng(0), 400, 0.02)
+    done = route(logs.predicted, "gain", 0.85)
+    seen = (logs.pool == done) | (done == 0)
+    unlucky = subset(logs, seen)
+    chosen = np.concatenate([policies(unlucky.predicted), done[seen, None]], 1)
+    found = estimate(unlucky, chosen)
+    assert found.effective[2] > 150
+    assert found.expected[2] < 15
+    for values in (found.snips, found.doubly_robust):
+        assert np.isnan(values.point[2])
+    assert found.expected[4] > 350
+    assert not np.isnan(found.snips.point[4])  # what was done anyway
 
 
 def test_whole_conversations_are_resampled() -> None:

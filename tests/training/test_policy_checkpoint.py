@@ -7,7 +7,7 @@ import pytest
 
 from estimator.runtime import Runtime
 from training.__main__ import main
-from training.evaluate import as_served
+from training.scored import as_served
 
 
 @pytest.fixture
