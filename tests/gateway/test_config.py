@@ -11,7 +11,7 @@ from gateway import config
 
 SHA = config.key_digest("sk-depo-test")
 
-# The example of the README and docs; keys whose feature comes later are refused (see below).
+# The contract's example, whole.
 EXAMPLE = f"""
 version: 1
 listen: {{host: 127.0.0.1, port: 8000}}
@@ -39,7 +39,8 @@ estimator: {{path: builtin, deadline_ms: 50, watch: true}}
 timeouts: {{connect_s: 2, first_token_s: 60, idle_s: 30, total_s: 600, drain_s: 60}}
 retries: {{budget: 0.2, per_second: 10}}
 limits: {{body_bytes: 4194304, header_bytes: 65536, max_queue: 512, queue_timeout_s: 5}}
-auth: {{keys: [{{name: team-a, sha256: "{SHA}"}}]}}
+auth: {{keys: [{{name: team-a, sha256: "{SHA}", requests_per_minute: 600, large_share: 0.5}}]}}
+records: {{url: sqlite:///records.db, prompts: none, retention_days: 30}}
 """
 
 
@@ -78,7 +79,24 @@ def test_the_contracts_example_is_taken(tmp_path: Path) -> None:
     assert (read.routing.rule, read.routing.threshold, read.limits.queue_timeout_s) == ("gain", 0.85, 5.0)
     assert read.pools["small"].accepts == ("text", "tools")
     assert read.auth is not None
-    assert read.auth.keys == (config.Key("team-a", SHA),)
+    assert read.auth.keys == (config.Key("team-a", SHA, 600.0, 0.5),)
+    assert read.records == config.Records(f"sqlite:///{tmp_path}/records.db")
+
+
+@pytest.mark.parametrize("target", [{"large_share": 0.3}, {"quality": 0.98}, {"cost": 0.4}])
+def test_the_contracts_targets_are_taken_instead_of_a_threshold(tmp_path: Path, target: dict[str, float]) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(EXAMPLE.replace("threshold: 0.85", f"target: {target}"))
+    read = config.load(path)
+    assert read.routing.target == config.Target(**target)
+    shown = yaml.safe_load(config.resolved(read))["routing"]
+    assert "threshold" not in shown
+    assert {name: value for name, value in shown["target"].items() if value is not None} == target
+
+
+def test_a_resolved_target_is_a_target() -> None:
+    read = config.parse(tree(routing__target={"large_share": 0.3}, estimator__candidate="/there"))
+    assert config.parse(yaml.safe_load(config.resolved(read))) == read
 
 
 def test_defaults_are_the_examples_values(tmp_path: Path) -> None:
@@ -87,7 +105,7 @@ def test_defaults_are_the_examples_values(tmp_path: Path) -> None:
     full, least = config.load(path), config.parse(tree())
     for section in ("version", "listen", "admin", "routing", "estimator", "timeouts", "retries", "limits"):
         assert getattr(full, section) == getattr(least, section), section
-    assert least.auth is None
+    assert (least.auth, least.records) == (None, None)
 
 
 def test_a_resolved_config_is_a_config_but_for_its_keys(tmp_path: Path) -> None:
@@ -123,15 +141,15 @@ def test_an_unknown_key_names_itself_and_the_nearest(path: str, near: str) -> No
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"routing__target": {"large_share": 0.3}}, "routing.target"),
-        ({"records": {"url": "sqlite:///records.db"}}, "records"),
-        ({"auth__keys": [{"name": "a", "sha256": SHA, "requests_per_minute": 6}]}, "auth.keys[0].requests_per_minute"),
-        ({"auth__keys": [{"name": "a", "sha256": SHA, "large_share": 0.5}]}, "auth.keys[0].large_share"),
+        ({"routing__target": {"small_share": 0.3}}, "routing.target.small_share"),
+        ({"estimator__candidates": ["a", "b"]}, "estimator.candidates"),
+        ({"records": {"urls": ["sqlite:///records.db"]}}, "records.urls"),
+        ({"auth__keys": [{"name": "a", "sha256": SHA, "tokens_per_minute": 6}]}, "auth.keys[0].tokens_per_minute"),
         ({"zzz": 1}, "zzz"),
         ({"pools__small__backends": [{"url": "http://x", "weight": 2}]}, "pools.small.backends[0].weight"),
     ],
 )
-def test_what_does_not_exist_yet_is_unknown(changes: dict[str, Any], key: str) -> None:
+def test_what_does_not_exist_is_unknown(changes: dict[str, Any], key: str) -> None:
     assert f"unknown key '{key}'" in mistake(tree(**changes))
 
 
@@ -201,6 +219,38 @@ def test_what_does_not_exist_yet_is_unknown(changes: dict[str, Any], key: str) -
         ({"auth__keys": [{"name": "a", "sha256": SHA}] * 2}, "auth.keys[1] repeats"),
         ({"auth__keys_file": "nowhere.yaml"}, "can't read nowhere.yaml: No such file"),
         ({"admin__key_sha256": "secret"}, "admin.key_sha256 is not a sha256"),
+        ({"routing__target": {}}, "routing.target takes one of large_share, quality, cost"),
+        ({"routing__target": {"large_share": 0.3, "cost": 0.5}}, "routing.target takes one of large_share, quality"),
+        ({"routing__target": {"large_share": 1.3}}, "routing.target.large_share is 1.3 and must be between 0 and 1"),
+        ({"routing__target": {"quality": "high"}}, "routing.target.quality is the text 'high'; write a number"),
+        ({"routing__target": 0.3}, "routing.target is a number; write a mapping"),
+        (
+            {"routing__target": {"large_share": 0.3}, "routing__threshold": 0.5},
+            "routing has both threshold and target; a target moves the threshold, so write one of them",
+        ),
+        (
+            {"routing__target": {"cost": 0.1}, "pools__small__cost": 1, "pools__large__cost": 5},
+            "routing.target.cost 0.1 can't be met: with everything in pool small it is 0.2",
+        ),
+        (
+            {"routing__target": {"cost": 0.1}, "pools__small__cost": 0, "pools__large__cost": 0},
+            "routing.target.cost needs a cost above 0 for the last pool",
+        ),
+        ({"estimator__candidate": 7}, "estimator.candidate is a whole number; write text"),
+        (
+            {"auth__keys": [{"name": "a", "sha256": SHA, "requests_per_minute": 0}]},
+            "auth.keys[0].requests_per_minute must be above 0 (key 'a')",
+        ),
+        (
+            {"auth__keys": [{"name": "a", "sha256": SHA, "large_share": 1.5}]},
+            "auth.keys[0].large_share (key 'a') is 1.5 and must be between 0 and 1",
+        ),
+        ({"records": {"url": "mysql://there/db"}}, "records.url is no sqlite:///FILE or postgresql://HOST/DATABASE"),
+        ({"records": {"url": "sqlite:///a", "url_env": "B"}}, "records has both url and url_env; write one of them"),
+        ({"records": {"url_env": "NO_SUCH_VARIABLE"}}, "records.url_env: the environment variable 'NO_SUCH_VARIABLE'"),
+        ({"records": {"prompts": "some"}}, "records.prompts is 'some'; write one of none, hash, full"),
+        ({"records": {"prompts": "hash"}}, "records.prompts: hash wants records.hash_key_env"),
+        ({"records": {"retention_days": 0}}, "records.retention_days is 0 and must be above 0"),
     ],
 )
 def test_a_mistake_is_one_clear_sentence(changes: dict[str, Any], words: str) -> None:
@@ -284,6 +334,7 @@ def test_mistakes_in_a_keys_file_name_it(tmp_path: Path, content: str, words: st
 def test_a_relative_checkpoint_lies_beside_the_config(tmp_path: Path) -> None:
     assert config.parse(tree(estimator__path="checkpoints"), tmp_path).estimator.path == str(tmp_path / "checkpoints")
     assert config.parse(tree(estimator__path="/abs"), tmp_path).estimator.path == "/abs"
+    assert config.parse(tree(estimator__candidate="next"), tmp_path).estimator.candidate == str(tmp_path / "next")
     assert config.parse(tree(), tmp_path).estimator.path == "builtin"
 
 

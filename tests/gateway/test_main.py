@@ -88,18 +88,23 @@ def test_check_prints_the_config_without_secrets(
     path = write(
         tmp_path / "gateway.yaml",
         tiny_checkpoint,
-        auth={"keys": [{"name": "team-a", "sha256": digest}]},
+        auth={"keys": [{"name": "team-a", "sha256": digest, "requests_per_minute": 60, "large_share": 0.5}]},
         admin={"key_sha256": admin},
+        routing={"target": {"large_share": 0.3}},
     )
     raw = yaml.safe_load(path.read_text())
     raw["pools"]["small"]["backends"][0]["api_key_env"] = "BACKEND_KEY"
+    raw["estimator"]["candidate"] = str(tiny_checkpoint)
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     status, out, err = called(capsys, "check", str(path))
     assert (status, err) == (0, "")
     shown = yaml.safe_load(out)
     assert shown["pools"]["small"]["backends"][0]["api_key_env"] == "BACKEND_KEY"
     assert shown["timeouts"]["first_token_s"] == 60.0
-    assert shown["auth"]["keys"][0]["name"] == "team-a"
+    key = shown["auth"]["keys"][0]
+    assert (key["name"], key["requests_per_minute"], key["large_share"]) == ("team-a", 60.0, 0.5)
+    assert shown["routing"]["target"]["large_share"] == 0.3
+    assert shown["estimator"]["candidate"] == str(tiny_checkpoint)
     for secret in ("sk-backend-secret", digest, admin):
         assert secret not in out
 
@@ -109,6 +114,7 @@ def test_check_prints_the_config_without_secrets(
     [
         ({"routing": {"threshhold": 1}}, "unknown key 'routing.threshhold'; did you mean 'threshold'?"),
         ({"estimator": {"path": "nowhere"}}, "is no checkpoint"),
+        ({"routing": {"target": {"quality": 0.98}}}, "routing.target.quality can't be kept with the estimator"),
         (
             {"pools": {name: {"model": name, "backends": [{"url": "http://x"}]} for name in ("tiny", "huge")}},
             "scores the pools small, large, the config has tiny, huge",
@@ -125,6 +131,15 @@ def test_check_finds_what_serve_would_refuse(
     assert checked[2].count("\n") == 1
     served = run("serve", "--config", str(path))
     assert (served.returncode, served.stdout, served.stderr) == checked
+
+
+def test_check_loads_the_candidate_too(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = {"path": str(tiny_checkpoint), "candidate": str(tmp_path / "nowhere")}
+    status, out, err = called(capsys, "check", str(write(tmp_path / "gateway.yaml", tiny_checkpoint, estimator=both)))
+    assert (status, out) == (2, "")
+    assert f"{tmp_path / 'nowhere'} is no checkpoint" in err
 
 
 def test_a_new_key_works_in_a_config_and_in_a_keys_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
