@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         kept.clear(out)
         _check_pools(settings, champion(base, out), args.cold)
         store = Store(learner_settings.database(settings.records))
-        process = RefreshProcess(settings, base, out, args.cold, out / kept.TEMPORARY)
+        process = RefreshProcess(settings, base, out, args.cold)
         learner = Learner(settings, base, out, store, process, metrics, pulse)
         with MetricsServer(settings.listen.host, settings.listen.port, metrics, pulse) as server:
             log.info("metrics and livez on http://%s:%d", settings.listen.host, server.port)

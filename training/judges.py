@@ -25,6 +25,7 @@ from training.learner_metrics import LearnerMetrics
 from training.learner_settings import JudgeConfig
 from training.pool_client import AskFailed, PoolClient, together
 from training.rewards import Grader, exact
+from training.verify import RewardError
 
 TRIES = 3
 FIRST_WAIT_SECONDS = 0.5  # doubled each time
@@ -97,7 +98,10 @@ async def by_math(grader: Grader, record: Record, answers: Mapping[str, str]) ->
     if record.reference is None:
         return {}
     pairs = [(text, record.reference) for text in answers.values()]
-    rewards = await asyncio.to_thread(grader.grade, pairs)
+    try:
+        rewards = await asyncio.to_thread(grader.grade, pairs)
+    except RewardError as error:  # no worker starts: out of memory, or of processes
+        raise AskFailed(str(error)) from None
     return {pool: reward for pool, reward in zip(answers, rewards, strict=True) if reward is not None}
 
 

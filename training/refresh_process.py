@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from estimator import settings as tree
+from training import kept
 from training.learner_settings import LearnerSettings
 
 LONGEST_SECONDS = 6 * 3600.0  # of one training; then it hangs
@@ -37,13 +38,12 @@ class Trained:
 class RefreshProcess:
     """One process for all refreshes, started when first asked; after its death, or a kill, another.
 
-    Args:
-        temporary: a directory for what libraries put aside; with it a read-only root is no harm.
+    Whoever has one holds `out` alone: what an earlier process left half-written there is removed.
     """
 
-    def __init__(self, settings: LearnerSettings, base: Path, out: Path, cold: bool, temporary: Path) -> None:
+    def __init__(self, settings: LearnerSettings, base: Path, out: Path, cold: bool) -> None:
         wish = {"settings": tree.plain(settings), "base": str(base), "out": str(out), "cold": cold}
-        self._wish, self._temporary = json.dumps(wish).encode() + b"\n", temporary
+        self._wish, self._out = json.dumps(wish).encode() + b"\n", out
         self._process: asyncio.subprocess.Process | None = None
 
     async def refresh(self) -> Trained:
@@ -86,7 +86,9 @@ class RefreshProcess:
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
-            self._temporary.mkdir(parents=True, exist_ok=True)
+            kept.clear(self._out)
+            temporary = self._out / kept.TEMPORARY  # what libraries put aside goes there: the root may be read-only
+            temporary.mkdir(parents=True)
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-c",
@@ -94,7 +96,7 @@ class RefreshProcess:
                 stdin=asyncio.subprocess.PIPE,  # the database's password goes in there, not onto the command line
                 stdout=asyncio.subprocess.PIPE,
                 limit=LINE_BYTES,
-                env={**os.environ, "TMPDIR": str(self._temporary)},
+                env={**os.environ, "TMPDIR": str(temporary)},
             )
             assert self._process.stdin is not None
             self._process.stdin.write(self._wish)

@@ -46,10 +46,9 @@ def once(settings: LearnerSettings, base: Path, out: Path, cold: bool, cache: Em
             labelled = store.labelled(settings.refresh.learn.newest)
         finally:
             store.close()
-        champion = checkpoint.resolve(out) if (out / "current").exists() else checkpoint.resolve(base)
-        outcome = refresh(
-            labelled, champion, out, settings.refresh.learn, reference_rows(settings, champion), cache, cold
-        )
+        served = checkpoint.resolve(out if (out / "current").exists() else base)
+        reference = reference_rows(settings, served)
+        outcome = refresh(labelled, base, out, settings.refresh.learn, reference, cache, cold)
     except StoreError as error:
         return {"failed": "records", "words": str(error)}
     except ValueError as error:
