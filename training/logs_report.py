@@ -59,14 +59,16 @@ def report_of(
         methods: dict[str, Any] = {}
         thresholds = _thresholds(quality_NK, rule)
         if len(rows):
-            found = _estimate(logs, rule, thresholds, length[rows], clip)
+            policies = _policies(logs, rule, thresholds, length[rows])
+            found = offpolicy.estimate(logs, policies, clip)
             report["clipped"] = found.clipped
             parts = found.doubly_robust, found.snips
             for name, values in zip(("doubly_robust", "snips"), parts, strict=True):
-                methods[name] = _rows(found, values, thresholds, logs, rule, traffic.tokens[rows], costs)
+                methods[name] = _rows(found, values, thresholds, policies, traffic.tokens[rows], costs)
         if complete.any():
-            found = _estimate(known, rule, thresholds, length[complete], clip)
-            methods["direct"] = _rows(found, found.snips, thresholds, known, rule, traffic.tokens[complete], costs)
+            policies = _policies(known, rule, thresholds, length[complete])
+            found = offpolicy.estimate(known, policies, least=0)
+            methods["direct"] = _rows(found, found.snips, thresholds, policies, traffic.tokens[complete], costs)
         report["rules"][rule] = methods
     return report
 
@@ -78,25 +80,20 @@ def _thresholds(quality_NK: Array, rule: str) -> Array:
     return np.unique(np.round(np.concatenate([[0.0, 1.0], THRESHOLDS, levels]), 4).clip(0.0, 1.0))
 
 
-def _routes(logs: Logs, rule: str, thresholds: Array) -> Integers:
-    return np.stack([route(logs.predicted, rule, float(threshold)) for threshold in thresholds], 1)
-
-
-def _estimate(logs: Logs, rule: str, thresholds: Array, length: Array, clip: float) -> Estimated:
-    """Policies: the rule at each threshold, prompt length at the same shares, then each pool for everything."""
+def _policies(logs: Logs, rule: str, thresholds: Array, length: Array) -> Integers:
+    """(N, 2 T + K): the rule at each threshold, prompt length at the same shares, then each pool for everything."""
     count, pools = logs.observed.shape
-    routes = _routes(logs, rule, thresholds)
+    routes = np.stack([route(logs.predicted, rule, float(threshold)) for threshold in thresholds], 1)
     shares = np.stack([(routes == k).mean(0) for k in range(pools)], 1)
     constants = np.tile(np.arange(pools), (count, 1))
-    return offpolicy.estimate(logs, np.concatenate([routes, offpolicy.by_length(length, shares), constants], 1), clip)
+    return np.concatenate([routes, offpolicy.by_length(length, shares), constants], 1)
 
 
 def _rows(
     found: Estimated,
     values: Values,
     thresholds: Array,
-    logs: Logs,
-    rule: str,
+    policies: Integers,
     tokens: Array,
     costs: tuple[float, ...] | None,
 ) -> list[dict[str, Any]]:
@@ -115,13 +112,15 @@ def _rows(
         "against_length": offpolicy.difference(routed, by_length),
     }
     shown = {name: (column.point, *offpolicy.interval(column)) for name, column in columns.items()}
-    routes = _routes(logs, rule, thresholds)
     rows: list[dict[str, Any]] = []
     for t, threshold in enumerate(thresholds):
         row: dict[str, Any] = {"threshold": float(threshold), "large_share": float(found.shares[t, -1])}
         if costs is not None:
-            spent = np.asarray(costs)[routes[:, t]] @ tokens
-            row["cost"] = float(spent / (costs[-1] * tokens.sum()))
+            of = np.asarray(costs) / costs[-1]
+            row["cost"], row["length_cost"] = (
+                float(of[policies[:, i]] @ tokens / tokens.sum()) for i in (t, count + t)
+            )
+            row["coin_cost"] = float(found.shares[t] @ of)
         for name, (point, low, high) in shown.items():
             row[name] = {"value": float(point[t]), "low": float(low[t]), "high": float(high[t])}
         row |= {name: float(getattr(found, name)[t]) for name in ("effective", "expected", "unsupported")}
@@ -214,32 +213,28 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=120)
-    axis = "large_share"
+    costed = False
     for rule, color in zip(RULES, ("C0", "C1"), strict=True):
-        methods = report["rules"][rule]
-        for name in ("direct", *(("doubly_robust",) if report["weighted"] > 0 else ())):
-            rows = methods.get(name, [])
-            if not rows:
+        for name, style in (("doubly_robust", ".-"), ("direct", ".--")):
+            rows = report["rules"][rule].get(name, [])
+            if not any(map(_told, rows)):
                 continue
-            axis = "cost" if "cost" in rows[0] else axis
-            x = [row[axis] for row in rows]
-            dotted = "--" if name == "direct" and "doubly_robust" in methods else "-"
-            axes.plot(
-                x, [row["quality"]["value"] for row in rows], dotted, color=color, label=f"{rule}, {METHODS[name]}"
-            )
-            if dotted == "-":
+            costed = "cost" in rows[0]
+            x = [row["cost" if costed else "large_share"] for row in rows]
+            line = f"{rule}, {METHODS[name]}"
+            axes.plot(x, [row["quality"]["value"] for row in rows], style, color=color, label=line, linewidth=1.4)
+            if name == "doubly_robust":
                 low, high = ([row["quality"][end] for row in rows] for end in ("low", "high"))
                 axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    first = next((name for name in METHODS if name in report["rules"][RULES[0]]), None)
-    if first is not None:
-        rows = report["rules"][RULES[0]][first]
-        for name, label, style in (("coin", "random", "--"), ("length", "prompt length", ":")):
-            x = [row[axis] for row in rows]
-            axes.plot(x, [row[name]["value"] for row in rows], style, color="0.5", label=label)
+    methods = report["rules"]["difficulty"]  # its thresholds reach every share
+    rows = max(methods.values(), key=lambda rows: sum(not np.isnan(row["coin"]["value"]) for row in rows), default=[])
+    for name, line, style in (("coin", "random", "--"), ("length", "prompt length", ":")):
+        if not all(np.isnan(row[name]["value"]) for row in rows):
+            x = [row[f"{name}_cost" if costed else "large_share"] for row in rows]
+            axes.plot(x, [row[name]["value"] for row in rows], style, color="0.5", label=line)
+    if axes.lines:
         axes.legend(loc="lower right", fontsize=8)
-    label = (
-        "share of calls to the large pool" if axis == "large_share" else "cost, of sending everything to the large pool"
-    )
+    label = "cost, of sending everything to the large pool" if costed else "share of calls to the large pool"
     axes.set(xlabel=label, ylabel="mean quality", xlim=(0, 1))
     axes.grid(alpha=0.3)
     figure.tight_layout()
