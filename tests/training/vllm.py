@@ -50,6 +50,8 @@ def vllm(reply: Reply) -> Iterator[Served]:
             self.wfile.write(content)
 
         def do_GET(self) -> None:
+            if self.path == "/health":
+                return self.send(200, b"")
             count = served.waiting
             if self.path != "/metrics" or count is None:
                 return self.send(404, b"")
