@@ -36,6 +36,7 @@ WHOLE = -1  # train_layers: the whole encoder, its embeddings too
 class LearnerConfig:
     learning_rate: float = 0.15  # of linear deep heads
     wide_learning_rate: float = 0.4
+    weight_decay: float = 0.0  # of wide part and linear heads; what learns for long needs some
     trunk_learning_rate: float = 2e-4
     encoder_learning_rate: float = 3e-5
     train_layers: int = 0  # of the encoder's layers kept, the last so many are trained; 0: frozen; -1: WHOLE
@@ -48,7 +49,7 @@ class LearnerConfig:
     gain_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("ranking_weight", "gain_weight", "distillation_weight", "trunk_learning_rate"):
+        for name in ("ranking_weight", "gain_weight", "distillation_weight", "trunk_learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not WHOLE <= self.train_layers < float("inf"):
@@ -318,7 +319,7 @@ def optimizers_of(model: Estimator, config: LearnerConfig) -> list[torch.optim.O
         adam.append({"params": list(model.trunk.parameters()), "lr": config.trunk_learning_rate})
     optimizers: list[torch.optim.Optimizer] = []
     if sgd:
-        optimizers.append(torch.optim.SGD(sgd, momentum=0.9, nesterov=True))
+        optimizers.append(torch.optim.SGD(sgd, momentum=0.9, nesterov=True, weight_decay=config.weight_decay))
     if adam:
         optimizers.append(torch.optim.AdamW(adam, weight_decay=0.01))
     return optimizers

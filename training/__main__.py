@@ -15,6 +15,7 @@ from typing import NoReturn
 COMMANDS = {
     "collect": ("training.collect", "make an outcome table from your own servers"),
     "fit": ("training.fit", "fit an estimator to outcome tables"),
+    "refresh": ("training.refresh_command", "learn from served traffic, publish what is better; --follow stays"),
     "calibrate": ("training.calibrate", "set probabilities and thresholds for targets, as a new checkpoint"),
     "rl": ("training.rl", "train a policy by GRPO, DAPO or DEPO; its estimator routes"),
     "evaluate": ("training.evaluate", "measure a checkpoint's routing against random and prompt length"),
@@ -23,6 +24,7 @@ COMMANDS = {
 NEEDS = {
     "fit": ("torch", "transformers", "onnx", "onnxscript"),
     "evaluate": ("matplotlib",),
+    "refresh": ("torch", "transformers", "onnx", "onnxscript"),
     "rl": ("torch", "transformers", "trl", "accelerate", "datasets", "onnx", "onnxscript"),
 }
 RAW = ("rl",)  # commands that read what follows themselves: run(args) finds it in args.rest

@@ -1,0 +1,356 @@
+"""`depo-train refresh`: continue training from served traffic; publish only what is shown to do no harm.
+
+Labelled records become examples (traffic.py). Starts are cross-fitted, near-same prompts together: a checkpoint's own
+weights, and fresh heads on its encoder. Keys that contradict what the other labels predict are left out, and it is
+fitted anew. The better start is fitted on everything and calibrated on the newest held-out predictions. The gate
+(gate.py) compares it with the champion; then it is published, or refused with the reasons.
+
+A checkpoint that was fitted on an example predicts it better than it will predict others. So whatever is compared or
+calibrated is so on examples that are new to both sides, and a start continues only from a checkpoint to which at least
+half of the examples are new: the champion at first and where it knows what is forgotten since, else the base.
+
+Shapes: N examples, K pools cheapest first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from estimator import checkpoint, export, standing
+from estimator.calibration import Calibration, apply
+from estimator.checkpoint import Manifest
+from estimator.learner import Item, Learner
+from estimator.records import SCORED, Labelled
+from estimator.standing import Standing
+from training.calibrate import calibrate
+from training.champion import Standpoint, carried_targets, honest, models_of, predicted_by, standpoint_of
+from training.data import Pools, Row, examples_of, folds_of, key_of, labels
+from training.embeddings import EmbeddingCache
+from training.fitted import fingerprints
+from training.gate import Judged, Verdict, judge, standing_of
+from training.lying import lying_keys
+from training.measure import Array
+from training.refresh_config import NO_TEXT, REFUSALS, RefreshConfig
+from training.report import finite
+from training.starts import (
+    CrossFit,
+    Start,
+    calibrated,
+    cross_calibrated,
+    cross_fit,
+    finish,
+    fresh_heads,
+    learner_config,
+)
+from training.traffic import Traffic, examples_of_traffic
+
+NEW_ENOUGH = 0.5  # of the examples must be new to a checkpoint that a start continues from
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one refresh."""
+
+    published: Manifest | None
+    verdict: Verdict
+    labels: int  # examples learned from
+    standing: Standing | None  # of the checkpoint that is served now
+    notes: tuple[str, ...] = ()  # what was not believed, or could not be carried over
+    place: Path | None = None  # the new checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The better start, and all that is known of the examples."""
+
+    traffic: Traffic
+    observed: Array  # (N, K) quality, NaN: no label
+    weights: Array  # (N,)
+    folds: NDArray[np.int64]  # (N,)
+    items: list[Item]  # as the better start reads the examples
+    best: CrossFit
+    fair: NDArray[np.bool_]  # (N,) examples that the better start was not fitted on before
+
+
+def refresh(
+    labelled: Sequence[Labelled],
+    base: Path,
+    out: Path,
+    config: RefreshConfig,
+    reference: Sequence[Row] = (),
+    cache: EmbeddingCache | None = None,
+    cold: bool = False,
+    publish: bool = True,
+) -> Outcome:
+    """Learn from labelled records, and publish into `out` or refuse.
+
+    The champion is what `out/current` names, else `base`. Writes a checkpoint `refresh-...`, `current` and
+    standing.json; of a refusal a line in refusals.jsonl.
+
+    Args:
+        base: a checkpoint, a directory with `current`, or "builtin", whose two pools stand for the traffic's in order.
+        reference: rows of an outcome table, by pool name, on which no candidate may route worse.
+        cold: without `out/current` there is no champion: fresh heads on the base's encoder, whatever pools that scores.
+        publish: let `current` name the new checkpoint; else it is only written.
+
+    Raises:
+        ValueError: records without text, or of other pools than the champion's; a directory that can't be written.
+    """
+    checkpoint.ensure_free(out / f"refresh-{secrets.token_hex(4)}")
+    if labelled and all(item.record.asked is None for item in labelled):
+        raise ValueError(NO_TEXT)
+    labelled = sorted(labelled, key=lambda item: (item.record.time, item.record.seq))[-config.newest :]
+    at = standpoint_of(base, out, cold, labelled)
+    cache = EmbeddingCache() if cache is None else cache
+    with one_thread():
+        learned, notes = learn(labelled, at, config, cache)
+        if isinstance(learned, str):
+            return refused(out, at, Verdict(False, (learned,), {}), 0, None, notes)
+        share = large_share(labelled, at.pools)
+        return decided(learned, at, out, config, reference, cache, share, notes, publish)
+
+
+def learn(
+    labelled: Sequence[Labelled], at: Standpoint, config: RefreshConfig, cache: EmbeddingCache
+) -> tuple[Learned | str, tuple[str, ...]]:
+    """(the better start, cross-fitted without lying keys, or why there is none; notes)."""
+    learned, notes = learn_from(labelled, at, config, cache, {})
+    if isinstance(learned, str):
+        return learned, notes
+    predicted = calibrated(learned.best.held.full, learned.observed, learned.weights)
+    lying, remark = lying_keys(learned.traffic.told, predicted, config.traffic.lying)
+    said = [
+        f"the word of key {key!r} contradicts what the other labels predict (z = {z:.1f}); it is left out"
+        for key, z in sorted(lying.items())
+    ]
+    if lying:
+        learned, notes = learn_from(labelled, at, config, cache, lying)
+    return learned, (*notes, *said, *([remark] if remark else []))
+
+
+def learn_from(
+    labelled: Sequence[Labelled],
+    at: Standpoint,
+    config: RefreshConfig,
+    cache: EmbeddingCache,
+    distrusted: Mapping[str, float],
+) -> tuple[Learned | str, tuple[str, ...]]:
+    """Cross-fit every start on what is believed of the records."""
+    traffic = examples_of_traffic(labelled, at.pools, at.base.estimator.config.text, config.traffic, distrusted)
+    count, groups = len(traffic.examples), len(set(traffic.near.tolist()))
+    if count < config.min_labels:
+        return f"{count} labelled prompts are fewer than min_labels, {config.min_labels}", traffic.notes
+    if groups < 2:
+        return "all labelled prompts are near-same", traffic.notes
+    folds = folds_of([str(number) for number in traffic.near], min(config.folds, groups), config.seed)
+    starts, fair = starts_of(at, traffic, config)
+    fits = []
+    for start in starts:
+        items = items_of(start, traffic, config, cache)
+        fits.append((cross_fit(start, items, folds, fair, config), items))
+    best, items = min(fits, key=lambda fit: fit[0].loss)
+    if not np.isfinite(best.loss):
+        return "learning diverged; lower learning_rate and wide_learning_rate", traffic.notes
+    observed, _ = labels(traffic.examples, at.pools)
+    weights = np.array([example.weight for example in traffic.examples])
+    clean = np.ones(count, bool) if best.start.fresh else fair
+    return Learned(traffic, observed, weights, folds, items, best, clean), traffic.notes
+
+
+def starts_of(at: Standpoint, traffic: Traffic, config: RefreshConfig) -> tuple[list[Start], NDArray[np.bool_]]:
+    """(fresh heads and, where one may be continued, a checkpoint; the examples (N,) that are new to all of them)."""
+    heads = fresh_heads(at.base.estimator, at.pools, config.seed)
+    fresh = Start("fresh", heads, at.base.tokenizer, True)
+    for known in (at.champion, None if at.cold else at.base):
+        if known is None or known.estimator.config.pools != at.pools:
+            continue
+        fair = honest(known, traffic)
+        if known.estimator.config.text == at.base.estimator.config.text and fair.mean() >= NEW_ENOUGH:
+            return [known.start, fresh], fair
+    return [fresh], np.ones(len(traffic.examples), bool)
+
+
+def items_of(start: Start, traffic: Traffic, config: RefreshConfig, cache: EmbeddingCache) -> list[Item]:
+    """The examples as a start reads them."""
+    return cache.items(start.learner(learner_config(config)), traffic.examples)
+
+
+def decided(
+    learned: Learned,
+    at: Standpoint,
+    out: Path,
+    config: RefreshConfig,
+    reference: Sequence[Row],
+    cache: EmbeddingCache,
+    share: float,
+    notes: tuple[str, ...],
+    publish: bool,
+) -> Outcome:
+    """The final model, its calibration and the verdict; written and published, or refused."""
+    traffic, best = learned.traffic, learned.best
+    count = len(traffic.examples)
+    newest = np.zeros(count, bool)
+    newest[-max(config.held_out_least, round(config.held_out * count)) :] = True
+    newest &= learned.fair
+    calibration, quality = calibrated_on(newest, learned, at)
+    served, new = None, np.ones(count, bool)
+    if at.champion is not None:
+        served = predicted_by(at.champion, items_of(at.champion.start, traffic, config, cache))
+        new = honest(at.champion, traffic)
+    learner = finish(best, learned.items, config)
+    verdict = judge(
+        judged(newest, new, quality, served, learned, config),
+        on_reference(reference, learner, calibration, at, traffic, config, cache),
+        config.gate,
+        config.seed,
+    )
+    figures = {"start": best.start.name, "epochs": best.epochs, "held_out_loss": best.loss, "new": int(new.sum())}
+    verdict = dataclasses.replace(verdict, figures=finite({**verdict.figures, **figures}))
+    if not verdict.publish:
+        now = None
+        if at.champion is not None and served is not None:
+            rows = np.flatnonzero(new & (learned.weights > 0))
+            version = at.champion.manifest.version
+            now = standing_of(version, time.time(), served[rows], learned.observed[rows], None, share)
+        return refused(out, at, verdict, count, now, notes)
+    targets, lost = carried_targets(calibration, at.champion)
+    calibration = dataclasses.replace(calibration, targets=targets)
+    place = out / f"refresh-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    metrics = {
+        "models": models_of(at.champion, at.pools),
+        "labels": count,
+        "trained_to": traffic.trained_to,
+        "verdict": verdict.figures,
+        "notes": [*notes, *lost],
+        "fitted_on": fingerprints(traffic.examples),
+    }
+    with learner.averaged() as estimator:
+        manifest = export.write(place, estimator, best.start.tokenizer, calibration, metrics, parent=at.parent)
+    rows = np.flatnonzero(newest)
+    now = standing_of(manifest.version, time.time(), quality[rows], learned.observed[rows], learned.folds[rows], share)
+    if publish:
+        checkpoint.publish(place)
+        if now is not None:
+            standing.write(out, now)
+    return Outcome(manifest, verdict, count, now, (*notes, *lost), place)
+
+
+def calibrated_on(rows: NDArray[np.bool_], learned: Learned, at: Standpoint) -> tuple[Calibration, Array]:
+    """(the candidate's calibration, of the held-out predictions of `rows` (N,); its qualities (N, K), of a calibration
+    that left out their fold; NaN elsewhere).
+    """
+    held = learned.best.held
+    known = next((known for known in (at.champion, at.base) if known and known.name == learned.best.start.name), None)
+    _, tokens = labels(learned.traffic.examples, at.pools)
+    full, cheap, observed, weights = held.full[rows], held.cheap[rows], learned.observed[rows], learned.weights[rows]
+    before = None if known is None else known.calibration
+    calibration = calibrate(full, cheap, observed, tokens[rows], weights, at.pools, before)
+    quality = np.full(learned.observed.shape, np.nan)
+    quality[rows] = cross_calibrated(full, observed, weights, learned.folds[rows])
+    return calibration, quality
+
+
+def judged(
+    newest: NDArray[np.bool_],
+    new: NDArray[np.bool_],
+    quality: Array,
+    served: Array | None,
+    learned: Learned,
+    config: RefreshConfig,
+) -> Judged:
+    """The newest held-out prompts for the gate; those that the champion was fitted on only where others are too few.
+
+    On those it looks better than it is, so that refusals come too easily, never too hard.
+    """
+    rows = np.flatnonzero(newest & new)
+    rows = rows if len(rows) >= config.gate.least else np.flatnonzero(newest)
+    inverse = learned.traffic.inverse[rows]
+    return Judged(
+        learned.traffic.pools,
+        quality[rows],
+        None if served is None else served[rows],
+        learned.observed[rows],
+        learned.weights[rows] / inverse,
+        learned.traffic.served[rows],
+        inverse,
+        learned.folds[rows],
+    )
+
+
+def on_reference(
+    rows: Sequence[Row],
+    learner: Learner,
+    calibration: Calibration,
+    at: Standpoint,
+    traffic: Traffic,
+    config: RefreshConfig,
+    cache: EmbeddingCache,
+) -> Judged | None:
+    """The reference set for the gate, without questions that the candidate was fitted on; None if too few remain."""
+    if not rows:
+        return None
+    asked = {key_of(example.prompt) for example in traffic.examples}
+    examples = examples_of(rows, Pools(at.pools, tuple((pool,) for pool in at.pools)))
+    examples = [example for example in examples if key_of(example.prompt) not in asked]
+    observed, _ = labels(examples, at.pools)
+    if (~np.isnan(observed).any(1)).sum() < config.gate.least:
+        return None
+    quality, _ = apply(calibration.stages["full"], learner.predict(cache.items(learner, examples))[0])
+    served = None
+    if at.champion is not None:
+        reader = at.champion.start.learner(learner_config(config))
+        served = predicted_by(at.champion, cache.items(reader, examples))
+    ones = np.ones(len(examples))
+    return Judged(at.pools, quality, served, observed, ones, np.full(len(examples), -1), ones)
+
+
+def large_share(labelled: Sequence[Labelled], pools: tuple[str, ...]) -> float:
+    """The last pool's share of the requests that scores or chance routed; without any, a half."""
+    routed = [item.record.pool for item in labelled if item.record.reason in SCORED]
+    return sum(pool == pools[-1] for pool in routed) / len(routed) if routed else 0.5
+
+
+def refused(
+    out: Path, at: Standpoint, verdict: Verdict, count: int, now: Standing | None, notes: tuple[str, ...]
+) -> Outcome:
+    """A refusal on record, and how what is served still stands."""
+    out.mkdir(parents=True, exist_ok=True)
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "champion": at.parent,
+        "labels": count,
+        "reasons": verdict.reasons,
+        "figures": verdict.figures,
+        "notes": notes,
+    }
+    with open(out / REFUSALS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(line)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if now is not None:
+        standing.write(out, now)
+    return Outcome(None, verdict, count, now, notes)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Steps on known embeddings are too small to share: threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
