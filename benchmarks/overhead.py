@@ -224,10 +224,14 @@ def gateway(backend_port: int, options: argparse.Namespace) -> Iterator[tuple[in
         },
         "estimator": {"path": options.estimator, "deadline_ms": options.deadline_ms},
     }
+    if options.records != "off":
+        config["records"] = {"prompts": options.records, "hash_key_env": "OVERHEAD_HASH_KEY"}  # beside the config
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "gateway.yaml"
         place.write_text(yaml.safe_dump(config, sort_keys=False))
-        with process("-m", "gateway", "serve", "--config", str(place), stderr=subprocess.PIPE) as started:
+        environment = {**os.environ, "OVERHEAD_HASH_KEY": "a-key"}
+        command = ("-m", "gateway", "serve", "--config", str(place))
+        with process(*command, stderr=subprocess.PIPE, env=environment) as started:
             assert started.stderr is not None
             said = ""
             for line in started.stderr:
@@ -297,7 +301,7 @@ def report(samples: dict[Cell, list[Sample]], scored: dict[str, float], options:
     lines += [
         "",
         f"Medians over {options.rounds} rounds of {options.seconds:g} s a cell. Estimator {options.estimator}, "
-        f"deadline {options.deadline_ms:g} ms; prompts scored: {shares}.",
+        f"deadline {options.deadline_ms:g} ms, records {options.records}; prompts scored: {shares}.",
         f"Machine: {cpu()}, {len(os.sched_getaffinity(0))} cores for backend, gateway and clients together; "
         f"load average {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}.",
     ]
@@ -324,6 +328,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.5, help="of each cell in each round")
     parser.add_argument("--estimator", default="builtin", help="a checkpoint's directory (default: the shipped one)")
     parser.add_argument("--deadline-ms", type=float, default=50.0)
+    parser.add_argument(
+        "--records", choices=("off", "none", "hash", "full"), default="off", help="records to SQLite, with such prompts"
+    )
     parser.add_argument("--out", type=Path, help="writes the table there as well")
     parser.add_argument("--backend", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -25,7 +25,7 @@ from gateway.notes import Answer, Notes, record_of
 QUEUE_RECORDS = 10_000
 QUEUE_BYTES = 64 << 20  # of bodies and answers that wait, as they came over the wire
 BATCH_SECONDS = 0.05
-BATCH_RECORDS = 500  # a transaction
+BATCH_RECORDS = 200  # a transaction
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.25, 5.0
 FEEDBACK_SECONDS = 5.0
 FLUSH_SECONDS = 5.0
@@ -180,6 +180,7 @@ class Recorder:
                 self._asked.append(item)
             elif item is not None:
                 self._take(item)
+                time.sleep(0)  # lets the event loop have the interpreter, which else waits 5 ms for it
 
     def _take(self, notes: Notes) -> None:
         size = notes.size
