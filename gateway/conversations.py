@@ -126,7 +126,10 @@ def _extend(digest: "hashlib.blake2b", message: dict[str, Any]) -> None:
     if role == "assistant":
         digest.update(_head(_squeezed(text_of_content(message.get("content"))), _call_ids(message)))
     elif role not in ("system", "developer"):
-        digest.update(orjson.dumps([role, message.get("content"), message.get("tool_call_id")]))
+        try:
+            digest.update(orjson.dumps([role, message.get("content"), message.get("tool_call_id")]))
+        except orjson.JSONEncodeError:  # orjson reads 1,024 levels and writes 254: no turn of anybody's
+            digest.update(b"\0")
 
 
 def _head(text: str, calls: str) -> bytes:

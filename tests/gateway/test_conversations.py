@@ -241,3 +241,11 @@ async def test_a_known_conversation_is_not_explored(start: StartGateway) -> None
         for _ in range(8):
             assert await turn(gateway, turns, "thanks", **EASY) == ("small", "sticky")
         assert (await turn(gateway, [], "sum", **EASY))[1] == "explore"
+
+
+def test_turns_too_deep_to_be_told_apart_are_served_all_the_same() -> None:
+    deep: Any = "x"
+    for _ in range(500):
+        deep = [deep]
+    turns = [user(deep), assistant("yes"), user("and now?")]
+    assert remembering(turns[:2], "large").find("k", turns, now=1.0) == "large"
