@@ -48,6 +48,7 @@ def create_public(gateway: Gateway) -> FastAPI:
     async def route(request: Request) -> Response:
         live, headers = gateway.live, dict(request.headers.raw)
         key = app.authenticate(live, headers)
+        gateway.control.admit(key)
         body = await app.read_body(request.receive, headers, live.config)
         query = protocol.parse("completions", body)
         if "messages" in query.fields:

@@ -226,15 +226,18 @@ async def test_calls_that_come_together_share_one_budget(start: StartGateway) ->
         assert 10 <= len(large.seen) <= 0.1 * 50 + BURST
 
 
-async def test_the_decision_alone_costs_nothing(start: StartGateway) -> None:
-    limits = auth(bounded={"large_share": 0.0, "requests_per_minute": 1})
+async def test_the_decision_alone_costs_no_share_but_is_a_request(start: StartGateway) -> None:
+    limits = auth(bounded={"large_share": 0.05, "requests_per_minute": 20})
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large], auth=limits) as gateway:
         body = {"messages": [{"role": "user", "content": "prove the hard theorem"}], "model": "auto"}
-        for _ in range(5):
+        for _ in range(15):
             headers = {"authorization": f"Bearer {KEYS['bounded']}"}
             answer = await gateway.session.post(f"{gateway.url}/v1/route", json=body, headers=headers)
             assert (await answer.json())["pool"] == "large"
-        assert (await ask(gateway, "bounded")).headers["x-depo-reason"] == "budget"
+        assert [(await ask(gateway, "bounded")).status for _ in range(6)] == [200] * 5 + [429]
+        assert len(large.seen) == 5
+        answer = await gateway.session.post(f"{gateway.url}/v1/route", json=body, headers=headers)
+        assert answer.status == 429
 
 
 async def test_a_reload_leaves_what_was_used(tiny_checkpoint: Path, tmp_path: Path) -> None:

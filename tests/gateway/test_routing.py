@@ -154,6 +154,19 @@ def test_overload_tosses_a_coin_at_the_usual_shares() -> None:
         assert decision.propensity == pytest.approx(shares[expected])
 
 
+def test_by_share_the_scores_are_only_shown() -> None:
+    shares, sure = quality(0.5, 0.2, 0.3), quality(1.0, 1.0, 1.0)
+    for draw, expected in [(0.0, "small"), (0.51, "middle"), (0.71, "large"), (BELOW_ONE, "large")]:
+        decision = routing.by_share(sure, ALL, shares, 0.85, "v", draw)
+        assert (decision.pool, decision.reason, decision.confidence) == (expected, "explore", 1.0)
+        assert (decision.threshold, decision.estimator) == (0.85, "v")
+        assert decision.propensity == pytest.approx(shares[expected])
+    two = Eligible(("middle", "large"), "context")
+    assert routing.by_share(sure, two, shares, 0.85, "v", 0.39).propensity == pytest.approx(0.4)
+    alone = routing.by_share(sure, Eligible(("large",), "context"), shares, 0.85, "v", 0.5)
+    assert (alone.pool, alone.reason, alone.propensity) == ("large", "context", 1.0)  # no coin was tossed
+
+
 def test_overload_among_fewer_pools_keeps_their_proportions() -> None:
     two = Eligible(("middle", "large"), "context")
     decision = routing.without_scores(two, "small", quality(0.5, 0.2, 0.3), 0.85, 0.39)  # the named one can't serve
@@ -177,6 +190,7 @@ def decided(name: str, reason: str = "unsure") -> Decision:
         (decided("small", "confident"), "large", True, ("large", "sticky")),
         (decided("large", "overload"), "small", False, ("small", "sticky")),  # a coin is no need to move up
         (decided("small", "overload"), "large", False, ("large", "sticky")),
+        (decided("large", "explore"), "small", False, ("small", "sticky")),
         (decided("middle", "confident"), "gone", False, ("middle", "confident")),
     ],
 )
