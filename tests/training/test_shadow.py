@@ -202,7 +202,7 @@ async def test_the_share_is_kept_by_a_hash_and_the_others_are_passed_over(store:
 async def test_old_records_are_left_alone(store: Store) -> None:
     store.append([record(1, REAL - 7200), record(2, REAL)])
     with vllm(says("x")) as large:
-        async with shadowing(store, {"large": large.url}, "none", max_age_hours=1.0) as running:
+        async with shadowing(store, {"large": large.url}, "none", max_age_hours=1.0, max_concurrent=1) as running:
             await running.until(lambda: store.labelled(1))
     assert set(labels(store)) == {"id-2"}
 
@@ -292,6 +292,17 @@ async def test_a_refused_request_is_marked_and_not_asked_again(store: Store) -> 
         assert running.count("priority_refused", pool="large") == 0  # which was not the cause
     assert labels(store) == {"id-1": {"small": (1.0, None)}}
     assert running.count("shadow_requests_total", pool="large", outcome="refused") == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_mistake_in_the_settings_loses_no_record(store: Store, status: int) -> None:
+    """A wrong key, address or model: no request is at fault, so none is taken for refused."""
+    store.append([record(1, REAL)])
+    with vllm(lambda body: (status, {})) as large:
+        async with shadowing(store, {"large": large.url}, "none") as running:
+            await running.until(lambda: running.count("shadow_paused", reason="unreachable") == 1)
+    assert store.unshadowed(10)
+    assert running.count("shadow_requests_total", pool="large", outcome="refused") == 0
 
 
 async def test_an_outage_loses_no_record(store: Store) -> None:
