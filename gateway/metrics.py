@@ -128,9 +128,7 @@ class Metrics:
         self.candidate_info = Gauge("gateway_candidate_info", "The candidate", ["version"], registry=registry)
         for gauge in (self.target_share, self.score_drift):
             gauge.set(math.nan)
-        self.records = Counter(
-            "gateway_records_total", "Records of finished requests", ["outcome"], registry=registry
-        )
+        self.records = Counter("gateway_records_total", "Records of finished requests", ["outcome"], registry=registry)
         self.records_waiting = Gauge("gateway_records_waiting", "Records not yet in the database", registry=registry)
         self.records_failures = Counter(
             "gateway_records_failures_total", "Tries that the records database failed", registry=registry
