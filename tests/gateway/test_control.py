@@ -113,20 +113,20 @@ async def test_the_threshold_shown_is_the_one_used_and_asking_alone_does_not_mov
             assert (await status.json())["target"]["wanted"] == 0.3
 
 
-async def test_what_fell_back_or_failed_is_put_right(start: StartGateway) -> None:
-    quick = {"budget": 10.0, "per_second": 1000.0}
-    async with (
-        FakeVllm(script=Script(status=503, body=b"{}")) as small,
-        FakeVllm() as large,
-        start([small], [large], routing={"target": {"large_share": 0.5}}, retries=quick) as gateway,
-    ):
+@pytest.mark.parametrize("answers", ["small", "large"])
+async def test_what_fell_back_or_failed_is_put_right(start: StartGateway, answers: str) -> None:
+    """Whatever was decided, one pool alone answers, and then none does."""
+    fails = Script(status=503, body=b"{}")
+    sections = {"retries": {"budget": 10.0, "per_second": 1000.0}, "routing": {"target": {"large_share": 0.5}}}
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], **sections) as gateway:
+        up, down = (small, large) if answers == "small" else (large, small)
+        down.script = fails
         for index in range(20):
-            assert (await gateway.chat(f"easy {index}")).headers["x-depo-pool"] == "large"
-        assert await gateway.metric("gateway_target_share") == 1.0
-        large.script = Script(status=503, body=b"{}")
-        await asyncio.sleep(0.1)
+            assert (await gateway.chat(f"easy {index}")).headers["x-depo-pool"] == answers
+        assert await gateway.metric("gateway_target_share") == (answers == "large")
+        up.script = fails
         assert {(await gateway.chat(f"hard {index}")).status for index in range(20)} == {503}
-        assert await gateway.metric("gateway_target_share") == 1.0  # of those that were answered
+        assert await gateway.metric("gateway_target_share") == (answers == "large")  # of those that were answered
 
 
 async def test_a_cost_is_kept_too(start: StartGateway) -> None:

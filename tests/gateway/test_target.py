@@ -122,6 +122,14 @@ def test_equal_confidences_at_the_end_of_a_curve_keep_their_mass() -> None:
     assert sampled.count(1.0) == pytest.approx(80, abs=2)
 
 
+@pytest.mark.parametrize("name", ["all tied", "ties", "three values"])
+def test_equal_confidences_stay_or_go_around_a_balance_of_nothing(name: str) -> None:
+    """Not around one of REACH, from where the next change of traffic would have no room."""
+    controller = Controller(0.3, 0.3, None)
+    routed(controller, list(stream(random.Random(5), [(name, 4000)])))
+    assert abs(controller.balance) < 3.0
+
+
 def test_another_checkpoints_confidences_begin_anew() -> None:
     controller = Controller(0.5, 0.5, None)
     routed(controller, [0.9] * 3000)
