@@ -86,6 +86,37 @@ def test_p_values_fall_with_the_loss_and_with_prompts() -> None:
     assert p_values(np.zeros((2000, 1)), EPSILON, 0.05)[0] < 1e-3  # the same loss always: far beyond Hoeffding's e^-0.4
 
 
+def test_each_bet_is_made_before_its_loss_is_seen() -> None:
+    """The sums of p_values, one loss after the other."""
+    losses = np.random.default_rng(0).choice([-0.8, 0.1, 0.6], 300)
+    mean, capital, most, total, squares = (1 + EPSILON) / 2, 1.0, 1.0, 0.5, 0.25
+    for i, loss in enumerate(losses):
+        z = (1 + loss) / 2
+        stake = np.sqrt(2 * np.log(1 / DELTA) / (300 * squares / (i + 1)))
+        capital *= 1 - min(stake, 0.75 / (1 - mean)) * (z - mean)
+        most = max(most, capital)
+        total += z
+        squares += (z - total / (i + 2)) ** 2
+    assert p_values(losses[:, None], EPSILON, DELTA)[0] == pytest.approx(1 / most)
+
+
+def test_the_first_threshold_that_fails_ends_it() -> None:
+    """Of two kinds of prompts the surer one loses all; the other gains so much that both together look safe."""
+    predicted = np.repeat([[0.6, 0.8], [0.4, 0.9]], [400, 1600], 0)
+    observed = np.repeat([[0.0, 1.0], [1.0, 0.0]], [400, 1600], 0)
+    at = guarantee(predicted, observed, "gain", np.array([1.0, 0.75, 0.45]), EPSILON, DELTA)
+    assert (at.threshold, at.large_share) == (1.0, 1.0)
+    assert guarantee(predicted, observed, "gain", np.array([0.45]), EPSILON, DELTA).passed  # tested alone it is safe
+
+
+def test_a_table_sorted_by_outcome_is_no_proof() -> None:
+    observed = np.repeat(
+        [[1.0, 0.0], [0.0, 1.0]], [1000, 1100], 0
+    )  # first all gains, then all losses: 0.048 on average
+    at = guarantee(np.full((2100, 2), 0.5), observed, "gain", np.array([1.0]), EPSILON, DELTA)
+    assert not at.passed
+
+
 def test_where_nothing_passes_it_says_so_and_gives_threshold_1() -> None:
     predicted = np.tile([[0.9, 0.5]], (300, 1))  # sure of the small pool, and wrong
     observed = np.tile([[0.0, 1.0]], (300, 1))

@@ -88,7 +88,8 @@ def test_evaluate_from_feedback_alone(fitted: Path, tmp_path: Path, capsys: pyte
             assert best["against_length"]["low"] > 0
             for row in rows:
                 assert row["quality"]["low"] <= row["quality"]["value"] <= row["quality"]["high"]
-                assert 0.2 <= row["cost"] <= 1
+                assert 0.199 <= row["cost"] <= 1.001
+                assert row["coin_cost"] == pytest.approx(0.2 + 0.8 * row["large_share"])
     assert max(row["large_share"] for row in logs["rules"]["difficulty"]["snips"]) == 1.0
     assert (tmp_path / "report" / "curve.png").read_bytes().startswith(b"\x89PNG")
     scores = [json.loads(line) for line in (tmp_path / "report" / "scores.jsonl").read_text().splitlines()]
