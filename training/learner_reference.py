@@ -9,21 +9,31 @@ from training import data
 from training.learner_settings import LearnerSettings
 
 
-def reference_rows(settings: LearnerSettings, champion: Path) -> list[data.Row]:
+def reference_rows(settings: LearnerSettings, base: Path, out: Path) -> list[data.Row]:
     """The reference table's rows, their labels by pool; none where the settings name no table.
 
-    A table names models: a pool's is `pools.NAME.model`, or the pool's own name.
+    A table names models. A pool's are `pools.NAME.model`, those that the checkpoint served (`out`'s `current`, else
+    `base`) was fitted on, and the pool's own name; where a row has several of them, their mean.
     """
     if settings.reference is None:
         return []
-    names = {pool: pool for pool in (*checkpoint.load_manifest(champion).pools, *settings.pools)}
+    manifest = checkpoint.load_manifest(checkpoint.resolve(out if (out / "current").exists() else base))
+    fitted = manifest.metrics.get("models", {})
+    names = {model: pool for pool in manifest.pools for model in fitted.get(pool, ())}
+    names |= {pool: pool for pool in (*manifest.pools, *settings.pools)}
     names |= {config.model: pool for pool, config in settings.pools.items()}
 
     def by_pool(labels: Mapping[str, float]) -> dict[str, float]:
-        return {names[model]: value for model, value in labels.items() if model in names}
+        found: dict[str, list[float]] = {}
+        for model, value in labels.items():
+            if model in names:
+                found.setdefault(names[model], []).append(value)
+        return {pool: sum(values) / len(values) for pool, values in found.items()}
 
-    rows = data.read_tables([Path(settings.reference)])
-    found = [replace(row, correct=by_pool(row.correct), token_confidence=by_pool(row.token_confidence)) for row in rows]
-    if not any(row.correct for row in found):
+    rows = [
+        replace(row, correct=by_pool(row.correct), token_confidence=by_pool(row.token_confidence))
+        for row in data.read_tables([Path(settings.reference)])
+    ]
+    if not any(row.correct for row in rows):
         raise ValueError(f"reference: {settings.reference} names none of the models {', '.join(names)}")
-    return [row for row in found if row.correct]
+    return [row for row in rows if row.correct]

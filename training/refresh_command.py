@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from estimator.records import Labelled
 from estimator.store import Store
 from training import learner_lock, learner_settings
-from training.data import read_tables
+from training.learner_reference import reference_rows
 from training.refresh_config import NO_TEXT, REFUSALS
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     with learner_lock.held(args.out):
         labelled = labelled_of(learner_settings.database(settings.records), settings.refresh.learn.newest)
-        reference = [] if settings.reference is None else read_tables([Path(settings.reference)])
+        reference = reference_rows(settings, args.base, args.out)
         outcome = refresh(
             labelled, args.base, args.out, settings.refresh.learn, reference, cold=args.cold, publish=args.publish
         )

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from estimator import checkpoint
 from estimator.store import Store, StoreError
 from training import learner_settings
 from training.embeddings import EmbeddingCache
@@ -46,8 +45,7 @@ def once(settings: LearnerSettings, base: Path, out: Path, cold: bool, cache: Em
             labelled = store.labelled(settings.refresh.learn.newest)
         finally:
             store.close()
-        served = checkpoint.resolve(out if (out / "current").exists() else base)
-        reference = reference_rows(settings, served)
+        reference = reference_rows(settings, base, out)
         outcome = refresh(labelled, base, out, settings.refresh.learn, reference, cache, cold)
     except StoreError as error:
         return {"failed": "records", "words": str(error)}
