@@ -66,7 +66,6 @@ def test_large_share_of_one_pool_is_what_it_is_not_sure_of() -> None:
 def test_a_target_that_is_missed_is_told() -> None:
     quality = np.tile([[0.9, 0.5], [0.4, 0.8]], (100, 1))  # under gain half the prompts always stay
     observed = np.tile([[0.0, 1.0], [0.0, 1.0]], (100, 1))
-    logits = np.stack([np.log(quality / (1 - quality))] * 2, 2)
     stage = Stage((Platt(), Platt()), (Platt(), Platt()))
     curves = {"gain": curve(quality, observed, np.ones(200), "gain")}
     calibrated = Calibration(POOLS, {"full": stage, "cheap": stage}, curves)
