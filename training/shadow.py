@@ -64,6 +64,7 @@ class Shadow:
         self._queue: deque[Record] = deque()
         self._running: dict[int, asyncio.Task[None]] = {}  # by the record's seq
         self._tried: dict[int, Tried] = {}
+        self._away = False  # the database, at the last look
         self._done = 0
         self._failures = 0  # in a row
         self._retry_at = 0.0
@@ -123,7 +124,7 @@ class Shadow:
             except StoreError as error:
                 self._store_failed(error)
                 return False
-            self._metrics.shadow_paused.labels("records").set(0)
+            self._store_answers()
             self._metrics.shadowed.labels("passed").inc(len(passed))
             now, there = self._clock(), {record.seq for record in found}
             self._tried = {seq: tried for seq, tried in self._tried.items() if seq in there}
@@ -211,8 +212,16 @@ class Shadow:
         self._tried[record.seq] = Tried(times, self._done, now + AGAIN_SECONDS)
         return False
 
+    def _store_answers(self) -> None:
+        if self._away:
+            log.info("the records database is back; shadowing goes on")
+        self._away = False
+        self._metrics.shadow_paused.labels("records").set(0)
+
     def _store_failed(self, error: StoreError) -> None:
-        log.warning("%s; shadowing waits", error)
+        if not self._away:
+            log.warning("%s; shadowing waits", error)
+        self._away = True
         self._metrics.errors.labels("records").inc()
         self._metrics.shadow_paused.labels("records").set(1)
 

@@ -29,7 +29,7 @@ def test_models_are_taken_for_their_pools(tmp_path: Path, tiny_checkpoint: Path)
         ("one", {"large": 1.0, "small": 0.0}, {"large": 0.5}),
         ("two", {"large": 0.75}, {}),
     ]
+    table.write_text(json.dumps(rows[2]))
     with pytest.raises(ValueError, match=r"ours.jsonl names none of the models small, large, huge, m"):
-        table.write_text(json.dumps(rows[2]))
         reference_rows(settings(table, huge="m"), tiny_checkpoint, tmp_path)
     assert reference_rows(settings(None), tiny_checkpoint, tmp_path) == []
