@@ -1,0 +1,92 @@
+"""A joint calibration of all pools' logits, folded into an estimator's weights.
+
+With few labels the difference between two pools is overfitted more than what they have in common, how hard a prompt is.
+A Platt a pool scales both alike and leaves the gain too steep. So, with m the mean of the pools' logits z_k:
+
+    z'_k = common * m + difference * (z_k - m) + offset_k
+
+by joint maximum likelihood on held-out logits: K + 2 numbers. The heads are linear, so weights can hold it: a
+checkpoint needs nothing new.
+
+Shapes: N examples, K pools, H = 2K outputs, quality at the even ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from estimator.calibration import enough, sigmoid
+from estimator.model import Estimator
+from training.measure import Array
+
+LEAST_SLOPE = 0.05  # it never turns an order round
+PASSES = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    common: float
+    difference: float
+    offsets: tuple[float, ...]  # (K,)
+
+    def apply(self, logits_NKH: Array) -> Array:
+        """The same logits (N, K, 2), the qualities' rotated."""
+        mixed = logits_NKH.copy()
+        mixed[:, :, 0] = logits_NKH[:, :, 0] @ self.matrix.T + np.array(self.offsets)
+        return mixed
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """(K, K), symmetric: z' = z @ matrix + offsets."""
+        count = len(self.offsets)
+        return self.difference * np.eye(count) + (self.common - self.difference) / count
+
+
+def none(pools: int) -> Rotation:
+    return Rotation(1.0, 1.0, (0.0,) * pools)
+
+
+def fit(logits_NKH: Array, observed_NK: Array, weights: Array) -> Rotation:
+    """Weighted maximum likelihood by Newton's method; labels that are NaN are left out. A pool without enough labels:
+    none at all, for pools are compared. A slight pull (ridge of one prompt) keeps it finite where labels are separable.
+    """
+    count = observed_NK.shape[1]
+    if count < 2 or not all(enough(observed_NK[:, k], weights) for k in range(count)):
+        return none(count)
+    z = logits_NKH[:, :, 0]
+    mean = np.repeat(z.mean(1, keepdims=True), count, 1)
+    pool = np.broadcast_to(np.eye(count), (len(z), count, count))
+    design = np.concatenate([np.stack([mean, z - mean], 2), pool], 2).reshape(-1, count + 2)
+    targets = observed_NK.reshape(-1)
+    every = np.repeat(weights / weights[weights > 0].mean(), count)
+    seen = ~np.isnan(targets) & (every > 0)
+    design, targets, every = design[seen], targets[seen], every[seen]
+    start = np.array([1.0, 1.0, *[0.0] * count])
+    beta = start.copy()
+    for _ in range(PASSES):
+        p = sigmoid(design @ beta)
+        slope = design.T @ (every * (targets - p)) - (beta - start)
+        curvature = (design * (every * p * (1 - p))[:, None]).T @ design + np.eye(len(beta))
+        step = np.linalg.solve(curvature, slope)
+        beta += step / max(1.0, float(np.abs(step).max()))
+        if np.abs(step).max() < 1e-8:
+            break
+    common, difference = np.maximum(beta[:2], LEAST_SLOPE)
+    return Rotation(float(common), float(difference), tuple(map(float, beta[2:])))
+
+
+def fold(model: Estimator, rotation: Rotation) -> None:
+    """Make a model without a trunk answer with rotated logits, both stages, in place."""
+    assert not model.config.trunk
+    matrix = torch.tensor(rotation.matrix, dtype=torch.float32, device=model.device)
+    names = ["wide_weight", "surface_weight"] if model.config.wide else []
+    with torch.no_grad():
+        for name in (*names, "deep_weight"):
+            weight = getattr(model, name)
+            weight[:, 0::2] = weight[:, 0::2] @ matrix
+        offsets = torch.tensor(rotation.offsets, dtype=torch.float32, device=model.device)
+        model.bias[0::2] = model.bias[0::2] @ matrix + offsets
