@@ -1,4 +1,4 @@
-"""May a candidate be published? It is compared with the champion on the same held-out prompts. Pure.
+"""May a candidate be published? It is compared with the champion on the same held-out prompts, and with a coin. Pure.
 
 Routing is compared by the area between the curve of mean quality over the share of large calls and the coin's straight
 line, in units of quality: APGR is .5 plus that area over the gap between the pools. The area is linear in the gains, so
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from training.refresh_config import GateConfig
 
 BINS = 10
 RECENT, EVIDENCE, RESAMPLES = 300, 100, 1000  # of a standing
+COIN_LEVEL = 0.8  # two-sided: a candidate beats the coin with 90% certainty
 CLIP = 1e-3  # of a probability whose logarithm is taken
 CELLS = 4_000_000  # of resamples times prompts at once: 32 MB an array
 
@@ -43,6 +44,8 @@ class Judged:
     served: NDArray[np.int64]  # (N,) the pool that served; -1: unknown
     inverse: Array  # (N,) 1 / propensity where only the served pool has a label, else 1
     folds: NDArray[np.int64] | None = None  # (N,) of the candidate's cross-fit
+    new: NDArray[np.bool_] | None = None  # (N,) prompts that the champion was not fitted on; None: all
+    calibrated: NDArray[np.bool_] | None = None  # (N,) prompts that calibration speaks of; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +86,18 @@ def judge(newest: Judged, reference: Judged | None, config: GateConfig, seed: in
             f"it routes the newest prompts worse than {rival}: {area.point:+.4f} [{area.low:+.4f}, {area.high:+.4f}]"
             " of quality, averaged over all shares"
         )
-    elif area.point <= 0 and loss.point >= 0:
+    elif area.point <= 0 and loss.high >= 0:
         reasons.append(
             f"it is no better than {rival} on the newest prompts: {area.point:+.4f} of quality, averaged over all"
             f" shares, and {loss.point:+.4f} of held-out loss"
+        )
+    coin = replace(newest, champion=None, new=None)
+    own, _, _ = compare(coin, config, seed, COIN_LEVEL)
+    figures["over_coin"] = [own.point, own.low, own.high]
+    if own.low <= 0 and not area.high < 0:
+        reasons.append(
+            f"it is not shown to route better than a coin: {own.point:+.4f} [{own.low:+.4f}, {own.high:+.4f}] of"
+            " quality, averaged over all shares"
         )
     if reference is not None:
         area, _, figures["reference"] = compare(reference, config, seed)
@@ -111,12 +122,21 @@ def judge(newest: Judged, reference: Judged | None, config: GateConfig, seed: in
     return Verdict(not reasons, tuple(reasons), figures)
 
 
-def compare(judged: Judged, config: GateConfig, seed: int) -> tuple[Interval, Interval, dict[str, Any]]:
-    """(candidate minus champion: routing area; held-out log-loss; all figures). Area: higher is better, loss: lower."""
+def compare(
+    judged: Judged, config: GateConfig, seed: int, level: float = 0.95
+) -> tuple[Interval, Interval, dict[str, Any]]:
+    """(candidate minus champion: routing area; held-out log-loss; all figures). Area: higher is better, loss: lower.
+
+    On prompts new to the champion. If these are too few it is on all, and the champion looks better than it is: then a
+    refusal comes too easily, never too hard.
+    """
     rival = judged.champion if judged.champion is not None else _constant(judged)
-    both = ~np.isnan(judged.observed[:, [0, -1]]).any(1) & (judged.trust > 0)
+    some = ~np.isnan(judged.observed).all(1) & (judged.trust > 0)
+    if judged.new is not None and (some & judged.new).sum() >= config.least:
+        some &= judged.new
+    both = some & ~np.isnan(judged.observed[:, [0, -1]]).any(1)
     complete = int(both.sum()) >= config.least
-    rows = np.flatnonzero(both if complete else ~np.isnan(judged.observed).all(1) & (judged.trust > 0))
+    rows = np.flatnonzero(both if complete else some)
     gain = gains(judged, rival)[rows]
     trust = judged.trust[rows]
     times_RN = resampled(len(rows), config.resamples, seed) * trust
@@ -129,8 +149,9 @@ def compare(judged: Judged, config: GateConfig, seed: int) -> tuple[Interval, In
     loss = interval(
         float(np.average(difference, weights=weighted)),
         (times_RN * judged.inverse[rows]) @ difference / (times_RN @ judged.inverse[rows]),
+        level,
     )
-    area = interval(points[0] - points[1], own - other)
+    area = interval(points[0] - points[1], own - other, level)
     gap = float(np.average(gain, weights=trust))
     figures: dict[str, Any] = {
         "prompts": len(rows),
@@ -207,7 +228,7 @@ def log_loss(quality_NK: Array, observed_NK: Array) -> Array:
 
 def calibration_of(judged: Judged, config: GateConfig) -> tuple[dict[str, float], dict[str, float]]:
     """Calibration error of each pool's quality, by its name, and of the gain, and each one's bound."""
-    trusted = judged.trust > 0
+    trusted = (judged.trust > 0) & (True if judged.calibrated is None else judged.calibrated)
     observed, predicted = judged.observed[trusted], judged.candidate[trusted]
     columns = {pool: (predicted[:, k], observed[:, k]) for k, pool in enumerate(judged.pools)}
     gain = observed[:, -1] - observed[:, 0]

@@ -40,7 +40,7 @@ from training.champion import Standpoint, carried_targets, honest, models_of, pr
 from training.data import Pools, Row, examples_of, folds_of, key_of, labels
 from training.embeddings import EmbeddingCache
 from training.fitted import fingerprints
-from training.gate import Judged, Verdict, judge, standing_of
+from training.gate import Judged, Verdict, judge, log_loss, standing_of
 from training.lying import lying_keys
 from training.measure import Array
 from training.refresh_config import NO_TEXT, REFUSALS, RefreshConfig
@@ -57,6 +57,7 @@ from training.starts import (
 )
 from training.traffic import Traffic, examples_of_traffic
 
+WIDE = 1500  # examples: without drift a calibration on fewer is rougher
 NEW_ENOUGH = 0.5  # of the examples must be new to a checkpoint that a start continues from
 
 
@@ -179,7 +180,7 @@ def starts_of(at: Standpoint, traffic: Traffic, config: RefreshConfig) -> tuple[
             continue
         fair = honest(known, traffic)
         if known.estimator.config.text == at.base.estimator.config.text and fair.mean() >= NEW_ENOUGH:
-            return [known.start, fresh], fair
+            return [fresh, known.start], fair
     return [fresh], np.ones(len(traffic.examples), bool)
 
 
@@ -202,17 +203,20 @@ def decided(
     """The final model, its calibration and the verdict; written and published, or refused."""
     traffic, best = learned.traffic, learned.best
     count = len(traffic.examples)
-    newest = np.zeros(count, bool)
-    newest[-max(config.held_out_least, round(config.held_out * count)) :] = True
-    newest &= learned.fair
-    calibration, quality = calibrated_on(newest, learned, at)
+    newest = last(count, max(config.held_out_least, round(config.held_out * count))) & learned.fair
+    recent = last(count, max(config.recent, round(config.held_out * count))) & learned.fair
+    wide = last(count, max(WIDE, round(config.held_out * count))) & learned.fair
+    calibrations = [calibrated_on(rows, learned, at) for rows in (recent, wide)]
+    losses = [float(np.nanmean(log_loss(quality, learned.observed)[recent])) for _, quality in calibrations]
+    calibration, quality = calibrations[int(losses[1] < losses[0])]
+    on = (recent, wide)[int(losses[1] < losses[0])]
     served, new = None, np.ones(count, bool)
     if at.champion is not None:
         served = predicted_by(at.champion, items_of(at.champion.start, traffic, config, cache))
         new = honest(at.champion, traffic)
     learner = finish(best, learned.items, config)
     verdict = judge(
-        judged(newest, new, quality, served, learned, config),
+        judged(newest, new, on, quality, served, learned),
         on_reference(reference, learner, calibration, at, traffic, config, cache),
         config.gate,
         config.seed,
@@ -249,8 +253,8 @@ def decided(
 
 
 def calibrated_on(rows: NDArray[np.bool_], learned: Learned, at: Standpoint) -> tuple[Calibration, Array]:
-    """(the candidate's calibration, of the held-out predictions of `rows` (N,); its qualities (N, K), of a calibration
-    that left out their fold; NaN elsewhere).
+    """(the candidate's calibration, of the held-out predictions of `rows` (N,); its qualities (N, K), those of `rows`
+    by a calibration that left out their fold).
     """
     held = learned.best.held
     known = next((known for known in (at.champion, at.base) if known and known.name == learned.best.start.name), None)
@@ -258,7 +262,7 @@ def calibrated_on(rows: NDArray[np.bool_], learned: Learned, at: Standpoint) -> 
     full, cheap, observed, weights = held.full[rows], held.cheap[rows], learned.observed[rows], learned.weights[rows]
     before = None if known is None else known.calibration
     calibration = calibrate(full, cheap, observed, tokens[rows], weights, at.pools, before)
-    quality = np.full(learned.observed.shape, np.nan)
+    quality, _ = apply(calibration.stages["full"], held.full)
     quality[rows] = cross_calibrated(full, observed, weights, learned.folds[rows])
     return calibration, quality
 
@@ -266,17 +270,13 @@ def calibrated_on(rows: NDArray[np.bool_], learned: Learned, at: Standpoint) -> 
 def judged(
     newest: NDArray[np.bool_],
     new: NDArray[np.bool_],
+    calibrated_rows: NDArray[np.bool_],
     quality: Array,
     served: Array | None,
     learned: Learned,
-    config: RefreshConfig,
 ) -> Judged:
-    """The newest held-out prompts for the gate; those that the champion was fitted on only where others are too few.
-
-    On those it looks better than it is, so that refusals come too easily, never too hard.
-    """
-    rows = np.flatnonzero(newest & new)
-    rows = rows if len(rows) >= config.gate.least else np.flatnonzero(newest)
+    """The newest held-out prompts for the gate."""
+    rows = np.flatnonzero(newest)
     inverse = learned.traffic.inverse[rows]
     return Judged(
         learned.traffic.pools,
@@ -287,7 +287,15 @@ def judged(
         learned.traffic.served[rows],
         inverse,
         learned.folds[rows],
+        new[rows],
+        calibrated_rows[rows],
     )
+
+
+def last(count: int, length: int) -> NDArray[np.bool_]:
+    """The last `length` of `count` examples (N,)."""
+    rows: NDArray[np.bool_] = np.arange(count) >= count - length
+    return rows
 
 
 def on_reference(

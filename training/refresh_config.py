@@ -54,8 +54,9 @@ class GateConfig:
 class RefreshConfig:
     min_labels: int = 100  # labelled prompts, after duplicates and what is not believed; with fewer nothing is learned
     newest: int = 20_000  # records at most, the newest
-    held_out: float = 0.3  # the newest share of the examples: what is calibrated on and judged by
-    held_out_least: int = 300  # examples, or all there are; a smaller slice tells nothing from noise
+    held_out: float = 0.3  # the newest share of the examples, that a candidate is judged by
+    held_out_least: int = 1000  # examples at least, or all there are: fewer don't tell harm from noise
+    recent: int = 300  # calibration is on so many newest examples, or on 1,500: whatever fits the former better
     folds: int = 5
     # A fixed number: with few labels a held-out loss is too rough to stop by, and weight decay keeps long fits in check
     epochs: int = 30
@@ -74,6 +75,7 @@ class RefreshConfig:
         at_least(self.newest, self.min_labels, "newest")
         within(self.held_out, 0.05, 1, "held_out")
         at_least(self.held_out_least, 50, "held_out_least")
+        at_least(self.recent, 50, "recent")
         within(self.folds, 2, 50, "folds")
         at_least(self.epochs, 1, "epochs")
         at_least(self.batch_size, 1, "batch_size")
