@@ -17,9 +17,7 @@ class TrafficConfig:
     """Which labels are believed, and how much each counts."""
 
     clip: float = 10.0  # the largest inverse-propensity weight
-    key_share: float = (
-        0.2  # of all that keys say of themselves: one key's part, at most; with few keys 1 / their number
-    )
+    key_share: float = 0.2  # of all that keys say of themselves: one key's part at most; of few keys 1 / their number
     burst: int = 20  # near-same prompts with near-same labels of one key within burst_seconds: all are left out
     burst_seconds: float = 600.0
     near: float = 0.8  # share of words (Jaccard, of shingles) from which on two prompts are near-same
