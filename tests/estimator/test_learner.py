@@ -136,7 +136,16 @@ def test_a_term_of_no_weight_is_not_computed(tiny_encoder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train_layers", "ranking_weight", "gain_weight", "distillation_weight", "trunk_learning_rate", "average"]
+    "name",
+    [
+        "train_layers",
+        "ranking_weight",
+        "gain_weight",
+        "distillation_weight",
+        "trunk_learning_rate",
+        "weight_decay",
+        "average",
+    ],
 )
 def test_a_setting_below_0_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is -2; it must be (at least )?0"):
