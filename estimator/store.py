@@ -8,6 +8,7 @@ processes of its own. What a method has returned is durable: SQLite runs in WAL 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -176,7 +177,8 @@ class Store:
             for item in items:
                 newest = (
                     sa.select(_records.c.seq, _records.c.pool)
-                    .where(_records.c.key == item.key, _records.c.id == item.id, _records.c.pool != "")
+                    .where(_records.c.key == _clean(item.key), _records.c.id == _clean(item.id))  # as they are stored
+                    .where(_records.c.pool != "")
                     .order_by(_records.c.time.desc())
                     .limit(1)
                 )
@@ -303,6 +305,8 @@ def _address(url: str) -> sa.URL:
         raise ValueError(
             "records.url can't be read; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
         ) from None
+    if kind == "postgresql" and "@" in (address.host or ""):  # part of it would be shown as the host's name
+        raise ValueError("records.url has an '@' in its password; write it as %40")
     if kind == "postgresql":
         return address.set(drivername="postgresql+psycopg")
     if kind != "sqlite":
@@ -312,7 +316,7 @@ def _address(url: str) -> sa.URL:
             "records.url names no file; write sqlite:///FILE, with four slashes where the path is absolute"
         )
     folder = Path(address.database).absolute().parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises where a directory above may not be entered
         raise ValueError(f"records.url: the directory {folder} does not exist; make it or name another")
     return address
 

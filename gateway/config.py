@@ -167,6 +167,8 @@ def parse(raw: Mapping[str, Any], directory: Path = Path()) -> Config:
         raise ValueError("'version' is missing; write version: 1")
     if "auth" in values and values["auth"] is None:
         raise ValueError("auth is empty; write auth: none to serve without keys, or leave it out")
+    if "records" in values and values["records"] is None:
+        raise ValueError("records is empty; write records: {} to keep them in records.db, or leave it out")
     open_aloud = values.get("auth") == "none"
     if open_aloud:
         del values["auth"]
@@ -176,6 +178,8 @@ def parse(raw: Mapping[str, Any], directory: Path = Path()) -> Config:
     config = dataclasses.replace(config, estimator=_with_places(config.estimator, directory))
     if config.records is not None:
         config = dataclasses.replace(config, records=_with_url(config.records, directory))
+    if config.routing.target is None and "target" in values.get("routing", {}):
+        raise ValueError("routing.target is empty; write one of large_share, quality, cost under it")
     if config.routing.target is not None and "threshold" in values["routing"]:
         raise ValueError("routing has both threshold and target; a target moves the threshold, so write one of them")
     _check(config, open_aloud)
@@ -211,7 +215,10 @@ def key_digest(key: str) -> str:
 
 def shown_url(records: Records) -> str | None:
     """The database's address without its password; None where an environment variable holds it."""
-    return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", records.url) if records.url is not None else None
+    if records.url is None:
+        return None
+    shown = re.sub(r"^(\w[\w+]*://[^/:]*):.*@", r"\1:***@", records.url)  # a password may hold '/', ':' and '?'
+    return re.sub(r"(?i)([?&][^=&]*passw[^=&]*=)[^&]*", r"\1***", shown)
 
 
 def database(records: Records) -> str:

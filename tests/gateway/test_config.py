@@ -251,6 +251,8 @@ def test_what_does_not_exist_is_unknown(changes: dict[str, Any], key: str) -> No
         ({"records": {"prompts": "some"}}, "records.prompts is 'some'; write one of none, hash, full"),
         ({"records": {"prompts": "hash"}}, "records.prompts: hash wants records.hash_key_env"),
         ({"records": {"retention_days": 0}}, "records.retention_days is 0 and must be above 0"),
+        ({"records": None}, "records is empty; write records: {} to keep them in records.db, or leave it out"),
+        ({"routing__target": None}, "routing.target is empty; write one of large_share, quality, cost under it"),
     ],
 )
 def test_a_mistake_is_one_clear_sentence(changes: dict[str, Any], words: str) -> None:
@@ -295,6 +297,24 @@ def test_a_backends_secret_stays_in_the_environment(monkeypatch: pytest.MonkeyPa
     shown = config.resolved(config.parse(raw))
     assert "SMALL_KEY" in shown
     assert "the-secret" not in shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://depo:the-secret@host/records",
+        "postgresql://depo:a/the-secret@host/records",
+        "postgresql://depo:a:the-secret@host:5432/records",
+        "postgresql://depo:a@the-secret@host/records",
+        "postgresql://host/records?user=depo&password=the-secret&sslmode=require",
+        "postgresql://host/records?sslpassword=the-secret",
+    ],
+)
+def test_a_databases_password_is_not_shown(url: str) -> None:
+    shown = config.resolved(config.parse(tree(records__url=url)))
+    assert "the-secret" not in shown
+    assert "host" in shown
+    assert "/records" in shown
 
 
 def test_a_secret_in_an_address_is_refused_and_not_repeated() -> None:

@@ -76,6 +76,16 @@ async def test_feedback_is_for_the_callers_own_answers(start: StartGateway, reco
     assert len(labelled(records_url)) == 1
 
 
+async def test_an_id_that_no_database_can_hold_is_unknown(start: StartGateway, records_url: str) -> None:
+    async with backends() as both, start(*both, records={"url": records_url}) as gateway:
+        answer = await gateway.chat("easy")
+        strange, known = await asyncio.gather(
+            score(gateway, "req-\0", 1), score(gateway, answer.headers["x-request-id"], 1)
+        )
+        assert (strange[0], known[0]) == (404, 200)
+        assert await gateway.metric("gateway_records_failures_total") == 0
+
+
 async def test_unknown_ids_do_not_hold_up_the_writer(start: StartGateway, records_url: str) -> None:
     async with backends() as both, start(*both, records={"url": records_url}) as gateway:
         unknown = [asyncio.create_task(score(gateway, f"req-{index}", 1)) for index in range(50)]

@@ -516,6 +516,8 @@ async def test_a_reload_takes_up_another_records_section(tmp_path: Path, tiny_ch
     [
         ({"url": "sqlite:////nowhere/at/all/records.db"}, "the directory /nowhere/at/all does not exist"),
         ({"url": "postgresql://host:port/base"}, "records.url can't be read"),
+        ({"url": "postgresql://depo:a@b@host/base"}, "records.url has an '@' in its password; write it as %40"),
+        ({"url": f"sqlite:////{'long' * 100}/records.db"}, "longlong does not exist"),
     ],
 )
 async def test_an_address_that_cannot_be_stops_start_up(
