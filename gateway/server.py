@@ -97,8 +97,13 @@ async def serve(
     await _load_candidate(gateway)
     _show(gateway)
     tasks = _Tasks(gateway)
+    one_reload = asyncio.Lock()
 
     async def reload() -> str:
+        async with one_reload:  # of two, the later file stays, and no records section is closed that the other takes up
+            return await apply()
+
+    async def apply() -> str:
         assert path is not None
         fresh = await asyncio.to_thread(config.load, path)
         for name in ("listen", "admin"):
@@ -247,6 +252,9 @@ async def _look(gateway: Gateway) -> None:
     if path == "builtin" or not await asyncio.to_thread(scoring.changed, path, live.scorer.version):
         return
     scorer = await _scorer(live.config, gateway.metrics)
+    if gateway.live is not live:  # a reload came first, and has what is current
+        scorer.close()
+        return
     _replace(gateway, replace(live, scorer=scorer))
     gateway.metrics.estimator_loads.labels("applied").inc()
     log.info("the estimator is now %s", scorer.version)
@@ -254,10 +262,14 @@ async def _look(gateway: Gateway) -> None:
 
 async def _look_for_candidate(gateway: Gateway) -> None:
     """The same for the candidate."""
-    path, old = gateway.live.config.estimator.candidate, gateway.control.candidate
+    settings, old = gateway.live.config, gateway.control.candidate
+    path = settings.estimator.candidate
     if path is None or (old is not None and not await asyncio.to_thread(scoring.changed, path, old.version)):
         return
-    fresh = await _candidate(gateway.live.config, path, gateway.metrics)
+    fresh = await _candidate(settings, path, gateway.metrics)
+    if gateway.live.config is not settings:
+        fresh.close()
+        return
     _replace_candidate(gateway, fresh)
     gateway.metrics.candidate_loads.labels("applied").inc()
     log.info("the candidate is now %s", fresh.version)
