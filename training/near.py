@@ -48,9 +48,11 @@ def clusters(texts: Sequence[str], near: float) -> NDArray[np.int64]:
 
 
 def shingles_of(text: str) -> frozenset[int]:
-    """Hashes of words and of neighbouring pairs; a number is any number. A text without words is itself."""
+    """Hashes of words and of neighbouring pairs; a number is any number. Arithmetic, without words, is itself."""
     ends = text if len(text) <= 2 * SIDE else f"{text[:SIDE]} {text[-SIDE:]}"
     words = ["0" if word[0].isdigit() else word for word in WORD.findall(ends.lower())]
+    if set(words) == {"0"}:
+        words = []
     pairs = [f"{one} {next_}" for one, next_ in itertools.pairwise(words)]
     return frozenset(zlib.crc32(part.encode("utf-8", "replace")) for part in [*words, *pairs] or [ends])
 

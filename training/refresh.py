@@ -41,6 +41,7 @@ from training.data import Pools, Row, examples_of, folds_of, key_of, labels
 from training.embeddings import EmbeddingCache
 from training.fitted import fingerprints
 from training.gate import Judged, Verdict, judge, log_loss, standing_of
+from training.likeness import likeness
 from training.lying import lying_keys
 from training.measure import Array
 from training.refresh_config import NO_TEXT, REFUSALS, RefreshConfig
@@ -158,17 +159,29 @@ def learn_from(
         return "all labelled prompts are near-same", traffic.notes
     folds = folds_of([str(number) for number in traffic.near], min(config.folds, groups), config.seed)
     starts, fair = starts_of(at, traffic, config)
+    like = likeness_of(items_of(starts[0], traffic, config, cache))
     fits = []
     for start in starts:
-        items = items_of(start, traffic, config, cache)
+        items = [
+            dataclasses.replace(item, weight=item.weight * factor)
+            for item, factor in zip(items_of(start, traffic, config, cache), like.tolist(), strict=True)
+        ]
         fits.append((cross_fit(start, items, folds, fair, config), items))
     best, items = min(fits, key=lambda fit: fit[0].loss)
     if not np.isfinite(best.loss):
         return "learning diverged; lower learning_rate and wide_learning_rate", traffic.notes
     observed, _ = labels(traffic.examples, at.pools)
-    weights = np.array([example.weight for example in traffic.examples])
+    weights = np.array([example.weight for example in traffic.examples]) * like
+    notes = traffic.notes
+    if like.min() < 1:
+        notes = (*notes, f"traffic has changed: older labels weigh {like[like < 1].mean():.2f} on average")
     clean = np.ones(count, bool) if best.start.fresh else fair
-    return Learned(traffic, observed, weights, folds, items, best, clean), traffic.notes
+    return Learned(traffic, observed, weights, folds, items, best, clean), notes
+
+
+def likeness_of(items: Sequence[Item]) -> Array:
+    """What each example still counts for (N,), by how much it looks like the newest."""
+    return likeness(np.stack([item.embedding.double().cpu().numpy() for item in items if item.embedding is not None]))
 
 
 def starts_of(at: Standpoint, traffic: Traffic, config: RefreshConfig) -> tuple[list[Start], NDArray[np.bool_]]:

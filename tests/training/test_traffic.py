@@ -157,6 +157,10 @@ def test_a_burst_of_near_same_prompts_and_labels_is_left_out_with_the_reason() -
     assert {tuple(e.quality) for e in read(judged, burst=20).examples} == {("large",)}
 
 
+def test_arithmetic_is_near_same_with_itself_alone() -> None:
+    assert clusters(["1+2=", "1+2=", "7*3-4="], 0.8).tolist() == [0, 0, 2]
+
+
 def test_near_same_prompts_are_found_by_their_words() -> None:
     text = "Natalia sold {} clips to her friends in April and half as many in May; how many altogether"
     found = clusters(
