@@ -6,8 +6,8 @@ fitted anew. The better start is fitted on everything and calibrated on the newe
 (gate.py) compares it with the champion; then it is published, or refused with the reasons.
 
 A checkpoint that was fitted on an example predicts it better than it will predict others. So whatever is compared or
-calibrated is so on examples that are new to both sides, and a start continues only from a checkpoint to which at least
-half of the examples are new: the champion at first and where it knows what is forgotten since, else the base.
+calibrated is so on examples that are new to both sides, and a start continues only from a checkpoint to which most of
+the examples are new: the champion at first and where it knows what is forgotten since, else the base.
 
 Shapes: N examples, K pools cheapest first.
 """
@@ -59,7 +59,7 @@ from training.starts import (
 from training.traffic import Traffic, examples_of_traffic
 
 WIDE = 1500  # examples: without drift a calibration on fewer is rougher
-NEW_ENOUGH = 0.5  # of the examples must be new to a checkpoint that a start continues from
+NEW_ENOUGH = 0.8  # of the examples must be new to a checkpoint that a start continues from
 
 
 @dataclass(frozen=True, slots=True)
