@@ -200,7 +200,9 @@ async def answer(
         exchange.reply.headers + decision_headers(live.config, exchange.decision) + common_headers(gateway, request)
     )
     if not exchange.streaming:
-        whole = request.notes.whole = protocol.answer_of(exchange.body) if exchange.status == 200 else None
+        whole = protocol.answer_of(exchange.body) if exchange.status == 200 else None
+        if whole is not None and query.endpoint != "embeddings":
+            request.notes.whole, request.notes.whole_bytes = whole, len(exchange.body)
         count_tokens(gateway, live, request, exchange.decision.pool, protocol.usage_of(whole))
         if not head.complete:
             head.whole(whole)

@@ -54,6 +54,7 @@ class Notes:
     served: bool = False  # a backend answered
     usage: Mapping[str, Any] | None = None
     whole: Any = None  # the JSON of an answer that was no stream
+    whole_bytes: int = 0  # as it came
     stream: Answer | None = None
     first_token_seconds: float | None = None
     status: int = 0
@@ -63,7 +64,8 @@ class Notes:
     @property
     def size(self) -> int:
         """Bytes that this holds, about."""
-        return (len(self.query.body) if self.query else 0) + (self.stream.size if self.stream else 0)
+        asked = len(self.reference) + (len(self.query.body) if self.query else 0)
+        return asked + self.whole_bytes + (self.stream.size if self.stream else 0)
 
 
 def record_of(notes: Notes, prompts: str, hash_key: bytes) -> Record:

@@ -177,7 +177,8 @@ class Recorder:
                 items.append(self._inbox.get_nowait())
         for item in items:
             if isinstance(item, _Asked):
-                self._asked.append(item)
+                if not item.answer.done():  # else it was told that nothing is stored, and may be sent again otherwise
+                    self._asked.append(item)
             elif item is not None:
                 self._take(item)
                 time.sleep(0)  # lets the event loop have the interpreter, which else waits 5 ms for it

@@ -15,11 +15,12 @@ import pytest
 import yaml
 
 from estimator.records import Record
-from estimator.store import Store
+from estimator.store import Feedback, Store
 from gateway import config, notes, protocol, records
 from gateway.metrics import Metrics
 from gateway.notes import Answer, Notes, record_of, reference_text
 from gateway.records import Recorder
+from gateway.routing import Decision
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import Running, StartGateway, running, settings
 from tests.gateway.test_drain import serving
@@ -128,16 +129,16 @@ async def test_decisions_that_were_not_free_say_so(start: StartGateway, records_
         sections = {"routing": {"explore": 0.5}, "records": {"url": records_url}}
         async with start([small], [large], **sections) as gateway:
             await gateway.chat("easy", model="large")
-            for index in range(16):
+            for index in range(40):
                 await gateway.chat(f"easy {index}")
             small.script = Script(status=503)
-            for index in range(16):
+            for index in range(40):
                 await gateway.chat(f"easy again {index}")
     pinned, *found = stored(records_url)
     assert (pinned.reason, pinned.pool, pinned.pools, pinned.quality, pinned.stage) == (
         "pinned", "large", ("large",), {}, ""
     )  # fmt: skip
-    explored, broken = found[:16], found[16:]
+    explored, broken = found[:40], found[40:]  # so many that chance is no matter
     assert {record.reason for record in explored} == {"confident", "explore"}
     assert {(record.pool, record.propensity) for record in explored} == {("small", 0.75), ("large", 0.25)}
     assert all(record.free for record in explored)
@@ -350,6 +351,61 @@ def test_so_does_one_with_too_much_text(tmp_path: Path, monkeypatch: pytest.Monk
     recorder.add(replace(notes_of(5), stream=answer))  # there is room again
     recorder.close()
     assert outcome(metrics, "written") == 4
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "embeddings"])
+async def test_all_that_waits_is_counted(
+    start: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    """Also an answer that came in one piece, and a reference."""
+    sizes = list[int]()
+    add = Recorder.add
+
+    def weighed(recorder: Recorder, item: Notes) -> None:
+        sizes.append(item.size)
+        add(recorder, item)
+
+    monkeypatch.setattr(Recorder, "add", weighed)
+    long = {"choices": [{"index": 0, "message": {"content": "x" * 20_000}}], "data": [[0.1] * 5_000]}
+    section = {"url": f"sqlite:///{tmp_path / 'records.db'}", "prompts": "full"}
+    async with FakeVllm(script=Script(body=json.dumps(long).encode())) as small, FakeVllm() as large:
+        async with start([small], [large], records=section) as gateway:
+            path = {"chat": "chat/completions"}.get(endpoint, endpoint)
+            body = {"model": "small", "messages": [{"role": "user", "content": "easy"}], "input": "easy"}
+            headers = {"x-depo-reference": "y" * 5_000}
+            async with gateway.session.post(f"{gateway.url}/v1/{path}", json=body, headers=headers) as answer:
+                assert answer.status == 200
+            await written(gateway, 1)
+    expected = 25_000 if endpoint == "chat" else 5_000
+    assert expected < sizes[0] < (60_000 if endpoint == "chat" else 6_000)
+
+
+async def test_feedback_that_nobody_waits_for_any_more_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sender has been told to send again, perhaps to another gateway, and may have changed their mind."""
+    url = f"sqlite:///{tmp_path / 'records.db'}"
+    recorder = Recorder(config.Records(url), Metrics("0"))
+    decision = Decision("small", "confident")
+    recorder.add(replace(notes_of(0), decision=decision, served=True))
+    assert await recorder.feedback(Feedback("req-0", "", 0.5))
+    other = lock(tmp_path / "records.db")
+    monkeypatch.setattr(records, "FEEDBACK_SECONDS", 0.5)
+    late = [asyncio.create_task(recorder.feedback(Feedback("req-0", "", score))) for score in (0.1, 0.2)]
+    await asyncio.sleep(0.15)  # the writer waits for the lock with these two
+    late += [asyncio.create_task(recorder.feedback(Feedback("req-0", "", score))) for score in (0.3, 0.4)]
+    with pytest.raises(TimeoutError):
+        await asyncio.gather(*late)
+    await asyncio.gather(*late, return_exceptions=True)
+    other.rollback()
+    other.close()
+    monkeypatch.setattr(records, "FEEDBACK_SECONDS", 10)
+    assert await recorder.feedback(Feedback("req-unknown", "", 1.0)) is False
+    await asyncio.to_thread(recorder.close)
+    store = Store(url)
+    (item,) = store.labelled(10)
+    store.close()
+    assert item.labels[0].quality in (0.1, 0.2, 0.5)
 
 
 def test_closing_gives_up_after_a_while_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
