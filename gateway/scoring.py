@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from estimator import checkpoint
-from estimator.runtime import Runtime, Scores
+from estimator.runtime import ONNX_ERRORS, Runtime, Scores
 from estimator.text import Prepared, read
 from gateway.metrics import Metrics
 
@@ -218,9 +218,12 @@ def load(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime, dict[st
         )
     turn = {"role": "user", "content": "What is 2 + 2?"}  # the first runs allocate: not in a request's time
     prepared = runtime.prepare(*read(runtime.manifest.text, [turn]))
-    if runtime.has_cheap:
-        runtime.cheap([prepared])
-    runtime.score([prepared])
+    try:
+        if runtime.has_cheap:
+            runtime.cheap([prepared])
+        runtime.score([prepared])
+    except ONNX_ERRORS as error:
+        raise ValueError(f"checkpoint {path} can't be used: {' '.join(str(error).split())}") from None
     return runtime, columns
 
 

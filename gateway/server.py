@@ -113,7 +113,7 @@ async def serve(
         live = await _live(fresh, metrics)
         try:
             recorder = await asyncio.to_thread(_recorder, fresh, metrics, gateway.recorder)
-        except ValueError:
+        except (ValueError, OSError):
             live.scorer.close()
             raise
         await pools.check_all(live.pools, upstream)

@@ -119,7 +119,7 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
             )
         try:
             version = await reload()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             gateway.metrics.config_reloads.labels("refused").inc()
             log.error("the old config stays: %s", error)
             raise ApiError(422, f"The old config stays: {error}.", "invalid_config") from None

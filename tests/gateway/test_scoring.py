@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx import TensorProto, helper
 
 import gateway
 from estimator import checkpoint
@@ -330,6 +331,26 @@ def test_damage_is_one_sentence(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 # Swapping.
+
+
+def test_an_encoder_that_loads_and_cannot_run_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    files = {name: (tiny_checkpoint / name).read_bytes() for name in checkpoint.FILES}
+    manifest = checkpoint.load_manifest(tiny_checkpoint)
+    ids, mask = (
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "t"]) for name in ("input_ids", "attention_mask")
+    )
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [7, 4])
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [7, 4])
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["numbers", "shape"], ["out"]),
+    ]
+    graph = helper.make_graph(nodes, "broken", [ids, mask], [out], [shape])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    files[checkpoint.ENCODER] = model.SerializeToString()
+    checkpoint.write(tmp_path / "broken", files, manifest.base, manifest.pools, manifest.text, {})
+    with pytest.raises(ValueError, match=r"broken can't be used: .*reshape"):
+        scoring.load(str(tmp_path / "broken"), ("small", "large"), "gain")
 
 
 async def test_a_new_checkpoint_is_taken_while_requests_run_and_a_bad_one_is_not(

@@ -79,6 +79,18 @@ async def test_of_two_reloads_the_later_file_stays(tiny_checkpoint: Path, tmp_pa
             assert await gateway.metric("gateway_threshold") == 0.2
 
 
+async def test_a_reload_that_no_file_can_be_read_for_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    admin = {"port": 0, "key_sha256": config.key_digest(ADMIN_KEY)}
+    async with FakeVllm() as small, FakeVllm() as large:
+        raw = settings([small], [large], tiny_checkpoint, admin=admin)
+        async with running(raw, path) as gateway:
+            path.write_text(yaml.safe_dump(raw | {"estimator": {"path": "x" * 300}}, sort_keys=False))
+            assert await reload(gateway) == 422
+            assert await gateway.metric("gateway_config_reloads_total", result="refused") == 1
+            assert (await gateway.chat("easy")).status == 200
+
+
 async def test_a_new_checkpoint_does_not_undo_a_reload(
     tiny_checkpoint: Path, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
