@@ -255,6 +255,12 @@ class Learner:
         finally:
             _assign(self.heads, live)
 
+    def settle(self) -> None:
+        """Make the running average the model's own weights, after the last step."""
+        if self.average:
+            _assign(self.heads, self.average)
+            self.average = []
+
     def _terms(self, logits_BKH: Tensor, t_BK: Tensor, d_BK: Tensor, w_B: Tensor) -> dict[str, Tensor]:
         z_BK, u_BK = logits_BKH.unbind(2)
         terms = {"advantage": losses.advantage(z_BK, t_BK, w_B)}

@@ -35,10 +35,12 @@ from estimator.checkpoint import Manifest
 from estimator.learner import Item, Learner
 from estimator.records import SCORED, Labelled
 from estimator.standing import Standing
+from training import rotation
 from training.calibrate import calibrate
 from training.champion import Standpoint, carried_targets, honest, models_of, predicted_by, standpoint_of
 from training.data import Pools, Row, examples_of, folds_of, key_of, labels
 from training.embeddings import EmbeddingCache
+from training.fit import Held
 from training.fitted import fingerprints
 from training.gate import Judged, Verdict, judge, log_loss, standing_of
 from training.likeness import likeness
@@ -46,6 +48,7 @@ from training.lying import lying_keys
 from training.measure import Array
 from training.refresh_config import NO_TEXT, REFUSALS, RefreshConfig
 from training.report import finite
+from training.rotation import Rotation
 from training.starts import (
     CrossFit,
     Start,
@@ -220,14 +223,15 @@ def decided(
     recent = last(count, max(config.recent, round(config.held_out * count))) & learned.fair
     wide = last(count, max(WIDE, round(config.held_out * count))) & learned.fair
     calibrations = [calibrated_on(rows, learned, at) for rows in (recent, wide)]
-    losses = [float(np.nanmean(log_loss(quality, learned.observed)[recent])) for _, quality in calibrations]
-    calibration, quality = calibrations[int(losses[1] < losses[0])]
+    losses = [float(np.nanmean(log_loss(quality, learned.observed)[recent])) for *_, quality in calibrations]
+    calibration, turned, quality = calibrations[int(losses[1] < losses[0])]
     on = (recent, wide)[int(losses[1] < losses[0])]
     served, new = None, np.ones(count, bool)
     if at.champion is not None:
         served = predicted_by(at.champion, items_of(at.champion.start, traffic, config, cache))
         new = honest(at.champion, traffic)
     learner = finish(best, learned.items, config)
+    rotation.fold(learner.model, turned)
     verdict = judge(
         judged(newest, new, on, quality, served, learned),
         on_reference(reference, learner, calibration, at, traffic, config, cache),
@@ -265,19 +269,21 @@ def decided(
     return Outcome(manifest, verdict, count, now, (*notes, *lost), place)
 
 
-def calibrated_on(rows: NDArray[np.bool_], learned: Learned, at: Standpoint) -> tuple[Calibration, Array]:
-    """(the candidate's calibration, of the held-out predictions of `rows` (N,); its qualities (N, K), those of `rows`
-    by a calibration that left out their fold).
+def calibrated_on(rows: NDArray[np.bool_], learned: Learned, at: Standpoint) -> tuple[Calibration, Rotation, Array]:
+    """(the candidate's calibration, of the held-out predictions of `rows` (N,), once its weights hold the rotation; its
+    qualities (N, K), those of `rows` by a calibration that left out their fold).
     """
-    held = learned.best.held
+    raw = learned.best.held
+    turned = rotation.fit(raw.full[rows], learned.observed[rows], learned.weights[rows])
+    held = Held(turned.apply(raw.full), turned.apply(raw.cheap))
     known = next((known for known in (at.champion, at.base) if known and known.name == learned.best.start.name), None)
     _, tokens = labels(learned.traffic.examples, at.pools)
     full, cheap, observed, weights = held.full[rows], held.cheap[rows], learned.observed[rows], learned.weights[rows]
     before = None if known is None else known.calibration
     calibration = calibrate(full, cheap, observed, tokens[rows], weights, at.pools, before)
     quality, _ = apply(calibration.stages["full"], held.full)
-    quality[rows] = cross_calibrated(full, observed, weights, learned.folds[rows])
-    return calibration, quality
+    quality[rows] = cross_calibrated(raw.full[rows], observed, weights, learned.folds[rows])
+    return calibration, turned, quality
 
 
 def judged(

@@ -80,13 +80,16 @@ def fit(logits_NKH: Array, observed_NK: Array, weights: Array) -> Rotation:
 
 
 def fold(model: Estimator, rotation: Rotation) -> None:
-    """Make a model without a trunk answer with rotated logits, both stages, in place."""
-    assert not model.config.trunk
+    """Make a model answer with rotated logits, in both stages, in place."""
     matrix = torch.tensor(rotation.matrix, dtype=torch.float32, device=model.device)
-    names = ["wide_weight", "surface_weight"] if model.config.wide else []
+    offsets = torch.tensor(rotation.offsets, dtype=torch.float32, device=model.device)
+    config = model.config
+    by_output: list[torch.Tensor] = (
+        [model.wide_weight, model.surface_weight] if config.wide else []
+    )  # outputs are the last dimension
+    by_output += [model.trunk.heads.weight.T, model.trunk.heads.bias] if config.trunk else [model.deep_weight]
+    by_output += [model.bias] if config.wide or not config.trunk else []
     with torch.no_grad():
-        for name in (*names, "deep_weight"):
-            weight = getattr(model, name)
-            weight[:, 0::2] = weight[:, 0::2] @ matrix
-        offsets = torch.tensor(rotation.offsets, dtype=torch.float32, device=model.device)
-        model.bias[0::2] = model.bias[0::2] @ matrix + offsets
+        for weight in by_output:
+            weight[..., 0::2] = weight[..., 0::2] @ matrix
+        by_output[-1][0::2] += offsets  # the one bias, or the trunk's

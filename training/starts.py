@@ -17,6 +17,7 @@ from tqdm import tqdm
 from estimator.calibration import Stage, apply, fit_platt
 from estimator.learner import Item, Learner, LearnerConfig
 from estimator.model import Estimator
+from training import rotation
 from training.fit import Held, epoch
 from training.measure import Array
 from training.refresh_config import RefreshConfig
@@ -118,6 +119,7 @@ def finish(fitted: CrossFit, items: Sequence[Item], config: RefreshConfig) -> Le
     order = np.random.default_rng([config.seed, config.folds])
     for _ in range(fitted.epochs):
         epoch(learner, items, config.batch_size, order)
+    learner.settle()
     return learner
 
 
@@ -139,17 +141,19 @@ def held_out_loss(logits_NKH: Array, items: Sequence[Item], fair: NDArray[np.boo
 
 
 def calibrated(logits_NKH: Array, observed: Array, weights: Array) -> Array:
-    """Qualities (N, K) by a Platt a pool, fitted on the same rows."""
-    return apply(platts(logits_NKH, observed, weights), logits_NKH)[0]
+    """Qualities (N, K) by a joint calibration, fitted on the same rows."""
+    turned = rotation.fit(logits_NKH, observed, weights).apply(logits_NKH)
+    return apply(platts(turned, observed, weights), turned)[0]
 
 
 def cross_calibrated(logits_NKH: Array, observed: Array, weights: Array, folds: NDArray[np.int64]) -> Array:
-    """Qualities (N, K), each fold's by Platts fitted on the other folds."""
+    """Qualities (N, K), each fold's by a joint calibration fitted on the other folds."""
     quality = np.empty(observed.shape)
     for fold in np.unique(folds):
         rows = folds == fold
-        stage = platts(logits_NKH[~rows], observed[~rows], weights[~rows])
-        quality[rows] = apply(stage, logits_NKH[rows])[0]
+        found = rotation.fit(logits_NKH[~rows], observed[~rows], weights[~rows])
+        stage = platts(found.apply(logits_NKH[~rows]), observed[~rows], weights[~rows])
+        quality[rows] = apply(stage, found.apply(logits_NKH[rows]))[0]
     return quality
 
 
