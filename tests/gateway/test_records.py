@@ -481,6 +481,19 @@ async def test_a_gateway_starts_without_its_database(start: StartGateway, postgr
             await written(gateway, 1)
 
 
+async def test_serving_goes_on_where_the_directory_takes_no_file(start: StartGateway) -> None:
+    async with FakeVllm() as small, FakeVllm() as large:
+        async with start([small], [large], records={"url": "sqlite:////proc/self/records.db"}) as gateway:  # root's too
+            answer = await gateway.chat("easy")
+            assert answer.status == 200
+            assert await gateway.settles("gateway_records_waiting", 1)
+            body = {"request_id": answer.headers["x-request-id"], "score": 1}
+            rated = await gateway.session.post(f"{gateway.url}/v1/feedback", json=body)
+            assert rated.status == 503
+            assert rated.headers["retry-after"]
+            assert await gateway.metric("gateway_records_failures_total") >= 1
+
+
 async def test_serving_goes_on_while_the_disk_is_full(tmp_path: Path, tiny_checkpoint: Path) -> None:
     """The limit on a file's size, as the kernel sets it on a running process, stands for a disk without room."""
     url = f"sqlite:///{tmp_path / 'records.db'}"
