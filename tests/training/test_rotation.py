@@ -68,3 +68,10 @@ def test_folded_weights_answer_with_rotated_logits(tiny_encoder: Path, wide: boo
     for stage, was in zip(learner.predict(items), before, strict=True):
         assert stage == pytest.approx(turned.apply(was), abs=1e-4, rel=1e-4)
     assert np.abs(before[0]).max() > 0.5
+
+
+def test_of_few_labels_that_tell_nothing_the_order_stays() -> None:
+    generator = np.random.default_rng(3)
+    logits = generator.normal(0, 0.3, (120, 2, 2))
+    turned = rotation.fit(logits, (generator.random((120, 2)) < 0.6).astype(float), np.ones(120))
+    assert abs(turned.difference - rotation.DIFFERENCE) < 0.3
