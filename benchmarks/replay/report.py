@@ -1,0 +1,164 @@
+"""The runs' results -> README.md, plots and runs.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.overhead import cpu
+from benchmarks.replay.figures import Run, at_labels, by_seed, compact, label_counts, pooled, said, signed, stretch
+from benchmarks.replay.plots import WINDOW, draw
+from benchmarks.replay.questions import POOLS
+from training.measure import table
+
+INTRO = """\
+# The online loop, replayed
+
+`python -m benchmarks.replay --data DIR --report benchmarks/results/replay`. A real gateway (records on SQLite, prompts
+full, `routing.target: {{large_share: {target}}}`, 2% exploration) and a real `depo-train refresh --follow` beside it,
+which asks the pool that did not serve (shadow share 1) and judges by the client's reference (`exact`). Scripted
+backends answer right or wrong by the table: Mixtral-8x7B is small, GPT-4 large. A label is a question with both pools'
+outcomes, got by shadowing alone. The gateway is never restarted and takes new checkpoints up as it serves; the learner
+is ended and started again on the way. Seeds {seeds}: a random order of MMLU's questions stands for time. Intervals:
+95%, Student's t over seeds, unless it says otherwise. {machine}, {minutes:.0f} minutes in all.
+
+Time is compressed: hours of traffic pass in seconds. So it slows down to {slow} requests a second, without references,
+until the learner has trained; `learn.traffic.burst_seconds` is 1 (one key asks everything here); `deadline_ms` is long,
+since all processes share a core; and `sticky` is off, since fill-in questions are asked again."""
+MMLU = """\
+## Labels and routing: MMLU
+
+APGR of the version that is served after so many labels, on the {later:,} questions that come later and are never
+labelled; random is 0.5. A refused candidate leaves the old version in service. `general` starts from a checkpoint that
+was fitted on GSM8K and MATH: the shipped one was fitted on these very MMLU questions. `--cold` starts from nothing."""
+SWITCH = """\
+## A switch of traffic: MMLU, then GSM8K
+
+The cold runs go on with GSM8K. Each question is asked once with its reference, and counts below only as decided then,
+by a version that had never seen it. `over a coin`: quality of what was served minus that of a coin at the same large
+share on the same questions, exploration included. APGR: of the version that decided, all seeds' questions together,
+with 95% bootstrap intervals over questions; prompt length on the same questions."""
+SHARES = """\
+## The realised large share
+
+The furthest that the large share of {window:,} consecutive routed requests is from the target of {target}, in windows
+wholly before the switch, across it, and wholly after it. GSM8K questions are asked again to fill the last ones."""
+CALIBRATION = """\
+## Calibration after refresh
+
+Expected calibration error in 10 equally full bins, on the same {later:,} later MMLU questions (cold start), and what a
+perfect model of as many questions gets by chance: outcomes drawn from its own predictions, the pools' correlated as
+they are. Aim: at most .03."""
+
+
+def report(runs: Sequence[Run], out: Path) -> None:
+    """Writes all of it into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "runs.json").write_text(json.dumps([compact(run) for run in runs], indent=1) + "\n", encoding="utf-8")
+    draw(runs, out)
+    (out / "README.md").write_text("\n\n".join(parts(runs)) + "\n", encoding="utf-8")
+
+
+def parts(runs: Sequence[Run]) -> list[str]:
+    from benchmarks.replay.run import SLOW
+
+    target, later = runs[0]["share"]["target"], int(runs[0]["start"]["mmlu"]["questions"])
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in runs})))
+    machine = f"{cpu()}, one thread a process, Python {platform.python_version()}"
+    minutes = sum(run["seconds"] for run in runs) / 60
+    text = [INTRO.format(target=target, seeds=seeds, machine=machine, minutes=minutes, slow=SLOW)]
+    text += [MMLU.format(later=later), learning_table(runs), "![learning and calibration](learning.png)"]
+    switched = [run for run in runs if "switch" in run]
+    if switched:
+        text += [SWITCH, switch_table(switched), "![the switch](switch.png)"]
+        text += [SHARES.format(window=WINDOW, target=target), share_table(switched)]
+    if stretch(runs, "cold"):
+        text += [CALIBRATION.format(later=later), calibration_table(stretch(runs, "cold"))]
+    return [*text, "## What was published and refused", refusal_table(runs), closing(runs)]
+
+
+def learning_table(runs: Sequence[Run]) -> str:
+    starts = [(name, mine) for name in ("cold", "general") if (mine := stretch(runs, name))]
+    counts = label_counts(runs)
+    rows = []
+    for count in (0, *counts):
+        cells = [said(at_labels(mine, count, "apgr")) for _, mine in starts]
+        over = [
+            signed(np.subtract(at_labels(mine, count, "apgr"), at_labels(mine, count, "length")).tolist())
+            for _, mine in starts
+        ]
+        rows.append((count, *(cell for pair in zip(cells, over, strict=True) for cell in pair)))
+    header = ["labels", *(word for name, _ in starts for word in (f"{name} start", "over prompt length, paired"))]
+    length = said(at_labels(starts[0][1], 0, "length"))
+    return table(rows, header) + f"\n\nPrompt length: {length}."
+
+
+def switch_table(runs: Sequence[Run]) -> str:
+    rows = []
+    for block in range(len(runs[0]["switch"])):
+        of = [run["switch"][block] for run in runs]
+        first = sum(row["questions"] for row in runs[0]["switch"][:block])
+        found = pooled(runs, block)
+        cells = ["-"] * 2
+        if found is not None:
+            cells = [f"{point:.3f} [{low:.3f}, {high:.3f}]" for point, low, high in found.values()]
+        rows.append(
+            (
+                f"{first} to {first + of[0]['questions']}",
+                signed([row["advantage"] for row in of]),
+                signed([row["gap"] for row in of]),
+                said([row["large_share"] for row in of], 2),
+                *cells,
+                said(by_seed(runs, block)) if found is not None else "-",
+            )
+        )
+    header = ("GSM8K labels", "over a coin", "gap of the pools", "large share", "APGR", "of prompt length", "by seed")
+    return table(rows, header)
+
+
+def share_table(runs: Sequence[Run]) -> str:
+    where = ("before", "across", "after")
+    rows = [(run["seed"], *(f"{run['share'][name]:.4f}" for name in where)) for run in runs]
+    rows.append(("worst", *(f"{max(run['share'][name] for run in runs):.4f}" for name in where)))
+    return table(rows, ("seed", *where))
+
+
+def calibration_table(runs: Sequence[Run]) -> str:
+    rows = []
+    for count in label_counts(runs):
+        cells = []
+        for name in (*POOLS, "gain"):
+            errors = at_labels(runs, count, f"ece_{name}")
+            cells += [
+                f"{said(errors)}; worst {max(errors):.3f}",
+                f"{np.mean(at_labels(runs, count, f'chance_{name}')):.3f}",
+            ]
+        rows.append((count, *cells))
+    return table(rows, ("labels", *(word for name in (*POOLS, "gain") for word in (name, "by chance"))))
+
+
+def refusal_table(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        refused = {one["labels"] for one in run["refusals"]}
+        published = [str(v["labels"]) for v in run["versions"] if v["labels"] not in refused]
+        said_why = "; ".join(f"{one['labels']}: {short(one['reasons'])}" for one in run["refusals"])
+        rows.append((run["scenario"], run["seed"], ", ".join(published), said_why or "-"))
+    return table(rows, ("scenario", "seed", "published at labels", "refused at labels"))
+
+
+def short(reasons: Sequence[str]) -> str:
+    return ", and ".join(reason.partition(":")[0] for reason in reasons)
+
+
+def closing(runs: Sequence[Run]) -> str:
+    failures, requests = sum(len(run["failures"]) for run in runs), sum(run["requests"] for run in runs)
+    worst = max(run["score_difference"] for run in runs)
+    return (
+        f"{failures} of {requests:,} requests failed. The scores that the gateway put on record and those measured here"
+        f" differ by {worst:.0e} at most."
+    )
