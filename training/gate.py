@@ -5,7 +5,7 @@ line, in units of quality: APGR is .5 plus that area over the gap between the po
 it needs no gap above 0, and where only the served pool has a label it takes the doubly robust gain: what candidate and
 champion together expect of each pool, corrected by the label over its propensity (Dudik, Langford and Li, 2011).
 
-Intervals are of a paired bootstrap over prompts, 95%.
+Intervals are of a paired bootstrap over conversations, 95%.
 
 Shapes: N prompts, K pools cheapest first, R resamples.
 """
@@ -46,6 +46,7 @@ class Judged:
     folds: NDArray[np.int64] | None = None  # (N,) of the candidate's cross-fit
     new: NDArray[np.bool_] | None = None  # (N,) prompts that the champion was not fitted on; None: all
     calibrated: NDArray[np.bool_] | None = None  # (N,) prompts that calibration speaks of; None: all
+    conversation: NDArray[np.int64] | None = None  # (N,) its number; intervals resample whole ones. None: each alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,8 @@ def compare(
     rows = np.flatnonzero(both if complete else some)
     gain = gains(judged, rival)[rows]
     trust = judged.trust[rows]
-    times_RN = resampled(len(rows), config.resamples, seed) * trust
+    conversation = None if judged.conversation is None else judged.conversation[rows]
+    times_RN = resampled(len(rows), config.resamples, seed, conversation) * trust
     own_score, rival_score = score_of(judged.candidate, judged.folds)[rows], score_of(rival, None)[rows]
     own, other = (area_over_coin(score, gain, times_RN) for score in (own_score, rival_score))
     points = [float(area_over_coin(score, gain, trust[None])[0]) for score in (own_score, rival_score)]
@@ -206,10 +208,13 @@ def area_over_coin(score: Array, gain: Array, times_RN: Array) -> Array:
     return areas
 
 
-def resampled(count: int, resamples: int, seed: int) -> Array:
-    """How often each of `count` prompts is drawn in each resample (R, N)."""
+def resampled(count: int, resamples: int, seed: int, units: NDArray[np.int64] | None = None) -> Array:
+    """How often each of `count` prompts is drawn in each resample (R, N); those of one unit (N,) together."""
+    unit_N = np.arange(count) if units is None else np.unique(units, return_inverse=True)[1]
+    drawn = int(unit_N.max()) + 1
     generator = np.random.default_rng(seed)
-    return generator.multinomial(count, np.full(count, 1 / count), resamples).astype(float)
+    times: Array = generator.multinomial(drawn, np.full(drawn, 1 / drawn), resamples).astype(float)[:, unit_N]
+    return times
 
 
 def interval(point: float, drawn: Array, level: float = 0.95) -> Interval:

@@ -1,8 +1,8 @@
 """`depo-train refresh`: continue training from served traffic; publish only what is shown to do no harm.
 
-Labelled records become examples (traffic.py). Starts are cross-fitted, near-same prompts together: a checkpoint's own
-weights, and fresh heads on its encoder. Keys that contradict what the other labels predict are left out, and it is
-fitted anew. The better start is fitted on everything and calibrated on the newest held-out predictions. The gate
+Labelled records become examples (traffic.py). Starts are cross-fitted, near-same prompts and turns of a conversation
+together: a checkpoint's own weights, and fresh heads on its encoder. Keys that contradict what the other labels predict
+are left out, and it is fitted anew. The better start is fitted on everything and calibrated on the newest held-out predictions. The gate
 (gate.py) compares it with the champion; then it is published, or refused with the reasons.
 
 A checkpoint that was fitted on an example predicts it better than it will predict others. So whatever is compared or
@@ -155,12 +155,12 @@ def learn_from(
 ) -> tuple[Learned | str, tuple[str, ...]]:
     """Cross-fit every start on what is believed of the records."""
     traffic = examples_of_traffic(labelled, at.pools, at.base.estimator.config.text, config.traffic, distrusted)
-    count, groups = len(traffic.examples), len(set(traffic.near.tolist()))
+    count, groups = len(traffic.examples), len(set(traffic.together.tolist()))
     if count < config.min_labels:
         return f"{count} labelled prompts are fewer than min_labels, {config.min_labels}", traffic.notes
     if groups < 2:
-        return "all labelled prompts are near-same", traffic.notes
-    folds = folds_of([str(number) for number in traffic.near], min(config.folds, groups), config.seed)
+        return "all labelled prompts are near-same, or of one conversation", traffic.notes
+    folds = folds_of([str(number) for number in traffic.together], min(config.folds, groups), config.seed)
     starts, fair = starts_of(at, traffic, config)
     like = likeness_of(items_of(starts[0], traffic, config, cache))
     fits = []
@@ -308,6 +308,7 @@ def judged(
         learned.folds[rows],
         new[rows],
         calibrated_rows[rows],
+        learned.traffic.conversation[rows],
     )
 
 

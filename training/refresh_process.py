@@ -55,7 +55,10 @@ class RefreshProcess:
         """
         try:
             async with asyncio.timeout(LONGEST_SECONDS):
-                process = await self._started()
+                try:
+                    process = await self._started()
+                except OSError as error:  # the disk is full or read-only, or there are no processes to be had
+                    raise TrainingFailed(f"no training process starts: {error}") from None
                 assert process.stdin is not None
                 assert process.stdout is not None
                 process.stdin.write(b"refresh\n")

@@ -15,7 +15,7 @@ Shapes: N examples, K pools cheapest first.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +31,7 @@ from training.refresh_config import TrafficConfig
 VERIFIERS = ("exact", "math")  # sources that compare with the record's reference, which the client gave
 TRUST = (*VERIFIERS, FEEDBACK, "webhook", "model")  # among sources that label as many pools; others come last
 SAME_LABEL = 0.1  # labels of a burst differ by no more than about this
+COMMON = 0.1  # of all prompts: what more of them begin with is a greeting or a template, and no conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ class Traffic:
     served: NDArray[np.int64]  # (N,) the pool that served it; -1: none of these pools
     inverse: NDArray[np.float64]  # (N,) the part of the weight that is 1 / propensity; 1: not weighted so
     oldest_label: NDArray[np.int64]  # (N,) the lowest seq of its labels
-    near: NDArray[np.int64]  # (N,) near-same prompts have the same number
+    together: NDArray[np.int64]  # (N,) near-same texts and turns of one conversation have the same number
+    conversation: NDArray[np.int64]  # (N,) turns of one conversation have the same number
     told: tuple[Told, ...]
     notes: tuple[str, ...]  # what was left out or weighs less, and why
     trained_to: int  # the highest seq of any label
@@ -107,6 +109,7 @@ def examples_of_traffic(
         if factor < 1
     ]
     newest = [group[-1].asked.record for group in groups]
+    conversations = _conversations(groups)
     return Traffic(
         pools=pools,
         examples=tuple(_example(group, pools, factors) for group in groups),
@@ -116,7 +119,8 @@ def examples_of_traffic(
         served=np.array([pools.index(r.pool) if r.pool in pools else -1 for r in newest], np.int64),
         inverse=np.array([np.mean([one.inverse for one in group]) for group in groups], float),
         oldest_label=np.array([min(x.seq for m in group for x in m.asked.labels) for group in groups], np.int64),
-        near=clusters([group[0].asked.prompt for group in groups], config.near),
+        together=_together(groups, conversations, config.near),
+        conversation=np.array([numbers[0] for numbers in conversations], np.int64),
         told=tuple(
             Told(number, one.asked.record.key, pools.index(pool), one.quality[pool])
             for number, group in enumerate(groups)
@@ -229,6 +233,38 @@ def _factors(groups: Sequence[Sequence[_Merged]], share: float) -> dict[str, flo
                 weight[one.asked.record.key] += one.inverse / len(group)
     cap = max(share, 1 / max(1, len(weight))) * sum(weight.values())
     return {key: min(1.0, cap / own) for key, own in weight.items()}
+
+
+def _conversations(groups: Sequence[Sequence[_Merged]]) -> list[list[int]]:
+    """The numbers of the conversations that each prompt was asked in; a number of its own where none is known."""
+    named = [sorted({one.asked.record.conversation for one in group} - {""}) for group in groups]
+    sizes = Counter(name for names in named for name in names)
+    numbers = {name: number for number, name in enumerate(sizes)}
+    most = max(2.0, COMMON * len(groups))
+    return [
+        [numbers[name] for name in names if sizes[name] <= most] or [len(numbers) + own]
+        for own, names in enumerate(named)
+    ]
+
+
+def _together(
+    groups: Sequence[Sequence[_Merged]], conversations: Sequence[Sequence[int]], near: float
+) -> NDArray[np.int64]:
+    """What is held out together (N,): near-same texts, and the turns of a conversation, which tell of one another."""
+    found = clusters([f"{group[0].asked.context}\n{group[0].asked.prompt}" for group in groups], near).tolist()
+    above = list(range(len(groups)))  # a forest; roots stand for their trees
+
+    def root(number: int) -> int:
+        while above[number] != number:
+            above[number] = above[above[number]]
+            number = above[number]
+        return number
+
+    first: dict[int, int] = {}
+    for number, (cluster, told_in) in enumerate(zip(found, conversations, strict=True)):
+        for other in (cluster, *(first.setdefault(name, number) for name in told_in)):
+            above[root(number)] = root(other)
+    return np.array([root(number) for number in range(len(groups))], np.int64)
 
 
 def _example(group: Sequence[_Merged], pools: tuple[str, ...], factors: Mapping[str, float]) -> Example:

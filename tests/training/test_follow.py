@@ -251,6 +251,14 @@ async def test_a_training_that_dies_is_told_and_the_next_one_works(
         os.kill(second, 0)
 
 
+async def test_a_training_that_can_not_start_is_tried_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("where nothing can be written")
+    settings = learner_settings.parse({"records": {"url": f"sqlite:///{tmp_path}/records.db"}})
+    with pytest.raises(TrainingFailed, match="no training process starts"):
+        await RefreshProcess(settings, tmp_path, out, False).refresh()
+
+
 async def test_what_another_try_would_repeat_is_a_mistake(tmp_path: Path, store: Store, tiny_checkpoint: Path) -> None:
     store.append([record(1, time.time(), pools=("small", "huge"))])
     (one,) = store.unshadowed(1)

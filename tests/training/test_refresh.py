@@ -161,6 +161,26 @@ def test_a_worse_candidate_is_refused_and_goes_on_record(tiny_checkpoint: Path, 
     assert (stands.version, stands.labels) == (before.published.version, 300)
 
 
+def test_turns_of_one_conversation_do_not_vouch_for_each_other(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    labelled = []
+    for index in range(600):  # four turns each; which conversation the small pool fails in, nothing tells beforehand
+        number, turn = divmod(index, 4)
+        chance = random.Random(number)
+        right = (float(chance.random() < 0.5), 1.0)
+        turns = [{"role": "user", "content": " ".join(chance.choice(WORDS[4:]) for _ in range(20))}]
+        for _ in range(turn):
+            turns += [
+                {"role": "assistant", "content": "the"},
+                {"role": "user", "content": asked(chance.randrange(999))},
+            ]
+        of = replace(record(index), asked=turns, conversation=f"c{number}")
+        labels = [Label(index + 1, POOLS[n], "model", right[n], None, 0.0, 2 * index + n + 1) for n in range(2)]
+        labelled.append(Labelled(of, tuple(labels)))
+    outcome = cold(tiny_checkpoint, labelled, tmp_path)
+    assert outcome.published is None
+    assert any("not shown to route better than a coin" in reason for reason in outcome.verdict.reasons)
+
+
 def test_a_reference_set_is_asked_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from training.data import Row
 

@@ -157,6 +157,19 @@ def test_a_burst_of_near_same_prompts_and_labels_is_left_out_with_the_reason() -
     assert {tuple(e.quality) for e in read(judged, burst=20).examples} == {("large",)}
 
 
+def test_turns_of_a_conversation_are_held_out_together_and_a_common_opening_is_none() -> None:
+    def turn(seq: int, conversation: str, asked: str | None = None) -> Labelled:
+        return served(seq, {("model", "small"): 1.0}, asked, conversation=conversation)
+
+    number = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    alone = [turn(20 + i, f"c{i}", " ".join(number[(i + j * (i + 1)) % 9] for j in range(6))) for i in range(9)]
+    traffic = read([turn(1, "a", "why one"), turn(2, "b", "how two"), turn(3, "a", "and three"), *alone])
+    assert traffic.together[0] == traffic.together[2] != traffic.together[1]
+    assert traffic.conversation[0] == traffic.conversation[2] != traffic.conversation[1]
+    greeted = read([turn(seq, "hello", word) for seq, word in enumerate(number)])
+    assert len(set(greeted.together)) == len(set(greeted.conversation)) == 9
+
+
 def test_arithmetic_is_near_same_with_itself_alone() -> None:
     assert clusters(["1+2=", "1+2=", "7*3-4="], 0.8).tolist() == [0, 0, 2]
 
