@@ -22,7 +22,7 @@ from estimator.calibration import Calibration, Curve, Stage, apply, fit_platt
 from estimator.runtime import Runtime
 from training import evidence, logged
 from training.evidence import Split
-from training.fitted import fitted_share, warn_of_fitted
+from training.fitted import fitted_share, known_of, warn_of_fitted
 from training.guarantee import Guarantee, grid, guarantee
 from training.measure import Array
 from training.report import finite
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if costs is None and any(name == "cost" for name, _ in targets):
         raise ValueError(f"a cost target needs --costs {' '.join(f'{pool}=X' for pool in runtime.pools)}")
     rows = evidence.gather(args, runtime)
-    tested = evidence.held_back(rows) if losses else None
+    tested = evidence.held_back(rows, known_of(rows.examples, runtime.manifest)) if losses else None
     warn_of_fitted("calibrate", fitted_share(rows.examples, runtime.manifest))
     full, cheap = logits_of_texts(runtime, rows.texts)
     weights = rows.weights if tested is None else np.where(tested.fitting, rows.weights, 0.0)

@@ -74,20 +74,26 @@ def of_traffic(traffic: Logged) -> Evidence:
     )
 
 
-def held_back(evidence: Evidence, seed: int = 0) -> Split:
-    """A split at random by unit. Raises ValueError where no prompt has every pool's label."""
+def held_back(evidence: Evidence, fitted: NDArray[np.bool_], seed: int = 0) -> Split:
+    """A split at random by unit. Prompts that the checkpoint was fitted on, `fitted` (N,), test nothing.
+
+    Raises ValueError where no other prompt has every pool's label.
+    """
     complete = np.asarray(~np.isnan(evidence.observed).any(1))
     if evidence.observed.shape[1] < 2:
         raise ValueError("a loss target needs a checkpoint of two pools or more; this one has one")
     units = int(evidence.unit.max()) + 1
     order = np.random.default_rng(seed).permutation(units)
     fitting = np.isin(evidence.unit, order[: round(units * FITTING)])
-    candidates = np.flatnonzero(complete & ~fitting)
+    candidates = np.flatnonzero(complete & ~fitting & ~fitted)
     _, first = np.unique(evidence.unit[candidates], return_index=True)
     testing = np.zeros(len(complete), np.bool_)
     testing[candidates[first]] = True
     if not testing.any() or not fitting.any():
-        raise ValueError("a loss target needs prompts with labels of every pool: an outcome table, or shadowed records")
+        raise ValueError(
+            "a loss target needs prompts with labels of every pool, which the checkpoint was not fitted on: an outcome"
+            " table, or shadowed records"
+        )
     return Split(fitting, testing)
 
 

@@ -43,6 +43,18 @@ def known_of(examples: Sequence[Example], manifest: Manifest) -> NDArray[np.bool
     return np.array([_fingerprint(example) in fitted for example in examples], bool)
 
 
+def surely_new_to(examples: Sequence[Example], manifest: Manifest) -> NDArray[np.bool_]:
+    """Which examples (N,) ask a question that the checkpoint was not fitted on, for all that it says: of those that it
+    would have forgotten, none.
+    """
+    stored = manifest.metrics.get("fitted_on")
+    data = base64.b64decode(stored) if isinstance(stored, str) else b""
+    full = len(data) >= 8 * FINGERPRINTS
+    told = np.array([not full or _fingerprint(example) <= data[-8:] for example in examples], bool)
+    fresh: NDArray[np.bool_] = told & ~known_of(examples, manifest)
+    return fresh
+
+
 def warn_of_fitted(command: str, share: float | None) -> None:
     """One line on stderr if some of the prompts are those the checkpoint was fitted on."""
     if share:

@@ -2,8 +2,8 @@
 
 Labelled records become examples (traffic.py). Starts are cross-fitted, near-same prompts and turns of a conversation
 together: a checkpoint's own weights, and fresh heads on its encoder. Keys that contradict what the other labels predict
-are left out, and it is fitted anew. The better start is fitted on everything and calibrated on the newest held-out predictions. The gate
-(gate.py) compares it with the champion; then it is published, or refused with the reasons.
+are left out, and it is fitted anew. The better start is fitted on everything and calibrated on the newest held-out
+predictions. The gate (gate.py) compares it with the champion; then it is published, or refused with the reasons.
 
 A checkpoint that was fitted on an example predicts it better than it will predict others. So whatever is compared or
 calibrated is so on examples that are new to both sides, and a start continues only from a checkpoint to which most of
@@ -33,7 +33,7 @@ from estimator import checkpoint, export, standing
 from estimator.calibration import Calibration, apply
 from estimator.checkpoint import Manifest
 from estimator.learner import Item, Learner
-from estimator.records import SCORED, Labelled
+from estimator.records import SCORED, Example, Labelled
 from estimator.standing import Standing
 from training import rotation
 from training.calibrate import calibrate
@@ -41,7 +41,7 @@ from training.champion import Standpoint, carried_targets, honest, models_of, pr
 from training.data import Pools, Row, examples_of, folds_of, key_of, labels
 from training.embeddings import EmbeddingCache
 from training.fit import Held
-from training.fitted import fingerprints
+from training.fitted import fingerprints, surely_new_to
 from training.gate import Judged, Verdict, judge, log_loss, standing_of
 from training.likeness import likeness
 from training.lying import lying_keys
@@ -59,7 +59,7 @@ from training.starts import (
     fresh_heads,
     learner_config,
 )
-from training.traffic import Traffic, examples_of_traffic
+from training.traffic import Traffic, examples_of_traffic, kept_in_bounds
 
 WIDE = 1500  # examples: without drift a calibration on fewer is rougher
 NEW_ENOUGH = 0.8  # of the examples must be new to a checkpoint that a start continues from
@@ -163,6 +163,10 @@ def learn_from(
     folds = folds_of([str(number) for number in traffic.together], min(config.folds, groups), config.seed)
     starts, fair = starts_of(at, traffic, config)
     like = likeness_of(items_of(starts[0], traffic, config, cache))
+    notes = traffic.notes
+    if like.min() < 1:
+        notes = (*notes, f"traffic has changed: older labels weigh {like[like < 1].mean():.2f} on average")
+        like = like * kept_in_bounds(traffic, like, config.traffic.key_share)
     fits = []
     for start in starts:
         items = [
@@ -172,12 +176,9 @@ def learn_from(
         fits.append((cross_fit(start, items, folds, fair, config), items))
     best, items = min(fits, key=lambda fit: fit[0].loss)
     if not np.isfinite(best.loss):
-        return "learning diverged; lower learning_rate and wide_learning_rate", traffic.notes
+        return "learning diverged; lower learning_rate and wide_learning_rate", notes
     observed, _ = labels(traffic.examples, at.pools)
     weights = np.array([example.weight for example in traffic.examples]) * like
-    notes = traffic.notes
-    if like.min() < 1:
-        notes = (*notes, f"traffic has changed: older labels weigh {like[like < 1].mean():.2f} on average")
     clean = np.ones(count, bool) if best.start.fresh else fair
     return Learned(traffic, observed, weights, folds, items, best, clean), notes
 
@@ -232,12 +233,10 @@ def decided(
         new = honest(at.champion, traffic)
     learner = finish(best, learned.items, config)
     rotation.fold(learner.model, turned)
-    verdict = judge(
-        judged(newest, new, on, quality, served, learned),
-        on_reference(reference, learner, calibration, at, traffic, config, cache),
-        config.gate,
-        config.seed,
-    )
+    fixed = on_reference(reference, learner, calibration, at, traffic, config, cache)
+    if fixed is not None and fixed.new is not None and fixed.new.sum() < config.gate.least:
+        notes = (*notes, "what is served was fitted on the reference's prompts, and looks better there than it is")
+    verdict = judge(judged(newest, new, on, quality, served, learned), fixed, config.gate, config.seed)
     figures = {"start": best.start.name, "epochs": best.epochs, "held_out_loss": best.loss, "new": int(new.sum())}
     verdict = dataclasses.replace(verdict, figures=finite({**verdict.figures, **figures}))
     if not verdict.publish:
@@ -341,8 +340,15 @@ def on_reference(
     if at.champion is not None:
         reader = at.champion.start.learner(learner_config(config))
         served = predicted_by(at.champion, cache.items(reader, examples))
-    ones = np.ones(len(examples))
-    return Judged(at.pools, quality, served, observed, ones, np.full(len(examples), -1), ones)
+    ones, nobody = np.ones(len(examples)), np.full(len(examples), -1)
+    return Judged(at.pools, quality, served, observed, ones, nobody, ones, new=new_to_all(examples, at))
+
+
+def new_to_all(examples: Sequence[Example], at: Standpoint) -> NDArray[np.bool_]:
+    """Which examples (N,) no checkpoint was fitted on that the champion or the candidate may come from."""
+    manifests = {known.manifest.version: known.manifest for known in (at.champion, at.base) if known is not None}
+    new: NDArray[np.bool_] = np.all([surely_new_to(examples, manifest) for manifest in manifests.values()], 0)
+    return new
 
 
 def large_share(labelled: Sequence[Labelled], pools: tuple[str, ...]) -> float:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from estimator.records import FEEDBACK, Example, Label, Labelled, Record
 from estimator.text import TextConfig, read
 from training.data import key_of
+from training.measure import Array
 from training.near import clusters
 from training.refresh_config import TrafficConfig
 
@@ -130,6 +131,27 @@ def examples_of_traffic(
         notes=tuple(notes),
         trained_to=max((label.seq for item in labelled for label in item.labels), default=0),
     )
+
+
+def kept_in_bounds(traffic: Traffic, like: Array, share: float) -> Array:
+    """What weights are multiplied by besides `like` (N,), so that no key gains more than `share` of all that keys say
+    by the others' labels counting for less: who brings a new topic alone does not take over.
+    """
+    before, after = defaultdict[str, float](float), defaultdict[str, float](float)
+    times = Counter(one.example for one in traffic.told)
+    for one in traffic.told:
+        weight = traffic.examples[one.example].weight / times[one.example]
+        before[one.key] += weight
+        after[one.key] += weight * float(like[one.example])
+    whole, left = sum(before.values()), sum(after.values())
+    least = max(share, 1 / max(1, len(after)))
+    factors = {
+        key: min(1.0, max(least, before[key] / whole) * left / own) if own > 0 else 1.0 for key, own in after.items()
+    }
+    found = np.ones(len(like))
+    for one in traffic.told:
+        found[one.example] -= (1.0 - factors[one.key]) / times[one.example]
+    return found
 
 
 def _usable(

@@ -193,6 +193,24 @@ def test_a_reference_set_is_asked_too(tiny_checkpoint: Path, tmp_path: Path) -> 
     assert any("reference set worse than the champion" in reason for reason in outcome.verdict.reasons)
 
 
+def test_on_reference_prompts_that_the_champion_was_fitted_on_nobody_is_compared(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from estimator.records import Example
+    from training import fitted
+    from training.data import Row
+
+    rows = [Row(asked(i, 3), "", {pool: truth(pool, i) for pool in POOLS}, {}, "", "") for i in range(300)]
+    manifest, files = checkpoint.load(tiny_checkpoint)
+    for number, (count, compared, told) in enumerate(((200, 100, False), (300, 300, True))):
+        known = {"fitted_on": fitted.fingerprints([Example(row.question, {}) for row in rows[:count]])}
+        base = tmp_path / f"base{number}"
+        checkpoint.write(base, files, manifest.base, manifest.pools, manifest.text, known)
+        outcome = refresh(shadowed(range(300)), base, tmp_path / f"out{number}", CONFIG, rows)
+        assert outcome.verdict.figures["reference"]["prompts"] == compared
+        assert any("fitted on the reference's prompts" in note for note in outcome.notes) == told
+
+
 def test_targets_are_carried_over_with_new_thresholds(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from estimator import calibration
 

@@ -12,7 +12,7 @@ from estimator.text import TextConfig
 from training.lying import lying_keys
 from training.near import clusters
 from training.refresh_config import RefreshConfig, TrafficConfig
-from training.traffic import Told, Traffic, examples_of_traffic
+from training.traffic import Told, Traffic, examples_of_traffic, kept_in_bounds
 
 POOLS = ("small", "large")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -123,6 +123,20 @@ def test_no_key_makes_up_more_than_its_share_of_what_keys_say() -> None:
     ]
     assert {example.weight for example in read(judged).examples} == {1.0}  # not the key's own word
     assert {example.weight for example in read(records[:50]).examples} == {1.0}  # one key alone
+
+
+def test_who_brings_a_new_topic_alone_does_not_take_over() -> None:
+    old = [served(seq, {(FEEDBACK, "small"): 1.0}, key=f"k{seq % 9}") for seq in range(1, 91)]
+    new = [served(seq, {(FEEDBACK, "small"): 0.0}, key="x") for seq in range(101, 111)]
+    traffic = read([*old, *new])
+    like = np.where(np.arange(100) < 90, 0.1, 1.0)  # 9 of weight are left of the others', 10 are its own
+    weights = like * kept_in_bounds(traffic, like, 0.2)
+    assert weights[:90] == pytest.approx(0.1)
+    assert weights[90:].sum() == pytest.approx(0.2 * 19)
+    alone = read([served(seq, {(FEEDBACK, "small"): 1.0}) for seq in range(1, 101)])
+    assert kept_in_bounds(alone, like, 0.2) == pytest.approx(np.ones(100))
+    judged = read([served(seq, {("model", "small"): 1.0}) for seq in range(1, 101)])
+    assert kept_in_bounds(judged, like, 0.2) == pytest.approx(np.ones(100))
 
 
 def test_a_verdict_by_the_clients_own_reference_is_the_clients_word() -> None:
