@@ -50,7 +50,8 @@ def signed(values: Sequence[float]) -> str:
 
 
 def pooled(runs: Sequence[Run], block: int) -> dict[str, tuple[float, float, float]] | None:
-    """APGR (point, low, high), 95% over questions, of what decided a block after the switch, and of prompt length.
+    """APGR (point, low, high), 95% over questions, of what decided a block after the switch, of prompt length, and the
+    paired difference.
 
     All seeds' questions together, each scored by the version that decided it, less that seed's mean score: how high a
     version scores altogether orders nothing within its seed.
@@ -62,7 +63,9 @@ def pooled(runs: Sequence[Run], block: int) -> dict[str, tuple[float, float, flo
     right: Array = np.concatenate([np.array(row["right"], float) for row in rows])
     length = np.concatenate([np.array(row["length"], float) for row in rows])
     found = measure({"gain": gain, "length": length}, right[:, 0], right[:, 1])
-    return {name: (one.apgr, one.low, one.high) for name, one in found.items()}
+    intervals = {name: (one.apgr, one.low, one.high) for name, one in found.items()}
+    gain_over = found["gain"]
+    return intervals | {"over": (gain_over.difference, gain_over.difference_low, gain_over.difference_high)}
 
 
 def by_seed(runs: Sequence[Run], block: int) -> list[float]:
@@ -83,16 +86,21 @@ def share_curve(run: Run, size: int) -> tuple[Array, Array]:
 
 
 def advantage_curve(run: Run, size: int) -> tuple[Array, Array]:
-    """(number of the window's last request, quality over a coin's at the same share in the window), all requests."""
+    """(requests since the switch at the window's end, quality over a coin's at the same share in the window).
+
+    Of questions that no version had learned: after the switch those asked for the first time.
+    """
     stream = run["stream"]
+    new = np.array([phase == "before" or first for phase, first in zip(stream["phase"], stream["first"], strict=True)])
     large, small_right, large_right = (
-        np.array(stream[name], float) for name in ("large", "small_right", "large_right")
+        np.array(stream[name], float)[new] for name in ("large", "small_right", "large_right")
     )
     served = np.where(large > 0, large_right, small_right)
     means = [moving(values, size) for values in (served, large, small_right, large_right)]
     over = means[0] - (means[1] * means[3] + (1 - means[1]) * means[2])
-    ends = np.arange(size, size + len(over))
-    return ends[::EVERY].astype(float), over[::EVERY]
+    since = np.arange(size, size + len(over)) - stream["phase"].count("before")
+    kept = since % EVERY == 0  # so that runs have the same points
+    return since[kept].astype(float), over[kept]
 
 
 def moving(values: Array, size: int) -> Array:

@@ -18,7 +18,7 @@ from benchmarks.depo.figures import interval
 from benchmarks.replay.figures import Run, advantage_curve, at_labels, label_counts, share_curve, stretch
 from benchmarks.replay.questions import POOLS
 
-WINDOW, NARROW = 2000, 500
+WINDOW, NARROW = 2000, 250
 COLOURS = {"cold": "tab:blue", "general": "tab:orange"}
 
 
@@ -76,14 +76,16 @@ def shares(axes: Axes, runs: Sequence[Run]) -> None:
 
 
 def advantages(axes: Axes, runs: Sequence[Run]) -> None:
-    curves = [advantage_curve(run, NARROW) for run in runs]
-    for run, (ends, over) in zip(runs, curves, strict=True):
-        axes.plot(ends, over, linewidth=0.7, alpha=0.5, label=f"seed {run['seed']}")
-    length = min(len(over) for _, over in curves)
-    axes.plot(curves[0][0][:length], np.mean([over[:length] for _, over in curves], 0), color="black", label="mean")
+    curves = [dict(zip(*map(list, advantage_curve(run, NARROW)), strict=True)) for run in runs]
+    for run, curve in zip(runs, curves, strict=True):
+        axes.plot(list(curve), list(curve.values()), linewidth=0.7, alpha=0.5, label=f"seed {run['seed']}")
+    common = sorted(set.intersection(*(set(curve) for curve in curves)))
+    axes.plot(common, [np.mean([curve[x] for curve in curves]) for x in common], color="black", label="mean")
     axes.axhline(0.0, color="black", linewidth=0.8)
-    axes.axvline(run_length(runs), color="black", linewidth=0.8)
-    labelled(axes, f"requests; window of the last {NARROW}", "quality over a coin's at the same share")
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    labelled(
+        axes, f"new questions since MMLU became GSM8K; window of {NARROW}", "quality over a coin's at the same share"
+    )
 
 
 def run_length(runs: Sequence[Run]) -> float:
