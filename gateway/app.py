@@ -65,9 +65,9 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
     exchange: Exchange | None = None
     gateway.begin()
     try:
-        key = notes.key = authenticate(live, headers)
-        notes.reference = headers.get(REFERENCE_HEADER, b"")
+        key = authenticate(live, headers)
         gateway.control.admit(key)
+        notes.key, notes.reference = key, headers.get(REFERENCE_HEADER, b"")
         body = await read_body(receive, headers, live.config)
         request.complete = time.perf_counter()
         watcher = asyncio.create_task(_watch(receive, task, request))
@@ -104,7 +104,7 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
         if exchange is not None:
             exchange.close()
         gateway.end()
-        gateway.control.conclude(request.ruling, exchange.decision.pool if exchange else None, request.tokens)
+        gateway.control.conclude(request.ruling, request.working, request.tokens, exchange is not None)
         seconds = time.perf_counter() - request.started
         gateway.metrics.requests.labels(endpoint, request.pool, str(request.code)).inc()
         gateway.metrics.request_duration.labels(endpoint, request.pool).observe(seconds)

@@ -1,6 +1,9 @@
 """What one API key may use: requests a minute, and the share of them that the last pool serves. Pure: time comes in.
 
 Both are buckets. Each replica of the gateway holds its own, so n replicas let a key make n times the requests.
+
+A request earns its share of a call of the last pool when it is answered: one that is refused or given up earns nothing.
+Only a call of the last pool itself has its own share at once.
 """
 
 from collections.abc import Iterable
@@ -43,23 +46,32 @@ class Account:
         return 0.0
 
     def earn(self) -> None:
-        """A request's share of a call of the last pool."""
-        if self.key.large_share is not None:
-            self.calls = min(self.most_calls, self.calls + self.key.large_share)
+        """The share of a request that another pool has answered."""
+        self._add(self.key.large_share or 0.0)
 
     def pay(self) -> bool:
-        """Takes one call of the last pool, if there is one: in any n requests at most large_share * n + BURST are."""
+        """Takes one call of the last pool, less this request's own share, if there is one.
+
+        So of any n requests that a pool answered at most large_share * n + BURST are the last one's.
+        """
+        price = self._price
         if self.key.large_share is None:
             return True
-        if self.calls < 1.0 - 1e-9:  # ten times .1 is a little less than 1
+        if not self.key.large_share or self.calls < price - 1e-9:  # nine times .1 is a little less than .9
             return False
-        self.calls = max(0.0, self.calls - 1.0)
+        self.calls = max(0.0, self.calls - price)
         return True
 
     def refund(self) -> None:
-        """Gives a call back that the last pool did not answer."""
-        if self.key.large_share is not None:
-            self.calls = min(self.most_calls, self.calls + 1.0)
+        """Gives back what was paid for a call that the last pool did not serve."""
+        self._add(self._price)
+
+    @property
+    def _price(self) -> float:
+        return 1.0 - (self.key.large_share or 0.0)
+
+    def _add(self, calls: float) -> None:
+        self.calls = min(self.most_calls, self.calls + calls)
 
 
 class Budgets:
@@ -69,16 +81,20 @@ class Budgets:
         self._accounts: dict[str, Account] = {}
 
     def apply(self, keys: Iterable[Key], now: float) -> None:
-        """Takes the keys of a config. Those that were there keep what they have, within their new bounds."""
+        """Takes the keys of a config. Those that were there keep what they have, within their new bounds.
+
+        They keep their account, too, for requests under way hold it and settle with it.
+        """
         accounts = {}
         for key in keys:
-            fresh = accounts[key.name] = Account(key, 0.0, 0.0, now)
-            fresh.requests, fresh.calls = fresh.at_once, fresh.most_calls
-            before = self._accounts.get(key.name)
-            if before is not None and before.key.requests_per_minute is not None:
-                fresh.requests, fresh.at = min(before.requests, fresh.at_once), before.at
-            if before is not None and before.key.large_share is not None:
-                fresh.calls = min(before.calls, fresh.most_calls)
+            account = accounts[key.name] = self._accounts.get(key.name) or Account(Key(key.name, ""), 0.0, 0.0, now)
+            before, account.key = account.key, key
+            if before.requests_per_minute is None:
+                account.requests, account.at = account.at_once, now
+            if before.large_share is None:
+                account.calls = account.most_calls
+            account.requests = min(account.requests, account.at_once)
+            account.calls = min(account.calls, account.most_calls)
         self._accounts = accounts
 
     def account(self, name: str) -> Account | None:

@@ -365,12 +365,16 @@ def _with_places(estimator: Estimator, directory: Path) -> Estimator:
 def _with_url(records: Records, directory: Path) -> Records:
     if records.url is not None and records.url_env is not None:
         raise ValueError("records has both url and url_env; write one of them")
-    if records.url_env is not None:
-        return records
-    url = records.url if records.url is not None else "sqlite:///records.db"
+    if records.url_env is None:
+        where, url = "records.url", records.url if records.url is not None else "sqlite:///records.db"
+    else:
+        where, url = "records.url_env", os.environ.get(records.url_env, "")
+    if url.partition("?")[0] in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
+        raise ValueError(f"{where} {url} names no file; write sqlite:///FILE, for records must outlive the gateway")
     if url.startswith("sqlite:///"):
         url = "sqlite:///" + str(directory.absolute() / Path(url.removeprefix("sqlite:///")).expanduser())
-    return dataclasses.replace(records, url=url)
+        return dataclasses.replace(records, url=url, url_env=None)
+    return records if records.url_env is not None else dataclasses.replace(records, url=url)
 
 
 def _with_keys_file(auth: Auth, directory: Path) -> Auth:

@@ -37,6 +37,9 @@ class Ruling:
     decisive: float | None = None  # the confidence that decides about the last pool; None: nothing does
     typical: bool = False  # scored by the full stage, among all pools, as calibrations are
     version: str = ""
+    # All of one moment: a reload puts others in their place, and what was counted is put right where it was.
+    config: Config | None = None
+    controller: Controller | None = None
     account: Account | None = None
     paid: bool = False
     step: Step | None = None
@@ -141,14 +144,16 @@ class Control:
         Raises:
             ApiError: 429, the last pool was wanted, no other will do, and the key's share of it is used up.
         """
-        assert self._config is not None
+        config = ruling.config = self._config
+        assert config is not None
         decision = self._within_budget(ruling, key, candidates, decision)
         if decision.reason == "pinned":
             return decision
         if self.controller is not None:
-            spent = self._spent(decision.pool)
+            spent = _spent(config, decision.pool)
             obeys = ruling.asked is None and decision.reason in OBEYING
-            obeys = obeys or self.floor is not None or (decision.reason == "sticky" and decision.pool != self._last)
+            obeys = obeys or self.floor is not None or (decision.reason == "sticky" and decision.pool != _last(config))
+            ruling.controller = self.controller
             ruling.step = self.controller.decided(spent, ruling.decisive if obeys else None)
         if ruling.decisive is not None and ruling.typical and ruling.version == self._version:
             self.drift.saw(ruling.decisive)
@@ -158,18 +163,29 @@ class Control:
         self._show()
         return decision
 
-    def conclude(self, ruling: Ruling, pool: str | None, tokens: int) -> None:
-        """Puts right what `commit` counted. `pool`: who answered, None if nobody did; `tokens`: 0 if not known."""
-        if ruling.account is not None and ruling.paid and pool != self._last:
-            ruling.account.refund()
-        if self.controller is None or ruling.step is None:
+    def conclude(self, ruling: Ruling, pool: str | None, tokens: int, answered: bool = True) -> None:
+        """Puts right what `commit` counted.
+
+        Args:
+            pool: who answered, or was at work when the client hung up or time was over; None if nobody was.
+            tokens: 0 if not known.
+            answered: False where `pool` was at work only.
+        """
+        config, account, controller = ruling.config, ruling.account, ruling.controller
+        if config is None:
+            return
+        served_last = pool == _last(config)
+        if account is not None and ruling.paid and not served_last:
+            account.refund()
+        if account is not None and pool is not None and answered and not (ruling.paid and served_last):
+            account.earn()
+        if controller is None or ruling.step is None:
             return
         weight = 1.0
-        assert self._config is not None
-        target = self._config.routing.target
+        target = config.routing.target
         if tokens > 0 and target is not None and target.cost is not None:
-            weight = self.controller.weight(tokens)
-        self.controller.correct(ruling.step, None if pool is None else self._spent(pool), weight)
+            weight = controller.weight(tokens)
+        controller.correct(ruling.step, None if pool is None else _spent(config, pool), weight)
         self._show()
 
     def describe(self) -> dict[str, Any]:
@@ -198,8 +214,7 @@ class Control:
         account = ruling.account = self.budgets.account(key)
         if account is None or account.key.large_share is None:
             return decision
-        account.earn()
-        last = self._last
+        last = _last(self._config)
         if decision.pool != last:
             return decision
         ruling.paid = account.pay()
@@ -208,27 +223,8 @@ class Control:
         below = [name for name in candidates.pools if name != last]
         insists = decision.reason == "pinned" or (ruling.asked is not None and ruling.asked >= 1.0)
         if insists or not below:
-            raise ApiError(
-                429,
-                f"The key {key!r} has used up its share of pool {last} ({account.key.large_share:g} of its requests)"
-                + ("; ask for auto." if below or insists else ", and no other pool can take this request."),
-                "large_share_exceeded",
-            )
+            raise share_used_up(account, last, insists)
         return replace(decision, pool=below[0], reason="budget", propensity=1.0)
-
-    @property
-    def _last(self) -> str:
-        assert self._config is not None
-        return next(reversed(list(self._config.pools)))
-
-    def _spent(self, pool: str) -> float:
-        """What a request in this pool counts for: its price, relative to the last one's, or whether it is the last."""
-        assert self._config is not None
-        pools = self._config.pools
-        target = self._config.routing.target
-        if target is not None and target.cost is not None and pool in pools:  # a reload may have taken it away
-            return pools[pool].cost / pools[self._last].cost
-        return float(pool == self._last)
 
     def _show(self) -> None:
         metrics = self.metrics
@@ -236,6 +232,17 @@ class Control:
         metrics.target_share.set(math.nan if self.controller is None else self.controller.realised)
         metrics.score_drift.set(self.drift.distance)
         metrics.router_floor.set(self.floor is not None)
+
+
+def share_used_up(account: Account, last: str, insists: bool = False) -> ApiError:
+    """For a request that only the last pool may answer; `insists`: because its sender wants so."""
+    return ApiError(
+        429,
+        f"The key {account.key.name!r} has used up its share of pool {last} "
+        f"({account.key.large_share or 0.0:g} of its requests)"
+        + ("; ask for auto." if insists else ", and no other pool can take this request."),
+        "large_share_exceeded",
+    )
 
 
 def curve_of(runtime: Runtime, config: Config) -> Curve | None:
@@ -305,6 +312,18 @@ def _controller(config: Config, curve: Curve | None) -> Controller | None:
     wanted = target.cost if target.cost is not None else target.large_share
     assert wanted is not None
     return Controller(wanted, _start(config), curve)
+
+
+def _last(config: Config) -> str:
+    return next(reversed(list(config.pools)))
+
+
+def _spent(config: Config, pool: str) -> float:
+    """What a request in this pool counts for: its price, relative to the last one's, or whether it is the last."""
+    pools, target, last = config.pools, config.routing.target, _last(config)
+    if target is not None and target.cost is not None and pool in pools:  # a reload may have taken it away
+        return pools[pool].cost / pools[last].cost
+    return float(pool == last)
 
 
 def _reading(config: Config) -> tuple[object, ...]:

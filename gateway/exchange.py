@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from gateway import protocol
+from gateway.control import share_used_up
 from gateway.pools import Backend, NoSlotError, Pool
 from gateway.protocol import ApiError, Query
 from gateway.routing import Decision, Eligible
@@ -84,7 +85,8 @@ async def obtain(
     pool was pinned, from another pool.
 
     Raises:
-        ApiError: 503 when nobody answered, 504 when a stream's first token did not come in time.
+        ApiError: 503 when nobody answered, 504 when a stream's first token did not come in time, 429 when the prompt
+            is too long for all but the last pool, and the key's share of that one is used up.
     """
     gateway.budget.deposit()
     failure, why = "none of its backends is up", "down"
@@ -96,6 +98,8 @@ async def obtain(
         if not pool.usable():
             continue
         if name == last != first and not request.ruling.pays():
+            if name == decision.pool and request.ruling.account is not None:  # for its room, not for an outage
+                raise share_used_up(request.ruling.account, last)
             failure, why = "the key's share of the last pool is used up", "budget"
             continue
         request.pool = name
@@ -131,6 +135,7 @@ async def obtain(
                 return exchange
             if exchange is not None:  # a prompt longer than we thought: the next pool has room for it
                 exchange.reply.close()
+                request.working = None
                 decision = replace(decision, pool=order[order.index(name) + 1], reason="context", propensity=1.0)
                 attempts, exchange = 0, None
         except BaseException:
@@ -166,7 +171,7 @@ async def _attempt(
     backend.taken()
     reply: Reply | None = None
     kept = False
-    request.phase = "waiting"
+    request.phase, request.working = "waiting", slot.pool.name
     if not request.departed:
         request.departed = time.perf_counter()
         gateway.metrics.overhead.labels(query.endpoint).observe(request.departed - request.complete - request.queued)
@@ -185,7 +190,7 @@ async def _attempt(
         kept = True
         return Exchange(decision, slot.pool, backend, reply, reply.status, streaming, first, slot)
     except UpstreamError as error:
-        outcome = error.outcome
+        outcome, request.working = error.outcome, None
         backend.failed(time.monotonic(), refused=outcome == "refused")
         raise
     except TimeoutError:

@@ -45,7 +45,7 @@ class Notes:
 
     id: str = ""
     endpoint: Endpoint = "chat"
-    key: str | None = None  # None: the caller is not known, and nothing is recorded
+    key: str | None = None  # None: the caller is not known or comes too often, and nothing is recorded
     reference: bytes = b""
     query: Query | None = None
     eligible: tuple[str, ...] = ()

@@ -6,24 +6,20 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Generator
-from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
 
-from estimator import standing
-from gateway import __version__, app, config, pools, scoring, surface
-from gateway.candidate import Candidate
+from gateway import __version__, app, config, pools, scoring, surface, watch
 from gateway.config import Config
 from gateway.connection import uvicorn_config
-from gateway.control import Control, calibrated_threshold, fixed_threshold
+from gateway.control import Control
 from gateway.metrics import Metrics
 from gateway.records import Recorder, identity
 from gateway.state import Gateway, Live, served_names
 from gateway.upstream import Upstream
 
 KEEP_ALIVE_SECONDS = 75  # longer than the load balancers in front, which then are the ones that close
-WATCH_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +90,11 @@ async def serve(
     shares = scoring.usual_shares(runtime, tuple(settings.pools), settings.routing.rule, control.threshold)
     gateway = Gateway(live, metrics, upstream, budget, control, recorder=recorder, shares=shares)
     gateway.idle.set()
-    await _load_candidate(gateway)
-    _show(gateway)
-    tasks = _Tasks(gateway)
+    watching = watch.Watch(gateway)
+    await watching.first_standing()
+    await watching.first_candidate()
+    watch.show(gateway)
+    tasks = _Tasks(gateway, watching)
     one_reload = asyncio.Lock()
 
     async def reload() -> str:
@@ -117,14 +115,15 @@ async def serve(
             live.scorer.close()
             raise
         await pools.check_all(live.pools, upstream)
-        _replace(gateway, live)
+        watch.replace_live(gateway, live)
+        await watching.first_standing()
         upstream.set_connect_seconds(fresh.timeouts.connect_s)
         gateway.budget = pools.RetryBudget(fresh.retries.budget, fresh.retries.per_second)
         old, gateway.recorder = gateway.recorder, recorder
         if old is not None and old is not recorder:
             await asyncio.to_thread(old.close)
         await tasks.restart()
-        await _load_candidate(gateway)
+        await watching.first_candidate()
         log.info("the config %s is applied", path)
         return gateway.live.scorer.version
 
@@ -163,8 +162,9 @@ async def serve(
 class _Tasks:
     """The health checks and the checkpoint watcher of the config in force."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, watching: watch.Watch) -> None:
         self._gateway = gateway
+        self._watching = watching
         self._running: list[asyncio.Task[None]] = []
 
     async def restart(self) -> None:
@@ -172,7 +172,7 @@ class _Tasks:
         gateway = self._gateway
         self._running = [asyncio.create_task(pools.watch_health(gateway.live.pools, gateway.upstream))]
         if gateway.live.config.estimator.watch:
-            self._running.append(asyncio.create_task(_watch_checkpoints(gateway)))
+            self._running.append(asyncio.create_task(self._watching.run()))
 
     async def stop(self) -> None:
         for task in self._running:
@@ -195,116 +195,9 @@ def _recorder(settings: Config, metrics: Metrics, running: Recorder | None = Non
 
 
 async def _live(settings: Config, metrics: Metrics) -> Live:
-    scorer = await _scorer(settings, metrics)
+    scorer = await watch.open_scorer(settings, metrics)
     keys = {key.sha256: key.name for key in settings.auth.keys} if settings.auth else {}
     return Live(settings, pools.open_pools(settings, metrics), keys, served_names(settings.pools), scorer)
-
-
-async def _scorer(settings: Config, metrics: Metrics) -> scoring.Scorer:
-    estimator = settings.estimator
-    runtime, columns = await asyncio.to_thread(
-        scoring.load, estimator.path, tuple(settings.pools), settings.routing.rule
-    )
-    fixed_threshold(settings, runtime)  # before it is in service: a ValueError where the target asks for more
-    return scoring.Scorer(runtime, columns, estimator.deadline_ms / 1000, metrics)
-
-
-def _replace(gateway: Gateway, live: Live) -> None:
-    """Swaps between two requests; those under way finish with what they hold, so their scorer closes a little later."""
-    old, gateway.live = gateway.live, live
-    gateway.control.follow(live.config, live.scorer.runtime)
-    _show(gateway)
-    if old.scorer is not live.scorer:
-        delay = old.config.timeouts.total_s if old.config.estimator.deadline_ms > 1000 else 5.0
-        asyncio.get_running_loop().call_later(delay, old.scorer.close)
-        gateway.retired = [*gateway.retired[-2:], old.scorer]
-
-
-def _show(gateway: Gateway) -> None:
-    live = gateway.live
-    gateway.metrics.estimator_info.clear()
-    gateway.metrics.estimator_info.labels(live.scorer.version).set(1)
-
-
-async def _watch_checkpoints(gateway: Gateway) -> None:
-    """Looks for a new version of the estimator and of the candidate, and for what labels say of the one in service."""
-    refused = {"estimator": "", "candidate": "", "standing": ""}
-    while True:
-        await asyncio.sleep(WATCH_SECONDS)
-        for name, look in (("estimator", _look), ("candidate", _look_for_candidate), ("standing", _read_standing)):
-            try:
-                await look(gateway)
-                refused[name] = ""
-            except (ValueError, OSError) as error:
-                if str(error) != refused[name]:  # told once
-                    refused[name] = str(error)
-                    log.error("the %s stays as it is: %s", name, error)
-                    if name == "estimator":
-                        gateway.metrics.estimator_loads.labels("refused").inc()
-                    elif name == "candidate":
-                        gateway.metrics.candidate_loads.labels("refused").inc()
-
-
-async def _look(gateway: Gateway) -> None:
-    """Loads a new checkpoint beside the old one and swaps. Raises ValueError or OSError for a bad one."""
-    live = gateway.live
-    path = live.config.estimator.path
-    if path == "builtin" or not await asyncio.to_thread(scoring.changed, path, live.scorer.version):
-        return
-    scorer = await _scorer(live.config, gateway.metrics)
-    if gateway.live is not live:  # a reload came first, and has what is current
-        scorer.close()
-        return
-    _replace(gateway, replace(live, scorer=scorer))
-    gateway.metrics.estimator_loads.labels("applied").inc()
-    log.info("the estimator is now %s", scorer.version)
-
-
-async def _look_for_candidate(gateway: Gateway) -> None:
-    """The same for the candidate."""
-    settings, old = gateway.live.config, gateway.control.candidate
-    path = settings.estimator.candidate
-    if path is None or (old is not None and not await asyncio.to_thread(scoring.changed, path, old.version)):
-        return
-    fresh = await _candidate(settings, path, gateway.metrics)
-    if gateway.live.config is not settings:
-        fresh.close()
-        return
-    _replace_candidate(gateway, fresh)
-    gateway.metrics.candidate_loads.labels("applied").inc()
-    log.info("the candidate is now %s", fresh.version)
-
-
-async def _load_candidate(gateway: Gateway) -> None:
-    """The candidate of a config just taken. One that can't be loaded is counted, and the gateway serves without."""
-    _replace_candidate(gateway, None)
-    try:
-        await _look_for_candidate(gateway)
-    except (ValueError, OSError) as error:
-        log.error("there is no candidate: %s", error)
-        gateway.metrics.candidate_loads.labels("refused").inc()
-
-
-async def _candidate(settings: Config, path: str, metrics: Metrics) -> Candidate:
-    rule = settings.routing.rule
-    runtime, columns = await asyncio.to_thread(scoring.load, path, tuple(settings.pools), rule)
-    return Candidate(runtime, columns, rule, calibrated_threshold(settings, runtime), metrics)
-
-
-def _replace_candidate(gateway: Gateway, fresh: Candidate | None) -> None:
-    old, gateway.control.candidate = gateway.control.candidate, fresh
-    if old is not None:
-        old.close()
-        gateway.retired = [*gateway.retired[-2:], old]
-    gateway.metrics.candidate_info.clear()
-    if fresh is not None:
-        gateway.metrics.candidate_info.labels(fresh.version).set(1)
-
-
-async def _read_standing(gateway: Gateway) -> None:
-    home = standing.home(gateway.live.config.estimator.path)
-    if home is not None:
-        gateway.control.judge(await asyncio.to_thread(standing.read, home))
 
 
 async def _drain(gateway: Gateway) -> None:

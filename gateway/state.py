@@ -69,6 +69,7 @@ class Request:
     departed: float = 0.0  # when it first left for a backend
     queued: float = 0.0  # seconds
     pool: str = NONE
+    working: str | None = None  # the pool that has answered or is at it; a backend that failed is not
     tokens: int = 0  # of prompt and answer, as the backend counts them; 0: not known
     code: int = 500
     answered: bool = False  # the answer's head has gone to the client

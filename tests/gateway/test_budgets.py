@@ -1,6 +1,7 @@
 """Per-key budgets: the arithmetic by properties, then a gateway that enforces it."""
 
 import asyncio
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import config
+from gateway import budgets, config
 from gateway.budgets import BURST, Account, Budgets
-from gateway.config import Key
+from gateway.config import Config, Key
+from gateway.control import Control, Ruling
+from gateway.metrics import Metrics
+from gateway.protocol import ApiError
+from gateway.routing import Decision, Eligible
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import Running, StartGateway, running, settings
 
@@ -26,20 +31,31 @@ def opened(**limits: float) -> Account:
     return account
 
 
-@given(share=st.floats(0.0, 1.0), wants=st.lists(st.sampled_from(["large", "small", "lost"]), max_size=300))
-def test_the_last_pool_serves_at_most_the_share_and_a_burst(share: float, wants: list[str]) -> None:
+@given(
+    share=st.floats(0.0, 1.0),
+    wants=st.lists(st.tuples(st.sampled_from(["large", "small", "lost", "insists"]), st.integers(0, 30)), max_size=300),
+)
+def test_the_last_pool_serves_at_most_the_share_of_what_is_answered_and_a_burst(
+    share: float, wants: list[tuple[str, int]]
+) -> None:
+    """Each ends when so many others have come after it."""
     account = opened(large_share=share)
-    served = []
-    for want in wants:
-        account.earn()
+    served, running = [], dict[int, list[str]]()
+    for now, (want, lasts) in enumerate(wants):
         paid = want != "small" and account.pay()
-        if paid and want == "lost":
-            account.refund()
-        served.append(int(paid and want == "large"))
+        running.setdefault(now + lasts, []).append(want if paid else "refused" if want == "insists" else "small")
+        for end in running.pop(now, []):
+            if end == "lost":
+                account.refund()
+            elif end == "small":
+                account.earn()
+            if end in ("large", "insists", "small"):
+                served.append(int(end != "small"))
     burst = BURST if share else 0.0
     for start in range(len(served)):
         for end in (start + 1, (start + len(served)) // 2, len(served)):
-            assert sum(served[start:end]) <= share * max(0, end - start) + burst + 1e-6
+            late = 30 * share if start else 0.0  # what was paid before the window and answered in it
+            assert sum(served[start:end]) <= share * max(0, end - start) + burst + late + 1e-6
 
 
 @given(st.floats(0.01, 1.0))
@@ -47,17 +63,18 @@ def test_what_is_allowed_is_used(share: float) -> None:
     account = opened(large_share=share)
     served = 0
     for _ in range(1000):
-        account.earn()
-        served += account.pay()
+        if account.pay():
+            served += 1
+        else:
+            account.earn()
     assert served >= int(share * 1000)
 
 
 def test_a_share_of_nothing_is_nothing_and_none_is_no_limit() -> None:
     nothing, free = opened(large_share=0.0), opened()
     for _ in range(50):
-        nothing.earn()
         assert not nothing.pay()
-        free.earn()
+        nothing.earn()
         assert free.pay()
 
 
@@ -96,8 +113,9 @@ def test_a_reload_keeps_the_buckets_of_keys_that_stay() -> None:
         assert account is not None
         for _ in range(60):
             account.admit(0.0)
-        for _ in range(10):
+        for _ in range(20):
             account.pay()
+    held = made.account("a")
     assert made.account("nobody") is None
     made.apply([dataclasses.replace(keys[0], large_share=0.4), Key("c", "2", 5, 0.1)], 1.0)
     assert made.account("b") is None
@@ -105,6 +123,9 @@ def test_a_reload_keeps_the_buckets_of_keys_that_stay() -> None:
     assert a is not None
     assert c is not None
     assert (a.requests, a.calls, a.key.large_share) == (0.0, 0.0, 0.4)
+    assert a is held  # which requests under way will settle with
+    held.refund()
+    assert a.calls == pytest.approx(0.6)
     assert (c.requests, c.calls) == (5.0, BURST)
     made.apply([Key("a", "0", 60, 0.5), keys[1]], 2.0)
     b = made.account("b")
@@ -202,6 +223,111 @@ async def test_a_fallback_is_paid_for_too_and_what_failed_is_given_back(start: S
     ):
         told = [await ask(gateway, "bounded", f"prove the hard theorem {index}") for index in range(20)]
         assert {answer.headers["x-depo-reason"] for answer in told} == {"fallback"}
+
+
+BOTH, PINNED = Eligible(("small", "large")), Eligible(("large",))
+
+
+def control(**limits: Any) -> Control:
+    """One that has taken a config with the key `bounded`; it never sees a checkpoint."""
+    made = Control(Metrics("0"))
+    made._config = bounded(**limits)
+    assert made._config.auth is not None
+    made.budgets.apply(made._config.auth.keys, 0.0)
+    return made
+
+
+def bounded(**limits: Any) -> Config:
+    pools = {name: {"model": f"org/{name}", "backends": [{"url": f"http://{name}"}]} for name in ("small", "large")}
+    return config.parse({"version": 1, "pools": pools, "auth": auth(bounded=limits)})
+
+
+def test_refused_requests_earn_nothing() -> None:
+    """A client that pins the last pool and tries again after each 429."""
+    ruled, served = control(large_share=0.1), 0
+    for _ in range(2000):
+        ruling = Ruling()
+        with contextlib.suppress(ApiError):
+            ruled.commit(ruling, "bounded", "hi", PINNED, Decision("large", "pinned"))
+            served += 1
+            ruled.conclude(ruling, "large", 10)
+    assert served <= 0.1 * served + BURST
+
+
+@pytest.mark.parametrize("pool", [None, "small"])
+def test_what_nobody_answered_earns_nothing(pool: str | None) -> None:
+    ruled = control(large_share=0.1)
+    account = ruled.budgets.account("bounded")
+    assert account is not None
+    account.calls = 0.0
+    for _ in range(50):
+        ruling = Ruling()
+        ruled.commit(ruling, "bounded", "hi", BOTH, Decision("small", "confident"))
+        ruled.conclude(ruling, pool, 0, answered=False)
+    assert account.calls == 0.0
+
+
+async def test_a_new_checkpoint_or_config_loses_no_refund() -> None:
+    ruled = control(large_share=0.5)
+    rulings = [Ruling() for _ in range(10)]
+    for ruling in rulings:
+        ruled.commit(ruling, "bounded", "hi", BOTH, Decision("large", "unsure"))
+    account = ruled.budgets.account("bounded")
+    assert account is not None
+    assert account.calls == 5.0
+    ruled.budgets.apply(bounded(large_share=0.5).auth.keys, 1.0)  # type: ignore[union-attr]
+    for ruling in rulings:
+        ruled.conclude(ruling, None, 0)
+    assert ruled.budgets.account("bounded") is account
+    assert account.calls == BURST
+
+
+@pytest.mark.parametrize("ends", ["hangs up", "time is over"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_gives_up_while_the_last_pool_works_has_paid(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch, ends: str, stream: bool
+) -> None:
+    monkeypatch.setattr(budgets, "BURST", 2.0)
+    limits = auth(bounded={"large_share": 0.1})
+    slow = Script(before_head_s=30)
+    timeouts = {"total_s": 0.2} if ends == "time is over" else {}
+    async with (
+        FakeVllm() as small,
+        FakeVllm(script=slow) as large,
+        start([small], [large], auth=limits, timeouts=timeouts) as gateway,
+    ):
+        body = {"model": "large", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+        sent = {"json": body, "headers": {"authorization": f"Bearer {KEYS['bounded']}"}}
+        statuses = []
+        for _ in range(6):
+            seen = len(large.seen)
+            task = asyncio.create_task(gateway.session.post(f"{gateway.url}/v1/chat/completions", **sent))
+            while not task.done() and len(large.seen) == seen:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            if ends == "hangs up" and not task.done():
+                task.cancel()
+            answer = (await asyncio.gather(task, return_exceptions=True))[0]
+            statuses.append(answer.status if isinstance(answer, aiohttp.ClientResponse) else 499)
+        assert len(large.seen) == 2
+        assert statuses[2:] == [429] * 4
+
+
+async def test_a_prompt_too_long_for_all_but_the_last_pool_gets_429(start: StartGateway) -> None:
+    limits = auth(bounded={"large_share": 0.0})
+    too_long = Script(status=400, body=b'{"message": "This model\'s maximum context length is 100 tokens."}')
+    async with FakeVllm(script=too_long) as small, FakeVllm() as large:
+        async with start([small], [large], auth=limits, routing={"threshold": 0.0}) as gateway:
+            answer = await ask(gateway, "bounded", "easy")
+            assert answer.status == 429
+            error = (await answer.json())["error"]
+            assert error["code"] == "large_share_exceeded"
+            assert error["message"] == (
+                "The key 'bounded' has used up its share of pool large (0 of its requests), "
+                "and no other pool can take this request."
+            )
+            assert not large.seen
+            small.script = Script(status=503)
+            assert (await ask(gateway, "bounded", "easy")).status == 503  # an outage, which ends
 
 
 async def test_requests_a_minute(start: StartGateway) -> None:

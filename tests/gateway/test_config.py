@@ -246,6 +246,8 @@ def test_what_does_not_exist_is_unknown(changes: dict[str, Any], key: str) -> No
             "auth.keys[0].large_share (key 'a') is 1.5 and must be between 0 and 1",
         ),
         ({"records": {"url": "mysql://there/db"}}, "records.url is no sqlite:///FILE or postgresql://HOST/DATABASE"),
+        ({"records": {"url": "sqlite://"}}, "records.url sqlite:// names no file; write sqlite:///FILE"),
+        ({"records": {"url": "sqlite:///:memory:"}}, "records.url sqlite:///:memory: names no file; write sqlite:///"),
         ({"records": {"url": "sqlite:///a", "url_env": "B"}}, "records has both url and url_env; write one of them"),
         ({"records": {"url_env": "NO_SUCH_VARIABLE"}}, "records.url_env: the environment variable 'NO_SUCH_VARIABLE'"),
         ({"records": {"prompts": "some"}}, "records.prompts is 'some'; write one of none, hash, full"),
@@ -349,6 +351,20 @@ def test_mistakes_in_a_keys_file_name_it(tmp_path: Path, content: str, words: st
     message = mistake(tree(auth__keys_file="keys.yaml"), tmp_path)
     assert words in message
     assert str(tmp_path / "keys.yaml") in message
+
+
+def test_a_relative_database_lies_beside_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECORDS", "sqlite:///there/records.db")
+    for section in ({"url": "sqlite:///there/records.db"}, {"url_env": "RECORDS"}):
+        read = config.parse(tree(records=section), tmp_path).records
+        assert read is not None
+        assert config.database(read) == f"sqlite:///{tmp_path}/there/records.db"
+    monkeypatch.setenv("RECORDS", "postgresql://u:secret@there/db")
+    read = config.parse(tree(records={"url_env": "RECORDS"}), tmp_path).records
+    assert read is not None
+    assert (config.database(read), config.shown_url(read)) == ("postgresql://u:secret@there/db", None)
+    monkeypatch.setenv("RECORDS", "sqlite:///:memory:")
+    assert "records.url_env sqlite:///:memory: names no file" in mistake(tree(records={"url_env": "RECORDS"}))
 
 
 def test_a_relative_checkpoint_lies_beside_the_config(tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from estimator import calibration, checkpoint, standing
 from estimator.calibration import Curve
 from estimator.runtime import Runtime
 from estimator.standing import Standing
-from gateway import config, server
+from gateway import config, watch
+from gateway.control import Control, Ruling
+from gateway.metrics import Metrics
+from gateway.routing import Decision, Eligible
 from gateway.target import WINDOW
 from tests.conftest import WORDS
 from tests.gateway.backend import FakeVllm, Script
@@ -145,7 +148,7 @@ async def test_a_cost_is_kept_too(start: StartGateway) -> None:
 async def test_a_quality_is_the_checkpoints_to_say(
     start: StartGateway, calibrated: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.05)
     home = tmp_path / "checkpoints"
     shutil.copytree(calibrated, home / "1")
     checkpoint.publish(home / "1")
@@ -171,7 +174,44 @@ async def test_a_quality_is_the_checkpoints_to_say(
             assert await gateway.metric("gateway_threshold") == 0.0
 
 
+def test_requests_under_way_over_a_reload_are_put_right_where_they_were_counted(tiny_checkpoint: Path) -> None:
+    runtime, control = Runtime.load(tiny_checkpoint), Control(Metrics("0"))
+    read = [config.parse(settings([], [], tiny_checkpoint) | {
+        "pools": {name: {"model": name, "backends": [{"url": "http://x"}]} for name in ("small", "large")},
+        "routing": {"target": {"large_share": share}},
+    }) for share in (0.3, 0.5)]  # fmt: skip
+    control.follow(read[0], runtime)
+    rulings = [Ruling(decisive=0.5) for _ in range(300)]
+    both, large = Eligible(("small", "large")), Decision("large", "unsure", 0.5, 0.9)
+    for ruling in rulings:
+        control.commit(ruling, "", "hi", both, large)
+    old = control.controller
+    control.follow(read[1], runtime)
+    assert control.controller is not old is not None
+    control.commit(Ruling(decisive=0.5), "", "hi", both, large)
+    assert control.controller is not None
+    before = (control.controller.balance, control.controller.realised)
+    for ruling in rulings:
+        control.conclude(ruling, None, 0)
+    assert (control.controller.balance, control.controller.realised) == before
+    assert np.isnan(old.realised)
+
+
 # The floor.
+
+
+async def test_what_labels_say_is_known_before_the_first_request(
+    start: StartGateway, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "checkpoints"
+    first = version(tiny_checkpoint, home / "1", 9.0)
+    checkpoint.publish(home / "1")
+    standing.write(home, judged(first, False))
+    async with FakeVllm() as small, FakeVllm() as large:
+        for watches in (True, False):
+            sections = {"estimator": {"path": str(home), "deadline_ms": 5000, "watch": watches}}
+            async with start([small], [large], **sections) as gateway:
+                assert ((await gateway.chat("easy")).headers["x-depo-reason"] == "explore") is watches
 
 
 def judged(name: str, beats_random: bool) -> Standing:
@@ -187,7 +227,7 @@ async def test_a_router_no_better_than_a_coin_becomes_one(
     caplog: pytest.LogCaptureFixture,
     target: dict[str, float] | None,
 ) -> None:
-    monkeypatch.setattr(server, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.05)
     home = tmp_path / "checkpoints"
     first = version(tiny_checkpoint, home / "1", 9.0)  # the small pool can do everything, it says
     checkpoint.publish(home / "1")
@@ -248,7 +288,7 @@ async def test_drift_tells_other_traffic_from_the_calibrations(start: StartGatew
 async def test_fifty_streams_see_checkpoints_and_configs_come_and_go(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.05)
     home, path = tmp_path / "checkpoints", tmp_path / "gateway.yaml"
     version(tiny_checkpoint, home / "0", 9.0)
     checkpoint.publish(home / "0")
@@ -302,7 +342,7 @@ async def test_what_is_half_published_is_never_loaded(
     start: StartGateway, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A writer that dies at any moment, and files that are cut off at any length."""
-    monkeypatch.setattr(server, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.02)
     home = tmp_path / "checkpoints"
     first = version(tiny_checkpoint, home / "1", 9.0)
     checkpoint.publish(home / "1")

@@ -105,6 +105,16 @@ async def test_errors_leave_records_too(start: StartGateway, records_url: str) -
     assert [record.conversation != "" for record in found] == [False, True, True, True, True]
 
 
+async def test_requests_over_a_keys_rate_leave_none(start: StartGateway, records_url: str) -> None:
+    auth = keys("team-a")
+    auth["keys"][0]["requests_per_minute"] = 2
+    async with FakeVllm() as small, FakeVllm() as large:
+        async with start([small], [large], records={"url": records_url}, auth=auth) as gateway:
+            gateway.session.headers.update(bearer("team-a"))
+            assert [(await gateway.chat("easy")).status for _ in range(8)] == [200] * 2 + [429] * 6
+    assert [record.status for record in stored(records_url)] == [200, 200]
+
+
 async def test_a_client_that_hangs_up_leaves_a_record(start: StartGateway, records_url: str) -> None:
     async with FakeVllm() as small, FakeVllm() as large:
         async with start([small], [large], records={"url": records_url, "prompts": "full"}) as gateway:

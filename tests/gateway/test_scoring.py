@@ -356,9 +356,9 @@ def test_an_encoder_that_loads_and_cannot_run_is_refused(tiny_checkpoint: Path, 
 async def test_a_new_checkpoint_is_taken_while_requests_run_and_a_bad_one_is_not(
     start: StartGateway, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gateway import server
+    from gateway import watch
 
-    monkeypatch.setattr(server, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.05)
     home = tmp_path / "checkpoints"
     first = version(tiny_checkpoint, home / "1", 9.0)  # the small pool can do everything
     checkpoint.publish(home / "1")
@@ -405,17 +405,17 @@ async def test_a_new_checkpoint_is_taken_while_requests_run_and_a_bad_one_is_not
 
 
 async def test_on_overload_decides_when_no_stage_answers(start: StartGateway, tiny_checkpoint: Path) -> None:
-    from gateway import server
+    from gateway import watch
 
     for setting, expected in (("large", {"large"}), ("share", {"small", "large"})):
         loaded = Runtime.load(tiny_checkpoint)
         broken = replace(loaded, session=Broken(), wide=Broken())
-        original = server._scorer
+        original = watch.open_scorer
 
         async def scorer(_: Any, metrics: Metrics, of: Runtime = broken) -> Scorer:
             return Scorer(of, COLUMNS, 1.0, metrics, 1)
 
-        server._scorer = scorer
+        watch.open_scorer = scorer
         try:
             async with (
                 FakeVllm() as small,
@@ -424,7 +424,7 @@ async def test_on_overload_decides_when_no_stage_answers(start: StartGateway, ti
             ):
                 answers = [await gateway.chat(f"easy {index}") for index in range(24)]
         finally:
-            server._scorer = original
+            watch.open_scorer = original
         assert {answer.status for answer in answers} == {200}
         assert {answer.headers["x-depo-reason"] for answer in answers} == {"overload"}
         assert {answer.headers["x-depo-pool"] for answer in answers} == expected
