@@ -33,7 +33,7 @@ from benchmarks.replay.run import run, save
 from benchmarks.replay.score import Scorer, outcomes
 from training.measure import measure
 
-QUICK_STEP, QUICK_BLOCKS, QUICK_LATER = 150, 2, 400
+QUICK_STEP, QUICK_BLOCKS, QUICK_LATER = 150, 3, 400
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -91,7 +91,8 @@ def advantage_curve(run: Run, size: int) -> tuple[Array, Array]:
     Of questions that no version had learned: after the switch those asked for the first time.
     """
     stream = run["stream"]
-    new = np.array([phase == "before" or first for phase, first in zip(stream["phase"], stream["first"], strict=True)])
+    told = zip(stream["phase"], stream["first"], strict=True)
+    new = np.array([phase == "before" or bool(first) for phase, first in told], bool)
     large, small_right, large_right = (
         np.array(stream[name], float)[new] for name in ("large", "small_right", "large_right")
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.replay.backends import WRONG, answer_of
-from benchmarks.replay.figures import at_labels, moving, share_curve, stretch
+from benchmarks.replay.figures import EVERY, advantage_curve, at_labels, moving, share_curve, stretch
 from benchmarks.replay.plans import AFTER, LABELS, REQUESTS, plan_of, quick_plan
 from benchmarks.replay.processes import Place
 from benchmarks.replay.questions import Question, chain_questions, token_confidence
@@ -133,3 +133,17 @@ def test_a_plotted_share_has_a_point_every_so_many_requests() -> None:
     ends, share = share_curve({"stream": {"large": [1, 0] * 50}}, 10)
     assert ends[:2].tolist() == [10, 30]
     assert set(share.tolist()) == {0.5}
+
+
+def test_what_a_version_had_learned_does_not_count_after_the_switch() -> None:
+    half = 2 * EVERY
+    stream = {
+        "phase": ["before"] * half + ["after"] * 2 * half,
+        "first": [0] * half + [1] * half + [0] * half,
+        "large": [0, 1] * half + [1] * half,
+        "small_right": [1, 0] * half + [0] * half,
+        "large_right": [1] * 3 * half,
+    }
+    since, over = advantage_curve({"stream": stream}, EVERY)
+    assert since.tolist() == [-EVERY, 0, EVERY, half]
+    assert over.tolist() == pytest.approx([0.25] * 4)  # the large pool served just where the small one fails
