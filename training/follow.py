@@ -27,6 +27,7 @@ from estimator.store import Store, StoreError
 from training import kept, learner_lock, learner_settings
 from training.judges import open_judge
 from training.learner_metrics import LearnerMetrics, MetricsServer, Pulse
+from training.learner_reference import reference_rows
 from training.learner_settings import LearnerSettings
 from training.pool_client import PoolClient
 from training.refresh_config import NO_TEXT
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     with learner_lock.held(out):
         kept.clear(out)
         _check_pools(settings, champion(base, out), args.cold)
+        reference_rows(settings, base, out)  # a table that can't be read is told now, not at the first training
         store = Store(learner_settings.database(settings.records))
         process = RefreshProcess(settings, base, out, args.cold)
         learner = Learner(settings, base, out, store, process, metrics, pulse)

@@ -13,8 +13,10 @@ def held(out: Path) -> Iterator[None]:
     """The directory, made if absent, is this process's alone until the block ends; a kill ends it too.
 
     Raises:
-        ValueError: another learner works there.
+        ValueError: another learner works there, or it is a file.
     """
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file; give a directory")
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("a") as file:
         try:

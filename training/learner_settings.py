@@ -194,7 +194,8 @@ def _check_judge(tree: LearnerSettings) -> None:
     at_least(judge.timeout_s, 0.001, "judge.timeout_s")
     if judge.kind == "model" and judge.pool not in tree.pools:
         known = ", ".join(tree.pools) or "none are configured"
-        raise ValueError(f"judge.kind: model wants judge.pool, the pool that judges; the pools are: {known}")
+        given = "" if judge.pool is None else f", not {judge.pool!r}"
+        raise ValueError(f"judge.kind: model wants judge.pool, the pool that judges{given}; the pools are: {known}")
     if judge.kind == "webhook":
         if judge.url is None:
             raise ValueError("judge.kind: webhook wants judge.url, the address that answers are posted to")

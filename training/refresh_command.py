@@ -70,7 +70,10 @@ def labelled_of(url: str, newest: int) -> list[Labelled]:
         store.create()
         records, asked = store.count_records()
         if not records:
-            raise ValueError("there are no records yet: set records in gateway.yaml, and let traffic come in")
+            raise ValueError(
+                f"there are no records yet in {store.name}: name the database of records.url in gateway.yaml, and let"
+                " traffic come in"
+            )
         if not asked:
             raise ValueError(NO_TEXT)
         return store.labelled(newest)
