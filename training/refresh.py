@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from estimator import checkpoint, export, standing
-from estimator.calibration import Calibration, apply
+from estimator.calibration import Calibration, apply, curve
 from estimator.checkpoint import Manifest
 from estimator.learner import Item, Learner
 from estimator.records import SCORED, Example, Labelled
@@ -281,6 +281,13 @@ def calibrated_on(rows: NDArray[np.bool_], learned: Learned, at: Standpoint) -> 
     before = None if known is None else known.calibration
     calibration = calibrate(full, cheap, observed, tokens[rows], weights, at.pools, before)
     quality, _ = apply(calibration.stages["full"], held.full)
+    # where no prompt has every pool's label, what is missing is what is predicted: a quality target needs the curve
+    likely = np.where(np.isnan(observed), quality[rows], observed)
+    curves = {
+        rule: curve(quality[rows], likely, weights, rule) if measured.quality is None else measured
+        for rule, measured in calibration.curves.items()
+    }
+    calibration = dataclasses.replace(calibration, curves=curves)
     quality[rows] = cross_calibrated(raw.full[rows], observed, weights, learned.folds[rows])
     return calibration, turned, quality
 

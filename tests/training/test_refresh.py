@@ -122,6 +122,7 @@ def test_feedback_on_the_served_pool_alone_is_enough(tiny_checkpoint: Path, tmp_
     assert outcome.verdict.figures["newest"]["all_labels"] is False
     gain = np.diff(predicted(tmp_path))[:, 0]
     assert gain[1::2].mean() > gain[::2].mean() + 0.3
+    assert Runtime.load(checkpoint.resolve(tmp_path)).calibration.threshold("gain", quality=0.9) < 1
 
 
 def test_a_key_that_always_lies_does_not_move_the_router(tiny_checkpoint: Path, tmp_path: Path) -> None:
