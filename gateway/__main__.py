@@ -105,14 +105,21 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from estimator.store import Store
     from gateway import control, scoring
 
     settings = config.load(options.config)
     pools, rule = tuple(settings.pools), settings.routing.rule
-    for path in (settings.estimator.path, settings.estimator.candidate):
-        if path is not None:
-            runtime, _ = scoring.load(path, pools, rule)
+    runtime, _ = scoring.load(settings.estimator.path, pools, rule)
+    control.calibrated_threshold(settings, runtime)
+    if settings.estimator.candidate is not None:
+        try:
+            runtime, _ = scoring.load(settings.estimator.candidate, pools, rule)
             control.calibrated_threshold(settings, runtime)
+        except ValueError as error:
+            raise ValueError(f"estimator.candidate: {error}") from None
+    if settings.records is not None:
+        Store(config.database(settings.records)).close()  # its address and driver; nobody is asked yet
     print(config.resolved(settings), end="", flush=True)
     return 0
 

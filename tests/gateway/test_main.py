@@ -119,6 +119,7 @@ def test_check_prints_the_config_without_secrets(
             {"pools": {name: {"model": name, "backends": [{"url": "http://x"}]} for name in ("tiny", "huge")}},
             "scores the pools small, large, the config has tiny, huge",
         ),
+        ({"records": {"url": "sqlite:////nowhere/records.db"}}, "the directory /nowhere does not exist"),
     ],
 )
 def test_check_finds_what_serve_would_refuse(
@@ -139,7 +140,7 @@ def test_check_loads_the_candidate_too(
     both = {"path": str(tiny_checkpoint), "candidate": str(tmp_path / "nowhere")}
     status, out, err = called(capsys, "check", str(write(tmp_path / "gateway.yaml", tiny_checkpoint, estimator=both)))
     assert (status, out) == (2, "")
-    assert f"{tmp_path / 'nowhere'} is no checkpoint" in err
+    assert f"estimator.candidate: {tmp_path / 'nowhere'} is no checkpoint" in err
 
 
 def test_a_new_key_works_in_a_config_and_in_a_keys_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
