@@ -28,9 +28,9 @@ from estimator.model import ModelConfig, collate, create
 from estimator.text import TextConfig, prepare
 from training.calibrate import calibrate
 from training.data import Row, examples_of, labels, parse_pools, read_table
-from training.report import scores_of
 from training.fit import FitConfig, cross_fit, foldings_of, fresh, groups_of
 from training.measure import Array, Measured, apgr, apgr_table, at_thresholds, measure, table
+from training.report import scores_of
 
 SOURCES = ("mmlu_mixtral_gpt4", "gsm8k_mixtral_gpt4", "gsm8k_many_models", "math_l5_many_models")
 MIXTRAL_GPT4 = ["small=mistralai/Mixtral-8x7B-Instruct-v0.1", "large=gpt-4-1106-preview"]
