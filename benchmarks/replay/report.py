@@ -24,8 +24,11 @@ full, `routing.target: {{large_share: {target}}}`, 2% exploration) and a real `d
 which asks the pool that did not serve (shadow share 1) and judges by the client's reference (`exact`). Scripted
 backends answer right or wrong by the table: Mixtral-8x7B is small, GPT-4 large. A label is a question with both pools'
 outcomes, got by shadowing alone. The gateway is never restarted and takes new checkpoints up as it serves; the learner
-is ended and started again on the way. Seeds {seeds}: a random order of MMLU's questions stands for time. Intervals:
-95%, Student's t over seeds, unless it says otherwise. {machine}, {minutes:.0f} minutes in all.
+is ended and started again on the way. {seeds}: a seed is a random order of MMLU's questions, which stands for time.
+Intervals: 95%, Student's t over seeds, unless it says otherwise. {machine}, {minutes:.0f} minutes in all.
+
+Slightly too good: how a refresh learns (its epochs and rates, the pull of the joint calibration, what old labels weigh)
+was chosen on these same tables, in other and partly the same orders.
 
 Time is compressed: hours of traffic pass in seconds. So it slows down to {slow} requests a second, without references,
 until the learner has trained; `learn.traffic.burst_seconds` is 1 (one key asks everything here); `deadline_ms` is long,
@@ -68,7 +71,11 @@ def parts(runs: Sequence[Run]) -> list[str]:
     from benchmarks.replay.run import SLOW
 
     target, later = runs[0]["share"]["target"], int(runs[0]["start"]["mmlu"]["questions"])
-    seeds = ", ".join(map(str, sorted({run["seed"] for run in runs})))
+    by_scenario: dict[str, list[int]] = {}
+    for run in runs:
+        by_scenario.setdefault(run["scenario"], []).append(run["seed"])
+    seeds = "; ".join(f"{name}: seeds {', '.join(map(str, sorted(of)))}" for name, of in sorted(by_scenario.items()))
+    seeds = seeds.capitalize()
     machine = f"{cpu()}, one thread a process, Python {platform.python_version()}"
     minutes = sum(run["seconds"] for run in runs) / 60
     text = [INTRO.format(target=target, seeds=seeds, machine=machine, minutes=minutes, slow=SLOW)]
