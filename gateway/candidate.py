@@ -20,7 +20,7 @@ from gateway.routing import Eligible
 
 QUEUE = 64
 NICE = 10
-JOIN_SECONDS = 10.0
+JOIN_SECONDS = 30.0
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from gateway.metrics import Metrics
 
 CACHE_ENTRIES = 16_384
 BATCH = 8
-JOIN_SECONDS = 10.0  # for the batch under way: a tenth of that on any machine
+JOIN_SECONDS = 30.0  # for the batch under way: eight of the longest prompts on a busy machine
 SMOOTHING = 0.05  # of the moving mean of seconds per prompt, from which the queue's length in seconds follows
 Stage = Literal["full", "cheap", "cached"]
 
