@@ -189,12 +189,18 @@ async def _seen(server: VllmServer) -> dict[str, float]:
 
 
 async def _until(server: VllmServer, name: str, condition: Any, seconds: float = 20.0) -> float:
-    """When vLLM's own metric came to meet a condition, by the monotonic clock."""
+    """The latest time by the monotonic clock at which vLLM's own metric is known not to have met a condition yet.
+
+    A server whose engine takes all cores answers late, and of a time that only it knows: after it was asked.
+    """
     until = time.monotonic() + seconds
+    not_yet = time.monotonic()
     while True:
+        asked = time.monotonic()
         seen = (await _seen(server))[name]
         if condition(seen):
-            return time.monotonic()
+            return not_yet
+        not_yet = asked
         assert time.monotonic() < until, f"{name} stays {seen}"
         await asyncio.sleep(0.02)
 
