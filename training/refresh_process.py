@@ -1,6 +1,7 @@
 """The learner's side of the process that trains (refresh_worker.py): start it, ask it, outlive it."""
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from training.learner_settings import LearnerSettings
 
 LONGEST_SECONDS = 6 * 3600.0  # of one training; then it hangs
 LINE_BYTES = 1 << 24  # of one result
+END_SECONDS = 10.0  # for a process that has closed its output to be gone, and its exit status known
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from training.refresh_worker import work; work({parent})"
 
 
@@ -70,7 +72,7 @@ class RefreshProcess:
         except ConnectionError:
             line = b""
         if not line.endswith(b"\n"):
-            code = await self.end()
+            code = await self._ended()
             raise TrainingFailed(f"the training process ended with {code}; its words stand above")
         said = json.loads(line)
         if "failed" in said:
@@ -86,6 +88,14 @@ class RefreshProcess:
         if process.returncode is None:
             process.kill()
         return await process.wait()
+
+    async def _ended(self) -> int | None:
+        """How a process that says nothing more ended; asyncio loses that of one which is killed as it dies."""
+        if self._process is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_SECONDS):
+                    await self._process.wait()
+        return await self.end()
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
