@@ -66,6 +66,10 @@ class Candidate:
         except queue.Full:
             return  # it is awake
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def join(self) -> None:
         """Waits for the thread. An interpreter that ends while one is inside ONNX Runtime aborts the process."""
         self._thread.join(JOIN_SECONDS)

@@ -230,6 +230,7 @@ class Control:
         metrics = self.metrics
         metrics.threshold.set(self.threshold)
         metrics.target_share.set(math.nan if self.controller is None else self.controller.realised)
+        metrics.target_wanted.set(math.nan if self.controller is None else self.controller.wanted)
         metrics.score_drift.set(self.drift.distance)
         metrics.router_floor.set(self.floor is not None)
 

@@ -100,6 +100,9 @@ class Metrics:
         self.target_share = Gauge(
             "gateway_target_share", "What routing.target bounds, over the last 2,000 routed requests", registry=registry
         )
+        self.target_wanted = Gauge(
+            "gateway_target_wanted", "The bound of routing.target on gateway_target_share", registry=registry
+        )
         self.score_drift = Gauge(
             "gateway_score_drift", "Distance of live confidences from the calibration's", registry=registry
         )
@@ -126,7 +129,7 @@ class Metrics:
             "gateway_candidate_loads_total", "Checkpoints of the candidate", ["result"], registry=registry
         )
         self.candidate_info = Gauge("gateway_candidate_info", "The candidate", ["version"], registry=registry)
-        for gauge in (self.target_share, self.score_drift):
+        for gauge in (self.target_share, self.target_wanted, self.score_drift):
             gauge.set(math.nan)
         self.records = Counter("gateway_records_total", "Records of finished requests", ["outcome"], registry=registry)
         self.records_waiting = Gauge("gateway_records_waiting", "Records not yet in the database", registry=registry)

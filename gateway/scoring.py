@@ -125,6 +125,10 @@ class Scorer:
             self._stopped = True
             self._wake.notify_all()
 
+    @property
+    def alive(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
     def join(self) -> None:
         """Waits for the workers. An interpreter that ends while one is inside ONNX Runtime aborts the process."""
         for thread in self._threads:

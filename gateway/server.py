@@ -154,8 +154,10 @@ async def serve(
         if gateway.recorder is not None:
             await asyncio.to_thread(gateway.recorder.close)
         candidate = (gateway.control.candidate,) if gateway.control.candidate else ()
-        for scorer in (*gateway.retired, gateway.live.scorer, *candidate):
+        working = (*gateway.retired, gateway.live.scorer, *candidate)
+        for scorer in working:
             scorer.close()
+        for scorer in working:
             await asyncio.to_thread(scorer.join)
 
 

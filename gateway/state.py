@@ -43,7 +43,11 @@ class Gateway:
     active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
-    retired: list[Scorer | Candidate] = field(default_factory=list)  # the last ones replaced; their workers may run on
+    retired: list[Scorer | Candidate] = field(default_factory=list)  # replaced ones whose workers still run
+
+    def retire(self, replaced: Scorer | Candidate) -> None:
+        """Keeps what was replaced until its workers have ended, so that a shutdown can wait for them."""
+        self.retired = [*(kept for kept in self.retired if kept.alive), replaced]
 
     def begin(self) -> None:
         self.active += 1

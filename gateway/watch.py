@@ -138,7 +138,7 @@ def replace_live(gateway: Gateway, live: Live) -> None:
     if old.scorer is not live.scorer:
         delay = old.config.timeouts.total_s if old.config.estimator.deadline_ms > 1000 else 5.0
         asyncio.get_running_loop().call_later(delay, old.scorer.close)
-        gateway.retired = [*gateway.retired[-2:], old.scorer]
+        gateway.retire(old.scorer)
 
 
 def show(gateway: Gateway) -> None:
@@ -151,7 +151,7 @@ def _replace_candidate(gateway: Gateway, fresh: Candidate | None) -> None:
     old, gateway.control.candidate = gateway.control.candidate, fresh
     if old is not None:
         old.close()
-        gateway.retired = [*gateway.retired[-2:], old]
+        gateway.retire(old)
     gateway.metrics.candidate_info.clear()
     if fresh is not None:
         gateway.metrics.candidate_info.labels(fresh.version).set(1)
