@@ -1,20 +1,23 @@
 """Prompts -> scores, off the event loop, with a deadline; swaps in new checkpoints.
 
-Worker threads, each pinned to a core of its own, run the encoder (ONNX Runtime lets go of the interpreter's lock). The
-event loop waits for them no longer than the deadline: then, and at once when the queue is already longer than the
-deadline, the cheap stage answers. It is a few sparse dot products, so it runs where it is called. A checkpoint without
-the wide part has no cheap stage: nobody answers then, and routing.on_overload decides.
+Worker threads, as many as the CPU limit leaves beside the event loop, run the encoder (ONNX Runtime lets go of the
+interpreter's lock), each pinned to a core of its own where there is no limit. The event loop waits for them no longer than
+the deadline: then, and at once when the queue is already longer than the deadline, the cheap stage answers. It is a few
+sparse dot products, so it runs where it is called. A checkpoint without the wide part has no cheap stage: nobody answers
+then, and routing.on_overload decides.
 """
 
 import asyncio
 import hashlib
 import logging
+import math
 import os
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from estimator import checkpoint
@@ -23,6 +26,7 @@ from estimator.text import Prepared, read
 from gateway.metrics import Metrics
 
 CACHE_ENTRIES = 16_384
+CGROUP = Path("/sys/fs/cgroup")
 BATCH = 8
 JOIN_SECONDS = 30.0  # for the batch under way: eight of the longest prompts on a busy machine
 SMOOTHING = 0.05  # of the moving mean of seconds per prompt, from which the queue's length in seconds follows
@@ -68,11 +72,16 @@ class Scorer:
         self._stopped = False
         self._loop = asyncio.get_running_loop()
         cores = sorted(os.sched_getaffinity(0))
-        count = workers or max(1, len(cores) - 1)
+        granted = cores_granted(len(cores), CGROUP)
+        count = workers or max(1, granted - 1)
+        pinned = granted == len(cores)  # where others share the cores, the kernel knows better which are free
         self._seconds_per_prompt = 0.0  # unknown until the first batch
         self._threads = [
             threading.Thread(
-                target=self._work, args=(cores[-1 - index % len(cores)],), daemon=True, name=f"scorer-{index}"
+                target=self._work,
+                args=(cores[-1 - index % len(cores)] if pinned else None,),
+                daemon=True,
+                name=f"scorer-{index}",
             )
             for index in range(count)
         ]
@@ -171,8 +180,9 @@ class Scorer:
         quality = {pool: scores.quality[column] for pool, column in self._columns.items()}
         return Scored(quality, stage, self.version)
 
-    def _work(self, core: int) -> None:
-        os.sched_setaffinity(0, {core})  # of this thread alone
+    def _work(self, core: int | None) -> None:
+        if core is not None:
+            os.sched_setaffinity(0, {core})  # of this thread alone
         while True:
             with self._wake:
                 while not self._jobs and not self._stopped:
@@ -203,6 +213,25 @@ class Scorer:
             self._loop.call_soon_threadsafe(settle)
         except RuntimeError:  # the loop closed while this batch ran
             return
+
+
+def cores_granted(cores: int, cgroup: Path) -> int:
+    """Of `cores` cores, how many the container's CPU limit lets this process use at once, rounded up; 1 at least.
+
+    `cgroup` is where control groups are mounted, version 2 or 1 (the kernel's Documentation/admin-guide).
+    """
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+            )
+        except OSError:
+            return cores
+    if not quota.isdecimal() or not period.isdecimal():  # "max" and -1: no limit
+        return cores
+    return max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
 def load(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime, dict[str, int]]:

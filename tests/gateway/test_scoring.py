@@ -54,7 +54,7 @@ async def make(runtime: Runtime) -> Any:
     made: list[Scorer] = []
 
     def begin(
-        deadline_s: float = 10.0, of: Runtime = runtime, workers: int = 1, columns: dict[str, int] = COLUMNS
+        deadline_s: float = 10.0, of: Runtime = runtime, workers: int | None = 1, columns: dict[str, int] = COLUMNS
     ) -> Scorer:
         made.append(Scorer(of, columns, deadline_s, Metrics(__version__), workers))
         return made[-1]
@@ -280,7 +280,45 @@ async def test_long_prompts_are_cut_and_counted(make: Make) -> None:
     assert scorer._metrics.estimator_truncated._value.get() == 1
 
 
-async def test_each_worker_stays_on_a_core_of_its_own(make: Make) -> None:
+@pytest.mark.parametrize(
+    ("files", "granted"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "6400000 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu.max": "what is this"}, 8),
+    ],
+)
+def test_a_containers_limit_bounds_the_cores(tmp_path: Path, files: dict[str, str], granted: int) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert scoring.cores_granted(8, tmp_path) == granted
+
+
+async def test_workers_of_a_limited_container_are_as_many_as_it_allows_and_free(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("one core can't be limited further")
+    (tmp_path / "cpu.max").write_text(f"{100000 * (len(cores) - 1)} 100000")
+    monkeypatch.setattr(scoring, "CGROUP", tmp_path)
+    scorer = make(workers=None)
+    await scorer.score("easy")
+    assert len(scorer._threads) == max(1, len(cores) - 2)
+    assert all(os.sched_getaffinity(thread.native_id or 0) == cores for thread in scorer._threads)
+
+
+async def test_each_worker_stays_on_a_core_of_its_own(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "CGROUP", tmp_path)  # as where nothing limits the cores
     cores = os.sched_getaffinity(0)
     scorer = make(workers=min(2, len(cores)))
     await scorer.score("easy")
