@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import yaml
 
-from estimator import settings
+from estimator import addresses, settings
 from estimator.settings import at_least, within
 
 Modality = Literal["text", "tools", "image", "audio"]
@@ -250,9 +249,8 @@ def _check(config: Config, open_aloud: bool) -> None:
             raise ValueError(f"pools.{name}.backends is empty; list at least one url")
         for index, backend in enumerate(pool.backends):
             where = f"pools.{name}.backends[{index}]"
-            _check_url(backend.url, where)
-            if backend.api_key_env is not None:
-                _check_secret(backend.api_key_env, f"{where}.api_key_env")
+            addresses.check_http(backend.url, f"{where}.url")
+            addresses.check_secret(backend.api_key_env, f"{where}.api_key_env")
         at_least(pool.cost, 0, f"pools.{name}.cost")
         at_least(pool.max_in_flight, 1, f"pools.{name}.max_in_flight")
         if pool.context_tokens is not None:
@@ -313,15 +311,9 @@ def _check_cost(wanted: float, pools: Mapping[str, PoolConfig]) -> None:
 
 
 def _check_records(records: Records) -> None:
-    if records.url_env is not None:
-        _check_secret(records.url_env, "records.url_env")
-    url = database(records)
-    if not url.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
-        raise ValueError("records.url is no sqlite:///FILE or postgresql://HOST/DATABASE")
     if records.prompts == "hash" and records.hash_key_env is None:
         raise ValueError("records.prompts: hash wants records.hash_key_env, the environment variable with HMAC's key")
-    if records.hash_key_env is not None:
-        _check_secret(records.hash_key_env, "records.hash_key_env")
+    addresses.check_secret(records.hash_key_env, "records.hash_key_env")
     if not records.retention_days > 0:
         raise ValueError(f"records.retention_days is {records.retention_days:g} and must be above 0")
 
@@ -368,13 +360,12 @@ def _with_url(records: Records, directory: Path) -> Records:
     if records.url_env is None:
         where, url = "records.url", records.url if records.url is not None else "sqlite:///records.db"
     else:
-        where, url = "records.url_env", os.environ.get(records.url_env, "")
-    if url.partition("?")[0] in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
-        raise ValueError(f"{where} {url} names no file; write sqlite:///FILE, for records must outlive the gateway")
-    if url.startswith("sqlite:///"):
-        url = "sqlite:///" + str(directory.absolute() / Path(url.removeprefix("sqlite:///")).expanduser())
-        return dataclasses.replace(records, url=url, url_env=None)
-    return records if records.url_env is not None else dataclasses.replace(records, url=url)
+        addresses.check_secret(records.url_env, "records.url_env")
+        where, url = "records.url_env", os.environ[records.url_env]
+    placed = addresses.placed_database(url, where, directory)
+    if records.url_env is not None and not placed.startswith(addresses.SQLITE):
+        return records  # a password stays where it is
+    return dataclasses.replace(records, url=placed, url_env=None)
 
 
 def _with_keys_file(auth: Auth, directory: Path) -> Auth:
@@ -392,27 +383,6 @@ def _with_keys_file(auth: Auth, directory: Path) -> Auth:
 def _check_digest(value: str, where: str) -> None:
     if not re.fullmatch(r"[0-9a-f]{64}", value):
         raise ValueError(f"{where} is not a sha256 in hex; depo-gateway keys new NAME prints the line to paste")
-
-
-def _check_secret(variable: str, where: str) -> None:
-    value = os.environ.get(variable, "")
-    if not value:
-        raise ValueError(f"{where}: the environment variable {variable!r} is not set")
-    if not value.isascii() or not value.isprintable() or value != value.strip():
-        raise ValueError(f"{where}: {variable!r} holds a line's end, blanks around it or non-ASCII; set the bare key")
-
-
-def _check_url(url: str, where: str) -> None:
-    if "@" in url:  # and not shown here: it would also stand in metrics and logs
-        raise ValueError(f"{where}.url holds an '@'; give the backend's key by api_key_env, not in the address")
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
-        valid = valid and parts.port != 0 and not re.search(r"[\s\x00-\x1f]", url)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ValueError(f"{where}.url {url!r} is not an http or https address such as http://vllm-small:8000")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,10 +1,10 @@
 """Prompts -> scores, off the event loop, with a deadline; swaps in new checkpoints.
 
 Worker threads, as many as the CPU limit leaves beside the event loop, run the encoder (ONNX Runtime lets go of the
-interpreter's lock), each pinned to a core of its own where there is no limit. The event loop waits for them no longer than
-the deadline: then, and at once when the queue is already longer than the deadline, the cheap stage answers. It is a few
-sparse dot products, so it runs where it is called. A checkpoint without the wide part has no cheap stage: nobody answers
-then, and routing.on_overload decides.
+interpreter's lock), each pinned to a core of its own where there is no limit. The event loop waits for them no longer
+than the deadline: then, and at once when the queue is already longer than the deadline, the cheap stage answers. It
+is a few sparse dot products, so it runs where it is called. A checkpoint without the wide part has no cheap stage:
+nobody answers then, and routing.on_overload decides.
 """
 
 import asyncio

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from estimator import settings
+from estimator import addresses, settings
 from estimator.settings import at_least, within
 from training.refresh_config import RefreshConfig
 
@@ -122,10 +120,8 @@ def parse(raw: Mapping[str, Any], directory: Path = Path(), records: str | None 
     tree: LearnerSettings = settings.build(LearnerSettings, raw, "")
     if records is not None:
         tree = dataclasses.replace(tree, records=Records(url=records))
-    elif tree.records.url is not None:
-        tree = dataclasses.replace(
-            tree, records=dataclasses.replace(tree.records, url=_placed(tree.records.url, directory))
-        )
+    beside = directory if records is None else Path()  # a command's path is relative to where it was called
+    tree = dataclasses.replace(tree, records=_with_url(tree.records, beside))
     if tree.reference is not None:
         tree = dataclasses.replace(tree, reference=str(directory / Path(tree.reference).expanduser()))
     _check(tree)
@@ -137,22 +133,15 @@ def database(records: Records) -> str:
     return records.url if records.url is not None else os.environ[records.url_env or ""]
 
 
-def _placed(url: str, directory: Path) -> str:
-    if not url.startswith("sqlite:///"):
-        return url
-    return "sqlite:///" + str(directory.absolute() / Path(url.removeprefix("sqlite:///")).expanduser())
-
-
 def _check(tree: LearnerSettings) -> None:
-    _check_records(tree.records)
     for name, pool in tree.pools.items():
         if not pool.model:
             raise ValueError(f"pools.{name}.model is empty; write what the backend calls the model")
         if not pool.backends:
             raise ValueError(f"pools.{name}.backends is empty; list at least one url")
         for index, backend in enumerate(pool.backends):
-            _check_url(backend.url, f"pools.{name}.backends[{index}].url")
-            _check_secret(backend.api_key_env, f"pools.{name}.backends[{index}].api_key_env")
+            addresses.check_http(backend.url, f"pools.{name}.backends[{index}].url")
+            addresses.check_secret(backend.api_key_env, f"pools.{name}.backends[{index}].api_key_env")
         at_least(pool.cost, 0, f"pools.{name}.cost")
     shadow = tree.shadow
     within(shadow.share, 0, 1, "shadow.share")
@@ -176,7 +165,7 @@ def _check(tree: LearnerSettings) -> None:
     within(tree.listen.port, 0, 65535, "listen.port")
 
 
-def _check_records(records: Records) -> None:
+def _with_url(records: Records, directory: Path) -> Records:
     if (records.url is None) == (records.url_env is None):
         both = records.url is not None
         raise ValueError(
@@ -184,9 +173,11 @@ def _check_records(records: Records) -> None:
             if both
             else "the records' address is missing; give --records URL, or records.url or records.url_env in the config"
         )
-    _check_secret(records.url_env, "records.url_env")
-    if not database(records).startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
-        raise ValueError("the records' address is no sqlite:///FILE or postgresql://HOST/DATABASE")
+    addresses.check_secret(records.url_env, "records.url_env")
+    placed = addresses.placed_database(database(records), "the records' address", directory)
+    if records.url_env is not None and not placed.startswith(addresses.SQLITE):
+        return records  # a password stays where it is
+    return Records(url=placed)
 
 
 def _check_judge(tree: LearnerSettings) -> None:
@@ -199,31 +190,8 @@ def _check_judge(tree: LearnerSettings) -> None:
     if judge.kind == "webhook":
         if judge.url is None:
             raise ValueError("judge.kind: webhook wants judge.url, the address that answers are posted to")
-        _check_url(judge.url, "judge.url")
-        _check_secret(judge.api_key_env, "judge.api_key_env")
+        addresses.check_http(judge.url, "judge.url", query=True)
+        addresses.check_secret(judge.api_key_env, "judge.api_key_env")
     for name, kind in (("pool", "model"), ("url", "webhook"), ("api_key_env", "webhook")):
         if getattr(judge, name) is not None and judge.kind != kind:
             raise ValueError(f"judge.{name} is read by kind: {kind} alone, and judge.kind is {judge.kind}")
-
-
-def _check_secret(variable: str | None, where: str) -> None:
-    if variable is None:
-        return
-    value = os.environ.get(variable, "")
-    if not value:
-        raise ValueError(f"{where}: the environment variable {variable!r} is not set")
-    if not value.isascii() or not value.isprintable() or value != value.strip():
-        raise ValueError(f"{where}: {variable!r} holds a line's end, blanks around it or non-ASCII; set the bare value")
-
-
-def _check_url(url: str, where: str) -> None:
-    if "@" in url:  # and not shown here: it would also stand in logs
-        raise ValueError(f"{where} holds an '@'; give a key by api_key_env, not in the address")
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.fragment and parts.port != 0
-        valid = valid and not re.search(r"[\s\x00-\x1f]", url)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ValueError(f"{where} {url!r} is not an http or https address such as http://vllm-small:8000")

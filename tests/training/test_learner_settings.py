@@ -21,7 +21,7 @@ def test_an_empty_file_learns_from_feedback_alone(tmp_path: Path) -> None:
     found = learner_settings.load(file, "sqlite:///records.db")
     assert found == learner_settings.load(None, "sqlite:///records.db")
     assert (found.shadow.share, found.judge.kind, found.pools) == (0.0, "none", {})
-    assert learner_settings.database(found.records) == "sqlite:///records.db"
+    assert learner_settings.database(found.records) == f"sqlite:///{Path.cwd()}/records.db"
 
 
 def test_paths_are_relative_to_the_file_and_the_command_line_stands_over_it(tmp_path: Path) -> None:
@@ -30,7 +30,15 @@ def test_paths_are_relative_to_the_file_and_the_command_line_stands_over_it(tmp_
     found = learner_settings.load(file)
     assert found.records.url == f"sqlite:///{tmp_path}/records.db"
     assert found.reference == str(tmp_path / "ours.jsonl")
-    assert learner_settings.load(file, "sqlite:///other.db").records.url == "sqlite:///other.db"
+    assert learner_settings.load(file, "sqlite:///other.db").records.url == f"sqlite:///{Path.cwd()}/other.db"
+
+
+def test_a_file_named_in_the_environment_is_beside_the_config_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECORDS", "sqlite:///records.db")
+    found = learner_settings.parse({"records": {"url_env": "RECORDS"}}, tmp_path)
+    assert learner_settings.database(found.records) == f"sqlite:///{tmp_path}/records.db"
 
 
 def test_a_secret_address_stays_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
