@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -104,7 +105,7 @@ def ensure_free(directory: Path) -> None:
 def publish(directory: Path) -> None:
     """Make `current` beside a checkpoint name it, atomically."""
     pointer = directory.parent / "current"
-    beside = directory.parent / f".current.{os.getpid()}"
+    beside = directory.parent / f".current.{secrets.token_hex(4)}"  # a container's pid is 1, and so is its neighbour's
     with open(beside, "w", encoding="utf-8") as file:
         file.write(directory.name + "\n")
         file.flush()

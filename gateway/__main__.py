@@ -1,4 +1,4 @@
-"""The depo-gateway command: serve, demo, check, keys."""
+"""The depo-gateway command: serve, demo, check, keys, seed."""
 
 import argparse
 import logging
@@ -80,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("name", metavar="NAME", help="whom the key is for")
     new.set_defaults(run=_new_key)
+    seed = commands.add_parser(
+        "seed",
+        help="put the shipped estimator into a directory of checkpoints",
+        description="Writes the shipped estimator into DIR/builtin, under the names of your pools, and lets "
+        "DIR/current name it. Where DIR/current is there already, nothing is written.",
+    )
+    seed.add_argument("directory", type=Path, metavar="DIR", help="what estimator.path names")
+    seed.add_argument("--pools", nargs="+", required=True, metavar="POOL", help="as in the config, cheapest first")
+    seed.set_defaults(run=_seed)
     return parser
 
 
@@ -98,7 +107,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from gateway import demo
+    try:
+        from gateway import demo
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the demo needs {error.name}: pip install 'depo-gateway[demo]'") from None
 
     logging.getLogger().setLevel(logging.WARNING)  # its own lines tell what happens
     return demo.run(options)
@@ -132,6 +144,13 @@ def _new_key(options: argparse.Namespace) -> int:
     print(f"The key, shown this once: {key}")
     print("The line for auth.keys, or for the file that auth.keys_file names:")
     print(f'- {{name: "{name}", sha256: "{config.key_digest(key)}"}}')
+    return 0
+
+
+def _seed(options: argparse.Namespace) -> int:
+    from gateway import seed
+
+    print(seed.seed(options.directory, tuple(options.pools)))
     return 0
 
 

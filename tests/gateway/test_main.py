@@ -39,7 +39,7 @@ def write(path: Path, checkpoint: Path, **sections: Any) -> Path:
     return path
 
 
-LEVELS = [(), ("serve",), ("demo",), ("check",), ("keys",), ("keys", "new")]
+LEVELS = [(), ("serve",), ("demo",), ("check",), ("keys",), ("keys", "new"), ("seed",)]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -68,6 +68,9 @@ def test_help_and_version_on_every_level(capsys: pytest.CaptureFixture[str], lev
         ("keys", "new", ""),
         ("keys", "new", 'a"b'),
         ("keys", "new", "a\tb"),
+        ("seed",),
+        ("seed", "checkpoints"),
+        ("seed", "checkpoints", "--pools"),
         ("check", "/nowhere/gateway.yaml"),
         ("serve", "--config", "/nowhere/gateway.yaml"),
     ],
