@@ -18,6 +18,7 @@ from argparse import SUPPRESS, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from estimator import calibration, checkpoint
-from training import rl_data, trainer_state
+from training import rl_data, run_metrics, trainer_state
 from training.rewards import reward_function
 from training.trainer import DepoTrainer
 from training.trainer_config import DepoConfig
@@ -59,6 +60,9 @@ class RlArguments:
         metadata={"help": "Verifiers (math, number, exact, choice) or functions: module:function, file.py:function."},
     )
     reward_deadline_s: float = field(default=5.0, metadata={"help": "Seconds for the grading of one completion."})
+    metrics_listen: str | None = field(
+        default=None, metadata={"help": "Serve Prometheus metrics at this address and port: 127.0.0.1:9101."}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in output_dir."})
 
 
@@ -216,7 +220,10 @@ def train(arguments: RlArguments, config: DepoConfig, model: ModelConfig) -> int
     with ExitStack() as stack:
         started = time.monotonic()
         try:
+            metrics = watched(arguments, config, stack)
             trainer = assemble(arguments, config, model, stack)
+            if metrics is not None:
+                run_metrics.Watch(metrics, trainer)
             with interruptible(trainer):
                 trainer.train(resume_from_checkpoint=arguments.resume or None)
             if not trainer.stopped:
@@ -233,6 +240,17 @@ def train(arguments: RlArguments, config: DepoConfig, model: ModelConfig) -> int
     if trainer.accelerator.is_main_process:
         sys.stdout.write(summary(trainer, output, time.monotonic() - started))
     return 0
+
+
+def watched(arguments: RlArguments, config: DepoConfig, stack: ExitStack) -> run_metrics.RunMetrics | None:
+    """The metrics that `metrics_listen` asks for, served until `stack` is closed: by the first process alone."""
+    if arguments.metrics_listen is None or config.process_index:
+        return None
+    metrics = run_metrics.RunMetrics(version("depo-gateway"))
+    port = stack.enter_context(run_metrics.serving(arguments.metrics_listen, metrics))
+    host = arguments.metrics_listen.rpartition(":")[0]
+    sys.stderr.write(f"depo-train rl: metrics on http://{host}:{port}/metrics\n")
+    return metrics
 
 
 def assemble(arguments: RlArguments, config: DepoConfig, model: ModelConfig, stack: ExitStack) -> DepoTrainer:

@@ -16,7 +16,8 @@ Shapes: B rows of a micro-batch, R rows of this rank in a generation, P prompts,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ TOTALS = frozenset({"depo/completions", "depo/epoch", "depo/rollouts_saved_estim
 class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
     """GRPOTrainer's arguments; `args` is a DepoConfig, `train_dataset` one with rows. Ours is public:
 
-    `selector`, `learner` (None with depo off), `stopping` (set it to stop and save at the next generation's end) and
-    `stopped`. Raises ValueError for settings and data that can't be.
+    `selector`, `learner` (None with depo off), `stopping` (set it to stop and save at the next generation's end),
+    `stopped` and `noted` (called with what is logged of each generation). Raises ValueError for settings and data
+    that can't be.
     """
 
     args: DepoConfig
@@ -74,10 +76,12 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         self.selector = Selector(prompts, args.selection(), self.learner, args.seed, score=self._scores)
         self.completions = 0  # generated so far, by all ranks
         self.stopping = self.stopped = False
+        self.noted: Callable[[Mapping[str, float]], None] | None = None
         self._rounds: list[Round] = []  # of the generation under way
         self._trained: list[int] = []  # which of their groups are trained on
         self._log_probs_R = torch.empty(0)  # mean token log-probability; NaN: not known yet
         self._rewards: tuple[tuple[float, ...], ...] = ()  # of the last generation, all ranks' groups
+        self._seconds = 0.0  # that the last generation took, the choice of its prompts included
         self._captured: Tensor | None = None
         self._said = False
         self._saved = -1  # step of the newest checkpoint
@@ -114,6 +118,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
     def _generation(self, need: int, columns: Sequence[str]) -> dict[str, Any]:
         """TRL's output for `need` groups, out of as many rounds as it takes."""
         group_size, ranks = self.args.num_generations, self.accelerator.num_processes
+        began = time.perf_counter()
         self._rounds = [self._round(need, columns)]
         while self.args.dynamic_sampling and len(self._rounds) < self.args.dynamic_sampling_rounds:
             good = sum(sum(each.informative()) for each in self._rounds)
@@ -128,6 +133,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             outputs = [each.output for each in self._rounds]
             pad_token = self._tokenizer.pad_token_id
             output = trainer_rounds.merge(outputs, self._trained, group_size, pad_token, self.accelerator)
+        self._seconds = time.perf_counter() - began
         return output
 
     def _moment(self) -> tuple[Any, ...]:
@@ -261,6 +267,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
                 "depo/zero_advantage_share": 1.0 - sum(flags) / len(flags),  # of all that was generated
                 "depo/zero_advantage_trained": 1.0 - sum(flags[n] for n in self._trained) / len(self._trained),
                 "depo/rounds": float(len(self._rounds)),
+                "depo/seconds_rollout": self._seconds - metrics.get("depo/seconds_scoring", 0.0),
                 "depo/completions": float(self.completions),
             }
         )
@@ -272,6 +279,8 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         for name, value in metrics.items():
             before = [] if name in TOTALS else self._metrics["train"][name]
             self._metrics["train"][name] = [*before, value]
+        if self.noted is not None:
+            self.noted(metrics)
 
     # --- beginning, saving, resuming ---
 
