@@ -20,7 +20,7 @@ The full name with a suffix: (dict "root" $ "suffix" "admin"), at most 63 charac
 volumes' names have room and are never cut, for two releases may share their beginning.
 */}}
 {{- define "depo-gateway.named" -}}
-{{- $room := sub (default 63 .most) (len .suffix) 1 | int }}
+{{- $room := sub (default 63 .most | int) (len .suffix) | add -1 | int }}
 {{- printf "%s-%s" (include "depo-gateway.fullname" .root | trunc $room | trimSuffix "-") .suffix }}
 {{- end }}
 
