@@ -139,6 +139,15 @@ class Metrics:
         self.feedback = Counter("gateway_feedback_total", "Calls of /v1/feedback", ["outcome"], registry=registry)
         self.config_reloads = Counter("gateway_config_reloads_total", "Config reloads", ["result"], registry=registry)
         Gauge("gateway_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
+        # From the start at 0: of a counter that appears with its first event Prometheus knows no increase.
+        for counter, results in (
+            (self.config_reloads, ("applied", "refused")),
+            (self.estimator_loads, ("applied", "refused")),
+            (self.candidate_loads, ("applied", "refused")),
+            (self.records, ("written", "dropped", "rejected")),
+        ):
+            for result in results:
+                counter.labels(result)
         # A request touches a dozen children, and prometheus_client takes a lock to look one up. These are never
         # cleared, so they can be remembered.
         for metric in vars(self).values():

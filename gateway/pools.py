@@ -190,6 +190,7 @@ def open_pools(config: Config, metrics: Metrics) -> dict[str, Pool]:
             metrics.backend_up.labels(backends[-1].url).set(1)
             metrics.circuit.labels(backends[-1].url).set(CLOSED)
         metrics.in_flight.labels(name)  # there from the start; after a reload the old pool's requests still count
+        metrics.cost.labels(name)
         pools[name] = Pool(name, pool, tuple(backends))
     return pools
 

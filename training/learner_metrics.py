@@ -58,6 +58,11 @@ class LearnerMetrics:
         self.errors = Counter(
             "learner_errors_total", "Failures that the learner waits out", ["part"], registry=registry
         )
+        # From the start at 0: of a counter that appears with its first event Prometheus knows no increase.
+        for verdict in ("published", "refused", "failed"):
+            self.refreshes.labels(verdict)
+        for part in ("records", "shadow", "refresh", "disk"):
+            self.errors.labels(part)
         self.info = Gauge("learner_info", "The checkpoint that `current` names", ["version"], registry=registry)
         Gauge("learner_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
 
