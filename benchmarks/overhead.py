@@ -4,7 +4,8 @@
 
 A backend that answers at once runs in a process of its own, the gateway in another, the clients here; all of them share
 the machine's cores, so throughput is that of the whole arrangement. Variants take turns in every round, and the table
-shows medians over the rounds. `routed` sends prompts never seen before, `routed, cached` one prompt over and over.
+shows medians over the rounds. `routed` sends prompts never seen before, `routed, cached` one prompt over and over,
+`cached, recorded` the same through a second gateway that writes a record of each, text and all, to SQLite.
 """
 
 import argparse
@@ -32,8 +33,9 @@ import yaml
 from tqdm import tqdm
 
 CONCURRENCIES = (1, 16, 64)
-VARIANTS = ("direct", "pinned", "routed", "routed, cached")
-MODELS = {"direct": "small", "pinned": "small", "routed": "auto", "routed, cached": "auto"}
+RECORDED = "cached, recorded"
+VARIANTS = ("direct", "pinned", "routed", "routed, cached", RECORDED)
+MODELS = {"direct": "small", "pinned": "small", "routed": "auto", "routed, cached": "auto", RECORDED: "auto"}
 STREAM_EVENTS = 16
 PROMPT = (
     "A train leaves the station at %d minutes past the hour and travels at sixty kilometres an hour; another leaves "
@@ -211,7 +213,7 @@ def backend() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def gateway(backend_port: int, options: argparse.Namespace) -> Iterator[tuple[int, int]]:
+def gateway(backend_port: int, options: argparse.Namespace, records: bool) -> Iterator[tuple[int, int]]:
     """Its port, and its admin port."""
     url = f"http://127.0.0.1:{backend_port}"
     config = {
@@ -224,7 +226,7 @@ def gateway(backend_port: int, options: argparse.Namespace) -> Iterator[tuple[in
         },
         "estimator": {"path": options.estimator, "deadline_ms": options.deadline_ms},
     }
-    if options.records != "off":
+    if records:
         config["records"] = {"prompts": options.records, "hash_key_env": "OVERHEAD_HASH_KEY"}  # beside the config
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "gateway.yaml"
@@ -243,12 +245,22 @@ def gateway(backend_port: int, options: argparse.Namespace) -> Iterator[tuple[in
             raise ValueError(f"the gateway did not start: {said.strip()}")
 
 
+def metrics(admin_port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{admin_port}/metrics", timeout=10) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
 def outcomes(admin_port: int) -> dict[str, float]:
     """gateway_estimator_outcomes_total by outcome."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{admin_port}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
-    found = re.findall(r'^gateway_estimator_outcomes_total\{outcome="(\w+)"\} (\S+)', text, re.MULTILINE)
+    found = re.findall(r'^gateway_estimator_outcomes_total\{outcome="(\w+)"\} (\S+)', metrics(admin_port), re.MULTILINE)
     return {name: float(value) for name, value in found}
+
+
+def until_written(admin_port: int) -> None:
+    """Waits for the records, so that no other variant pays for them."""
+    while not re.search(r"^gateway_records_waiting 0\.0$", metrics(admin_port), re.MULTILINE):
+        time.sleep(0.05)
 
 
 Cell = tuple[bool, int, str]  # stream, concurrency, variant
@@ -258,8 +270,12 @@ async def run(options: argparse.Namespace) -> tuple[dict[Cell, list[Sample]], di
     counter = itertools.count()
     samples: dict[Cell, list[Sample]] = {}
     cells = list(itertools.product((False, True), CONCURRENCIES, VARIANTS))
-    with backend() as backend_port, gateway(backend_port, options) as (port, admin_port):
-        ports = {variant: backend_port if variant == "direct" else port for variant in VARIANTS}
+    with (
+        backend() as backend_port,
+        gateway(backend_port, options, False) as (port, admin_port),
+        gateway(backend_port, options, True) as (recording_port, recording_admin_port),
+    ):
+        ports = dict.fromkeys(VARIANTS, port) | {"direct": backend_port, RECORDED: recording_port}
         for stream, variant in itertools.product((False, True), VARIANTS):  # warm up
             await measure(ports[variant], bodies(variant, stream, counter), 8, 0.2)
         before = outcomes(admin_port)
@@ -272,6 +288,8 @@ async def run(options: argparse.Namespace) -> tuple[dict[Cell, list[Sample]], di
                     made = bodies(variant, stream, counter)
                     sample = await measure(ports[variant], made, concurrency, options.seconds)
                     samples.setdefault(cell, []).append(sample)
+                    if variant == RECORDED:
+                        until_written(recording_admin_port)
                     progress.update()
         after = outcomes(admin_port)
     return samples, {name: value - before.get(name, 0.0) for name, value in after.items()}
@@ -282,8 +300,8 @@ def report(samples: dict[Cell, list[Sample]], scored: dict[str, float], options:
         "# What the gateway adds",
         "",
         f"`python benchmarks/overhead.py --rounds {options.rounds} --seconds {options.seconds:g} --out FILE`: a "
-        "scripted backend asked directly, through the gateway with a pool named, routed with new prompts, and routed "
-        "with prompts whose scores are cached.",
+        "scripted backend asked directly, through the gateway with a pool named, routed with new prompts, routed "
+        f"with prompts whose scores are cached, and the same with records (prompts: {options.records}).",
         "",
         "| answers | clients | variant | requests/s | of direct | p50 ms | added | p99 ms | first byte p50 | added |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -301,7 +319,7 @@ def report(samples: dict[Cell, list[Sample]], scored: dict[str, float], options:
     lines += [
         "",
         f"Medians over {options.rounds} rounds of {options.seconds:g} s a cell. Estimator {options.estimator}, "
-        f"deadline {options.deadline_ms:g} ms, records {options.records}; prompts scored: {shares}.",
+        f"deadline {options.deadline_ms:g} ms; prompts scored by the gateway without records: {shares}.",
         f"Machine: {cpu()}, {len(os.sched_getaffinity(0))} cores for backend, gateway and clients together; "
         f"load average {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}.",
     ]
@@ -329,7 +347,10 @@ def main() -> int:
     parser.add_argument("--estimator", default="builtin", help="a checkpoint's directory (default: the shipped one)")
     parser.add_argument("--deadline-ms", type=float, default=50.0)
     parser.add_argument(
-        "--records", choices=("off", "none", "hash", "full"), default="off", help="records to SQLite, with such prompts"
+        "--records",
+        choices=("none", "hash", "full"),
+        default="full",
+        help="the prompts in the records of the last variant",
     )
     parser.add_argument("--out", type=Path, help="writes the table there as well")
     parser.add_argument("--backend", action="store_true", help=argparse.SUPPRESS)
