@@ -60,3 +60,104 @@
 {{- $backend.url }}
 {{- end }}
 {{- end }}
+
+{{/* A pool's backends, as both files want them: (dict "root" $ "pool" "small"). */}}
+{{- define "depo-gateway.backendList" -}}
+{{- $backend := include "depo-gateway.backend" . | fromYaml -}}
+- url: {{ include "depo-gateway.backendUrl" . | quote }}
+  {{- if $backend.apiKey.existingSecret }}
+  api_key_env: {{ include "depo-gateway.backendKeyEnv" . }}
+  {{- end }}
+{{- end }}
+
+{{/* "true" where finished requests are written, where into SQLite, and where checkpoints have a volume; else "". */}}
+{{- define "depo-gateway.keepsRecords" -}}
+{{- if kindIs "map" .Values.config.records }}true{{ end }}
+{{- end }}
+
+{{- define "depo-gateway.usesSqlite" -}}
+{{- if and (include "depo-gateway.keepsRecords" .) (eq .Values.records.kind "sqlite") }}true{{ end }}
+{{- end }}
+
+{{- define "depo-gateway.usesVolume" -}}
+{{- if eq .Values.checkpoints.kind "pvc" }}true{{ end }}
+{{- end }}
+
+{{/* "true" where gateway and learner share a volume that one node alone can mount. */}}
+{{- define "depo-gateway.onOneNode" -}}
+{{- $checkpoints := and (include "depo-gateway.usesVolume" .) (ne .Values.checkpoints.accessMode "ReadWriteMany") }}
+{{- $records := and (include "depo-gateway.usesSqlite" .) (ne .Values.records.sqlite.accessMode "ReadWriteMany") }}
+{{- if or $checkpoints $records }}true{{ end }}
+{{- end }}
+
+{{/* The most gateways that can run at once. */}}
+{{- define "depo-gateway.mostReplicas" -}}
+{{- $gateway := .Values.gateway }}
+{{- if $gateway.autoscaling.enabled }}
+{{- $gateway.autoscaling.maxReplicas | int }}
+{{- else if $gateway.keda.enabled }}
+{{- $gateway.keda.maxReplicas | int }}
+{{- else }}
+{{- $gateway.replicas | int }}
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.learnerPort" -}}
+{{- dig "listen" "port" 9100 .Values.learner.config | int }}
+{{- end }}
+
+{{/* gateway.yaml. */}}
+{{- define "depo-gateway.gatewayYaml" -}}
+{{- $config := deepCopy .Values.config }}
+{{- if include "depo-gateway.usesVolume" . }}
+{{- $_ := set $config "estimator" (merge (dict "path" "/var/lib/depo-gateway/checkpoints") (default dict $config.estimator)) }}
+{{- end }}
+{{- if .Values.auth.existingSecret }}
+{{- $keys := ternary $config.auth dict (kindIs "map" $config.auth) }}
+{{- $_ := set $config "auth" (merge (dict "keys_file" "/etc/depo-gateway/keys/keys.yaml") $keys) }}
+{{- end }}
+{{- if include "depo-gateway.keepsRecords" . }}
+{{- $_ := merge $config.records (include "depo-gateway.database" . | fromYaml) }}
+{{- if .Values.records.hashKey.existingSecret }}
+{{- $_ := set $config.records "hash_key_env" "DEPO_HASH_KEY" }}
+{{- end }}
+{{- end }}
+{{- toYaml (omit $config "pools") }}
+pools:
+{{- range $pool := include "depo-gateway.pools" . | fromJsonArray }}
+{{- $at := dict "root" $ "pool" $pool }}
+{{- $own := dict "model" (include "depo-gateway.servedModel" $at) }}
+{{- $_ := set $own "backends" (include "depo-gateway.backendList" $at | fromYamlArray) }}
+  {{ $pool }}:
+    {{- merge $own (default dict (get $config.pools $pool)) | toYaml | nindent 4 }}
+{{- end }}
+{{- end }}
+
+{{/* learner.yaml. */}}
+{{- define "depo-gateway.learnerYaml" -}}
+{{- $config := deepCopy .Values.learner.config }}
+{{- $_ := set $config "records" (include "depo-gateway.database" . | fromYaml) }}
+{{- $_ := set $config "listen" (merge dict (default dict $config.listen) (dict "host" "0.0.0.0" "port" 9100)) }}
+{{- $pools := include "depo-gateway.pools" . | fromJsonArray }}
+{{- if and (eq (dig "judge" "kind" "none" $config) "model") (not $config.judge.pool) }}
+{{- $_ := set $config.judge "pool" (last $pools) }}
+{{- end }}
+{{- toYaml $config }}
+pools:
+{{- range $pool := $pools }}
+{{- $at := dict "root" $ "pool" $pool }}
+  {{ $pool }}:
+    model: {{ include "depo-gateway.servedModel" $at | quote }}
+    cost: {{ dig "cost" 1.0 (default dict (get $.Values.config.pools $pool)) | toJson }}
+    backends:
+      {{- include "depo-gateway.backendList" $at | nindent 6 }}
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.database" -}}
+{{- if eq .Values.records.kind "sqlite" -}}
+url: sqlite:////var/lib/depo-gateway/records/records.db
+{{- else -}}
+url_env: DEPO_DATABASE_URL
+{{- end }}
+{{- end }}

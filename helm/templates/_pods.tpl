@@ -15,7 +15,7 @@ Without the chart's version: an upgrade that changes nothing in a pod must not s
 */}}
 {{- define "depo-gateway.podMetadata" -}}
 {{- $own := include "depo-gateway.selectorLabels" . | fromYaml }}
-{{- $_ := set $own "app.kubernetes.io/part-of" "depo-gateway" }}
+{{- $_ := set $own "app.kubernetes.io/part-of" "depo-gateway" -}}
 labels:
   {{- merge $own .section.podLabels .root.Values.commonLabels | toYaml | nindent 2 }}
 {{- with merge dict (default dict .annotations) .section.podAnnotations }}
@@ -124,4 +124,59 @@ labelSelector:
     secretKeyRef:
       name: {{ .secret.existingSecret }}
       key: {{ .secret.key }}
+{{- end }}
+
+{{/* What gateway and learner read from Secrets: (dict "root" $). */}}
+{{- define "depo-gateway.secretEnvs" -}}
+{{- $records := .root.Values.records }}
+{{- if and (include "depo-gateway.keepsRecords" .root) (eq $records.kind "postgresql") }}
+{{ include "depo-gateway.secretEnv" (dict "name" "DEPO_DATABASE_URL" "secret" (pick $records.postgresql "existingSecret" "key")) }}
+{{- end }}
+{{- range $pool := include "depo-gateway.pools" .root | fromJsonArray }}
+{{- $backend := include "depo-gateway.backend" (dict "root" $.root "pool" $pool) | fromYaml }}
+{{- if $backend.apiKey.existingSecret }}
+{{ include "depo-gateway.secretEnv" (dict "name" (include "depo-gateway.backendKeyEnv" (dict "pool" $pool)) "secret" $backend.apiKey) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Volumes of gateway and learner, and where they are mounted: (dict "root" $ "section" SECTION "readOnly" BOOL). */}}
+{{- define "depo-gateway.sharedVolumes" -}}
+- name: tmp
+  emptyDir: {}
+{{- if include "depo-gateway.usesVolume" .root }}
+- name: checkpoints
+  persistentVolumeClaim:
+    claimName: {{ include "depo-gateway.checkpointsClaim" .root }}
+{{- end }}
+{{- if include "depo-gateway.usesSqlite" .root }}
+- name: records
+  persistentVolumeClaim:
+    claimName: {{ include "depo-gateway.recordsClaim" .root }}
+{{- end }}
+{{- with .section.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.sharedMounts" -}}
+- name: tmp
+  mountPath: /tmp
+- name: config
+  mountPath: /etc/depo-gateway
+  readOnly: true
+{{- if include "depo-gateway.usesVolume" .root }}
+- name: checkpoints
+  mountPath: /var/lib/depo-gateway/checkpoints
+  {{- if .readOnly }}
+  readOnly: true
+  {{- end }}
+{{- end }}
+{{- if include "depo-gateway.usesSqlite" .root }}
+- name: records
+  mountPath: /var/lib/depo-gateway/records
+{{- end }}
+{{- with .section.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}

@@ -1,0 +1,145 @@
+{{/* What the schema can't see: values that contradict each other. One sentence each, with the remedy. */}}
+
+{{- define "depo-gateway.refuse" -}}
+{{- $parts := list "pools" "backends" "gateway" "records" "estimator" "learner" }}
+{{- $said := list }}
+{{- range $parts }}
+{{- range include (printf "depo-gateway.refusals.%s" .) $ | splitList "\n" }}
+{{- with trim . }}{{ $said = append $said . }}{{ end }}
+{{- end }}
+{{- end }}
+{{- if $said }}
+{{- fail (printf "\n%s" (join "\n" $said)) }}
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.refusals.pools" -}}
+{{- $pools := keys .Values.config.pools | sortAlpha }}
+{{- if lt (len $pools) 2 }}
+config.pools has {{ len $pools }} and routing needs two or more: add one there and, by the same name, in backends.
+{{- end }}
+{{- range $pools }}
+{{- if not (hasKey $.Values.backends .) }}
+config.pools.{{ . }} has no backend: add backends.{{ . }}, or take the pool away with config.pools.{{ . }}: null.
+{{- end }}
+{{- end }}
+{{- range keys .Values.backends | sortAlpha }}
+{{- if not (hasKey $.Values.config.pools .) }}
+backends.{{ . }} is no pool: add config.pools.{{ . }}, or take the backend away with backends.{{ . }}: null.
+{{- end }}
+{{- end }}
+{{- $models := dict }}
+{{- range $pools }}
+{{- $model := include "depo-gateway.servedModel" (dict "root" $ "pool" .) }}
+{{- if not $model }}
+backends.{{ . }}.model is empty: name a model of Hugging Face's, or with deploy: false what the server calls it.
+{{- else if hasKey $models $model }}
+backends.{{ . }} serves {{ $model }} as {{ get $models $model }} does: tell them apart by config.pools.{{ . }}.model.
+{{- end }}
+{{- $_ := set $models $model . }}
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.refusals.backends" -}}
+{{- range $pool := keys .Values.backends | sortAlpha }}
+{{- $backend := include "depo-gateway.backend" (dict "root" $ "pool" $pool) | fromYaml }}
+{{- $weights := $backend.weights }}
+{{- $most := ternary $backend.keda.maxReplicas $backend.replicas $backend.keda.enabled | int }}
+{{- if and (not $backend.deploy) (not $backend.url) }}
+backends.{{ $pool }} is not deployed and has no url: set backends.{{ $pool }}.url to the server that runs, or deploy: true.
+{{- else if and $backend.deploy $backend.url }}
+backends.{{ $pool }} has both deploy: true and a url: set backends.{{ $pool }}.deploy: false to use the server at the url.
+{{- else if and $backend.deploy (gt $most 1) $weights.enabled (eq $weights.accessMode "ReadWriteOnce") (not $weights.existingClaim) }}
+backends.{{ $pool }} may run {{ $most }} replicas, which can't share a ReadWriteOnce volume from several nodes: set backends.{{ $pool }}.weights.accessMode: ReadWriteMany, or weights.enabled: false so that each pod downloads.
+{{- end }}
+{{- if and $backend.keda.enabled (gt (int $backend.keda.minReplicas) (int $backend.keda.maxReplicas)) }}
+backends.{{ $pool }}.keda.minReplicas is above maxReplicas: lower it.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.refusals.gateway" -}}
+{{- $gateway := .Values.gateway }}
+{{- $scaling := $gateway.autoscaling }}
+{{- $most := include "depo-gateway.mostReplicas" . | int }}
+{{- if and $scaling.enabled $gateway.keda.enabled }}
+gateway.autoscaling and gateway.keda are both enabled and would scale against each other: disable one.
+{{- end }}
+{{- if and $scaling.enabled (not $scaling.cpu) (not $scaling.inFlight) }}
+gateway.autoscaling has nothing to scale by: set gateway.autoscaling.cpu or gateway.autoscaling.inFlight.
+{{- end }}
+{{- range $name, $section := pick $gateway "autoscaling" "keda" }}
+{{- if and $section.enabled (gt (int $section.minReplicas) (int $section.maxReplicas)) }}
+gateway.{{ $name }}.minReplicas is above maxReplicas: lower it.
+{{- end }}
+{{- end }}
+{{- if and (gt $most 1) (include "depo-gateway.usesSqlite" .) }}
+{{ $most }} gateways can't share SQLite: set records.kind: postgresql with records.postgresql.existingSecret, or run one (gateway.replicas: 1, without autoscaling).
+{{- end }}
+{{- if and (gt $most 1) (include "depo-gateway.usesVolume" .) (ne .Values.checkpoints.accessMode "ReadWriteMany") }}
+{{ $most }} gateways can't share a ReadWriteOnce volume of checkpoints: set checkpoints.accessMode: ReadWriteMany, or checkpoints.kind: image (and learner.enabled: false).
+{{- end }}
+{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) }}
+httpRoute.enabled needs a Gateway to attach to: name it in httpRoute.parentRefs.
+{{- end }}
+{{- if not (or .Values.config.auth .Values.auth.existingSecret) }}
+config.auth is absent: name a keys file's Secret in auth.existingSecret, or write config.auth: none to serve without keys.
+{{- end }}
+{{- range $name := list "listen" "admin" }}
+{{- if has (get $.Values.config $name).host (list "localhost" "127.0.0.1" "::1" "[::1]") }}
+config.{{ $name }}.host is a loopback address, where neither probes nor clients reach the pod: set 0.0.0.0.
+{{- end }}
+{{- end }}
+{{- if eq (int .Values.config.listen.port) (int .Values.config.admin.port) }}
+config.listen and config.admin both name port {{ .Values.config.listen.port }}: give config.admin.port another.
+{{- end }}
+{{- if and (dig "routing" "target" "" .Values.config) (hasKey .Values.config.routing "threshold") }}
+config.routing has both threshold and target: a target moves the threshold, so write one of them.
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.refusals.records" -}}
+{{- if include "depo-gateway.keepsRecords" . }}
+{{- $records := .Values.records }}
+{{- if and (eq $records.kind "postgresql") (not $records.postgresql.existingSecret) }}
+records.kind is postgresql without an address: name the Secret that holds it in records.postgresql.existingSecret.
+{{- end }}
+{{- if and (eq (default "none" .Values.config.records.prompts) "hash") (not $records.hashKey.existingSecret) }}
+config.records.prompts is hash without a key for it: name the Secret that holds one in records.hashKey.existingSecret.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.refusals.estimator" -}}
+{{- $path := dig "estimator" "path" "builtin" .Values.config }}
+{{- $pools := len .Values.config.pools }}
+{{- if include "depo-gateway.usesVolume" . }}
+{{- if ne $path "builtin" }}
+config.estimator.path is the checkpoints volume while checkpoints.kind is pvc: leave it out, or set checkpoints.kind: image.
+{{- end }}
+{{- if and (gt $pools 2) (not .Values.checkpoints.existingClaim) }}
+config.pools has {{ $pools }} and the shipped estimator scores two: name a volume with a checkpoint of yours in checkpoints.existingClaim.
+{{- end }}
+{{- else if and (gt $pools 2) (eq $path "builtin") }}
+config.pools has {{ $pools }} and the shipped estimator scores two: set config.estimator.path to a checkpoint of yours, mounted by gateway.extraVolumes.
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.refusals.learner" -}}
+{{- $learner := .Values.learner }}
+{{- if $learner.enabled }}
+{{- if not (and (include "depo-gateway.keepsRecords" .) (eq (default "none" .Values.config.records.prompts) "full")) }}
+learner.enabled needs the prompts: set config.records.prompts: full, or learner.enabled: false.
+{{- end }}
+{{- if not (include "depo-gateway.usesVolume" .) }}
+learner.enabled has nowhere to publish with checkpoints.kind: image: set checkpoints.kind: pvc, or learner.enabled: false.
+{{- end }}
+{{- if and (gt (len .Values.config.pools) 2) (eq $learner.base "builtin") }}
+learner.base is builtin, which scores two pools of {{ len .Values.config.pools }}: set learner.base to a checkpoint of yours.
+{{- end }}
+{{- $judge := dig "judge" dict $learner.config }}
+{{- if and $judge.pool (not (hasKey .Values.config.pools $judge.pool)) }}
+learner.config.judge.pool is {{ $judge.pool }}, which config.pools does not have: name one of {{ include "depo-gateway.pools" . | fromJsonArray | join ", " }}.
+{{- end }}
+{{- end }}
+{{- end }}
