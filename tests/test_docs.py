@@ -120,3 +120,34 @@ def test_reasons_are_documented() -> None:
 
     for reason in typing.get_args(Reason):
         assert f"`{reason}`" in OPERATIONS
+
+
+def values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The chart's values, as helm/README.md names them: down to what is gateway.yaml's or a pod's own."""
+    for name, value in tree.items():
+        key = prefix + name
+        if key in ("config", "learner.config") or name in (*POD_KEYS, "image", "resources", "strategy"):
+            yield key
+        elif isinstance(value, dict) and value and name not in ("labels", "annotations"):
+            yield from values(value, key + ".")
+        else:
+            yield key
+
+
+POD_KEYS = (
+    *("podLabels", "podAnnotations", "nodeSelector", "tolerations", "affinity", "topologySpreadConstraints"),
+    *("priorityClassName", "runtimeClassName", "podSecurityContext", "securityContext"),
+    *("extraEnv", "extraEnvFrom", "extraVolumes", "extraVolumeMounts"),
+)
+
+
+def test_every_value_of_the_chart_is_documented_and_no_other() -> None:
+    chart = yaml.safe_load((ROOT / "helm/values.yaml").read_text())
+    text = (ROOT / "helm/README.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    named = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
+    entries = {re.sub(r"^backends\.\w+\.", "backends.POOL.", key) for key in values(chart)}
+    known = {key for key in entries if key.rpartition(".")[2] not in POD_KEYS}
+    known -= {key for key in known if key.startswith("backends.POOL.weights")}  # one default among backendDefaults
+    assert named - {"backendDefaults"} == known
+    assert all(f"`{key}`" in text for key in POD_KEYS)
