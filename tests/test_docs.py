@@ -14,11 +14,12 @@ from gateway import config
 from gateway.metrics import Metrics
 from training import learner_settings
 from training.learner_metrics import LearnerMetrics
+from training.run_metrics import RunMetrics
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
 LEARNER = OPERATIONS.split("## The learner")[1].split("\n## ")[0]
-DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "examples/*.md") for path in ROOT.glob(pattern))
+DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "docs/*/*.md", "examples/*.md", "helm/*.md") for path in ROOT.glob(pattern))
 
 
 def settings(kind: Any = config.Config, prefix: str = "") -> Iterator[str]:
@@ -41,7 +42,7 @@ def settings(kind: Any = config.Config, prefix: str = "") -> Iterator[str]:
 def metrics() -> dict[str, set[str]]:
     """Every metric's name, as Prometheus shows it, and its labels."""
     names = {}
-    registries = [Metrics("0").registry, LearnerMetrics("0").registry]
+    registries = [Metrics("0").registry, LearnerMetrics("0").registry, RunMetrics("0").registry]
     for metric in [metric for registry in registries for metric in registry._collector_to_names]:
         name = metric._name + ("_total" if metric._type == "counter" else "")
         names[name] = set(metric._labelnames)
@@ -81,7 +82,7 @@ def test_every_metric_is_documented_with_its_labels() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_metric_named_exists(path: Path) -> None:
     known = set(metrics())
-    for name in re.findall(r"\b(?:gateway|learner)_[a-z_]+[a-z]\b(?!\.py)", path.read_text()):
+    for name in re.findall(r"\b(?:gateway|learner|training)_[a-z_]+[a-z]\b(?!\.py)", path.read_text()):
         base = re.sub(r"_(bucket|sum|count)$", "", name)
         assert name in known or base in known, name
 
