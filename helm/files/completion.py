@@ -28,7 +28,7 @@ def asked_until_ready(gateway: str, key: str) -> tuple[dict[str, str], dict]:
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")
             if error.code == 401:
-                sys.exit(f"{said}\nThe gateway wants a key: put one of its keys in a Secret, and name that in test.apiKey")
+                sys.exit(f"{said}\nThe gateway wants a key: name a Secret that holds one in test.apiKey")
             if error.code != 503 or time.monotonic() > end:
                 sys.exit(f"HTTP {error.code}: {said}")
         except OSError as error:

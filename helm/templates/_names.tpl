@@ -36,18 +36,27 @@ volumes' names have room and are never cut, for two releases may share their beg
 {{- end }}
 {{- end }}
 
+{{/*
+A volume's claim: (list NAME SECTION), where SECTION has existingClaim and accessMode. A claim's access mode can never
+change, so one that many nodes mount is another claim: switching makes a new volume instead of failing the upgrade.
+*/}}
+{{- define "depo-gateway.claimName" -}}
+{{- $section := index . 1 }}
+{{- default (printf "%s%s" (index . 0) (ternary "-shared" "" (eq $section.accessMode "ReadWriteMany"))) $section.existingClaim }}
+{{- end }}
+
 {{- define "depo-gateway.checkpointsClaim" -}}
-{{- default (printf "%s-checkpoints" (include "depo-gateway.fullname" .)) .Values.checkpoints.existingClaim }}
+{{- include "depo-gateway.claimName" (list (printf "%s-checkpoints" (include "depo-gateway.fullname" .)) .Values.checkpoints) }}
 {{- end }}
 
 {{- define "depo-gateway.recordsClaim" -}}
-{{- default (printf "%s-records" (include "depo-gateway.fullname" .)) .Values.records.sqlite.existingClaim }}
+{{- include "depo-gateway.claimName" (list (printf "%s-records" (include "depo-gateway.fullname" .)) .Values.records.sqlite) }}
 {{- end }}
 
 {{/* The volume of a pool's weights: (dict "root" $ "pool" "small"). */}}
 {{- define "depo-gateway.weightsClaim" -}}
-{{- $backend := include "depo-gateway.backend" . | fromYaml }}
-{{- default (printf "%s-weights-%s" (include "depo-gateway.fullname" .root) .pool) $backend.weights.existingClaim }}
+{{- $weights := (include "depo-gateway.backend" . | fromYaml).weights }}
+{{- include "depo-gateway.claimName" (list (printf "%s-weights-%s" (include "depo-gateway.fullname" .root) .pool) $weights) }}
 {{- end }}
 
 {{/* The environment variable with a backend's own key: (dict "pool" "small"). */}}

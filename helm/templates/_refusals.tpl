@@ -62,6 +62,10 @@ backends.{{ $pool }}.keda.minReplicas is above maxReplicas: lower it.
 {{- $gateway := .Values.gateway }}
 {{- $scaling := $gateway.autoscaling }}
 {{- $most := include "depo-gateway.mostReplicas" . | int }}
+{{- $full := include "depo-gateway.fullname" . }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $full) }}
+{{ $full }} can't be a Service's name: set fullnameOverride to one that begins with a letter and has letters, digits and "-".
+{{- end }}
 {{- if and $scaling.enabled $gateway.keda.enabled }}
 gateway.autoscaling and gateway.keda are both enabled and would scale against each other: disable one.
 {{- end }}
