@@ -108,9 +108,11 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
         seconds = time.perf_counter() - request.started
         gateway.metrics.requests.labels(endpoint, request.pool, str(request.code)).inc()
         gateway.metrics.request_duration.labels(endpoint, request.pool).observe(seconds)
+        began = time.time() - seconds
+        gateway.recent.over(began, request.id, endpoint, notes.decision, notes.served, request.code, seconds)
         if gateway.recorder is not None and notes.key is not None:
             notes.id, notes.endpoint, notes.status = request.id, endpoint, request.code
-            notes.time, notes.total_seconds = time.time() - seconds, seconds
+            notes.time, notes.total_seconds = began, seconds
             gateway.recorder.add(notes)
 
 
@@ -177,6 +179,7 @@ def note(gateway: Gateway, live: Live, exchange: "Exchange") -> None:
     """Counts a decision that a backend has answered."""
     decision, metrics = exchange.decision, gateway.metrics
     metrics.decisions.labels(decision.pool, decision.reason).inc()
+    gateway.recent.decided(decision, time.time())
     if decision.confidence is not None:
         metrics.confidence.observe(decision.confidence)
     if decision.reason in FREE:

@@ -97,6 +97,10 @@ class Budgets:
             account.calls = min(account.calls, account.most_calls)
         self._accounts = accounts
 
+    def left(self) -> dict[str, float]:
+        """Calls of the last pool saved up by each key that may have any, by its name."""
+        return {name: account.calls for name, account in self._accounts.items() if account.key.large_share}
+
     def account(self, name: str) -> Account | None:
         """None for the name of no key: an open gateway's."""
         return self._accounts.get(name)

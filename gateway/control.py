@@ -123,6 +123,13 @@ class Control:
         self.floor = standing if worse else None
         self._show()
 
+    def show_budgets(self) -> None:
+        """Brings the metric of the keys' budgets up to date; a key that a reload took away is no longer in it."""
+        gauge = self.metrics.key_large_share_left
+        gauge.clear()
+        for name, calls in self.budgets.left().items():
+            gauge.labels(name).set(calls)
+
     def admit(self, key: str) -> None:
         """Raises ApiError, 429, for a key that is over its requests a minute."""
         account = self.budgets.account(key)

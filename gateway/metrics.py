@@ -109,6 +109,12 @@ class Metrics:
         self.router_floor = Gauge(
             "gateway_router_floor", "1 while requests are routed by share, not by scores", registry=registry
         )
+        self.key_large_share_left = Gauge(
+            "gateway_key_large_share_left",
+            "Calls of the last pool that a key with a large_share has saved up, 10 at most",
+            ["key"],
+            registry=registry,
+        )
         self.candidate_decisions = Counter(
             "gateway_candidate_decisions_total", "Where the candidate would have sent", ["pool"], registry=registry
         )

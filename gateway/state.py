@@ -1,6 +1,7 @@
 """What the gateway holds while it runs, and what it holds of one request."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from gateway.metrics import NONE, Metrics
 from gateway.notes import Notes
 from gateway.pools import Pool, RetryBudget
 from gateway.protocol import Endpoint
+from gateway.recent import Recent
 from gateway.records import Recorder
 from gateway.scoring import Scorer
 from gateway.upstream import Upstream
@@ -40,6 +42,7 @@ class Gateway:
     conversations: Conversations = field(default_factory=Conversations)
     recorder: Recorder | None = None  # None: nothing is recorded
     shares: dict[str, float] = field(default_factory=dict)  # moving shares of free decisions, for `on_overload: share`
+    recent: Recent = field(default_factory=lambda: Recent(time.time()))
     active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False

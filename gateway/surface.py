@@ -12,7 +12,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from gateway import __version__, app, feedback, protocol
+from gateway import __version__, app, feedback, protocol, status
 from gateway.config import key_digest
 from gateway.protocol import ApiError
 from gateway.state import Gateway
@@ -80,23 +80,32 @@ def create_public(gateway: Gateway) -> FastAPI:
 
     @surface.get("/readyz")
     async def readyz() -> Response:
-        reasons = unready(gateway)
+        reasons = status.unready(gateway)
         return _json({"status": "not ready" if reasons else "ready", "reasons": reasons}, 503 if reasons else 200)
 
     return surface
 
 
 def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
-    """What operators reach: /metrics, /admin/status, /admin/reload. `reload` is None where no file holds the config."""
+    """What operators reach: /metrics, /admin/, /admin/status, /admin/reload.
+
+    `reload` is None where no file holds the config.
+    """
     surface = _new("DEPO Gateway admin")
 
     @surface.get("/metrics")
     async def metrics() -> Response:
+        gateway.control.show_budgets()
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @surface.get("/admin/")
+    async def page() -> Response:
+        body, headers = status.page()
+        return Response(body, headers=headers)
+
     @surface.get("/admin/status")
-    async def status() -> Response:
-        return _json(describe(gateway))
+    async def describe() -> Response:
+        return _json(status.describe(gateway))
 
     @surface.post("/admin/reload")
     async def reload_config(request: Request) -> Response:
@@ -127,59 +136,6 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
         return _json({"status": "reloaded", "estimator": version})
 
     return surface
-
-
-def unready(gateway: Gateway) -> list[str]:
-    """Why no request should come here now; empty when it may."""
-    reasons = []
-    if gateway.draining:
-        reasons.append("draining: the process was asked to stop")
-    if not any(pool.usable() for pool in gateway.live.pools.values()):
-        reasons.append("no pool has a usable backend")
-    return reasons
-
-
-def describe(gateway: Gateway) -> dict[str, Any]:
-    """The gateway's state for people: no secrets, no prompts."""
-    live = gateway.live
-    pools = {
-        name: {
-            "model": pool.config.model,
-            "cost": pool.config.cost,
-            "in_flight": pool.in_flight,
-            "waiting": len(pool.waiting),
-            "backends": [
-                {
-                    "url": backend.url,
-                    "up": backend.up,
-                    "circuit": ("closed", "half open", "open")[backend.state],
-                    "in_flight": backend.in_flight,
-                }
-                for backend in pool.backends
-            ],
-        }
-        for name, pool in live.pools.items()
-    }
-    return {
-        "version": __version__,
-        "ready": not unready(gateway),
-        "reasons": unready(gateway),
-        "estimator": live.scorer.version,
-        "rule": live.config.routing.rule,
-        **gateway.control.describe(),
-        "shares": {name: round(share, 4) for name, share in gateway.shares.items()},
-        "active_requests": gateway.active,
-        "conversations": len(gateway.conversations),
-        "records": None
-        if gateway.recorder is None
-        else {
-            "database": gateway.recorder.store.name,
-            "prompts": gateway.recorder.settings.prompts,
-            "waiting": gateway.recorder.waiting,
-            "trouble": gateway.recorder.trouble,
-        },
-        "pools": pools,
-    }
 
 
 def _new(title: str) -> FastAPI:
