@@ -50,7 +50,6 @@ EVERY_SETTING = {
     },
     "routing": {
         "rule": "difficulty",
-        "threshold": None,
         "target": {"cost": 0.5},
         "sticky": False,
         "explore": 0.01,
@@ -146,8 +145,11 @@ CASES = {
     ),
     "postgresql": Values(POSTGRESQL),
     "three-replicas": Values(MANY),
-    "three-replicas-of-the-shipped-estimator": Values(
-        merged(POSTGRESQL, {"checkpoints": {"kind": "image"}, "learner": {"enabled": False}, "gateway": {"replicas": 3}})
+    "two-replicas-of-the-shipped-estimator": Values(
+        merged(
+            POSTGRESQL,
+            {"checkpoints": {"kind": "image"}, "learner": {"enabled": False}, "gateway": {"replicas": 2}},
+        )
     ),
     "stateless": Values(merged(UNRECORDED, {"checkpoints": {"kind": "image"}, "gateway": {"replicas": 2}})),
     "own-checkpoint": Values(
@@ -204,7 +206,9 @@ CASES = {
     "openshift": Values({"gateway": OPENSHIFT, "learner": OPENSHIFT, "backendDefaults": OPENSHIFT}),
     "digests": Values(
         {
-            "gateway": {"image": {"repository": "registry.example.com:5000/depo/gateway", "digest": "sha256:" + "0" * 64}},
+            "gateway": {
+                "image": {"repository": "registry.example.com:5000/depo/gateway", "digest": "sha256:" + "0" * 64},
+            },
             "learner": {"image": {"tag": "2.0.0", "pullPolicy": "Always"}},
             "backendDefaults": {"image": {"tag": "", "digest": "sha256:" + "1" * 64}},
         }
@@ -225,6 +229,8 @@ CASES = {
         {
             "config": {"pools": {"mid-size": {"cost": 2.5}, "large": {"cost": 20}}},
             "backends": {"mid-size": {"model": "Qwen/Qwen2.5-3B-Instruct"}},
+            "checkpoints": {"existingClaim": "of-three-pools"},
+            "learner": {"base": "/var/lib/depo-gateway/checkpoints/first"},
         }
     ),
     "other-pools": Values(
@@ -275,7 +281,9 @@ CASES = {
         {
             "networkPolicy": {
                 "ingressFrom": [{"namespaceSelector": {"matchLabels": {"team": "apps"}}}],
-                "egressExtra": [{"to": [{"ipBlock": {"cidr": "10.1.0.0/16"}}], "ports": [{"port": 3128, "protocol": "TCP"}]}],
+                "egressExtra": [
+                    {"to": [{"ipBlock": {"cidr": "10.1.0.0/16"}}], "ports": [{"port": 3128, "protocol": "TCP"}]}
+                ],
             }
         }
     ),

@@ -192,9 +192,10 @@ def file_of(manifests: list[Manifest], component: str, ending: str) -> Any:
 def text_of(manifests: list[Manifest], component: str, ending: str) -> str:
     pod = pod_of(manifests, component)
     for volume in pod.spec["volumes"]:
-        if "configMap" in volume:
-            data = named(manifests, "ConfigMap", volume["configMap"]["name"])["data"]
-            for key, text in data.items():
-                if key.endswith(ending):
-                    return text
+        for source in volume.get("projected", {}).get("sources", [volume]):
+            if "configMap" in source:
+                data = named(manifests, "ConfigMap", source["configMap"]["name"])["data"]
+                for key, text in data.items():
+                    if key.endswith(ending):
+                        return text
     raise AssertionError(f"{pod.owner} mounts no {ending}")

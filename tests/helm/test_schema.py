@@ -35,7 +35,6 @@ NOT_OF_LEARNER = {
     "pools.NAME.model",
     "pools.NAME.cost",
     "listen.host",
-    "listen.port",
 } | {f"pools.NAME.backends[].{key}" for key in ("url", "api_key_env")}
 PROBES = (
     *(-5, 0, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 1.5, 2, 19, 20, 49, 50, 51, 99, 100, 101, 1023, 1024),
@@ -219,7 +218,19 @@ def test_the_schema_is_closed() -> None:
         ".properties.global",
         ".properties.gateway.properties.autoscaling.properties.behavior",
         ".properties.extraObjects.items",
-        ".definitions.volume",
+        *(
+            f".definitions.volume.properties.{key}"
+            for key in (
+                "configMap",
+                "csi",
+                "downwardAPI",
+                "emptyDir",
+                "ephemeral",
+                "persistentVolumeClaim",
+                "projected",
+                "secret",
+            )
+        ),
         *(f".definitions.affinity.properties.{key}" for key in ("nodeAffinity", "podAffinity", "podAntiAffinity")),
     }
 
@@ -317,7 +328,7 @@ MISTAKES = [  # path, value, what Helm's message holds
     (
         "gateway.extraVolumes",
         [{"name": "a", "hostPath": {"path": "/"}}],
-        "gateway.extraVolumes.0.hostPath: False always",
+        "gateway.extraVolumes.0: Additional property hostPath is not",
     ),
     ("gateway.podLabels", {"version": 2}, "gateway.podLabels.version: Invalid type. Expected: string, given: integer"),
     ("gateway.tolerations", [{"keys": "gpu"}], "gateway.tolerations.0: Additional property keys is not allowed"),
