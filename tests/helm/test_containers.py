@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import shutil
 import socket
 import sys
 import sysconfig
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest
 
 from gateway.config import key_digest
 from tests.gateway.backend import FakeVllm
@@ -25,7 +23,6 @@ SECRETS = {
     "vllm": {"api-key": "token-of-vllm"},
     "test": {"api-key": KEY},
 }
-PLACES = ("/etc/depo-gateway", "/var/lib/depo-gateway")
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Node:
 
     def here(self, text: str, pod: Pod) -> str:
         """A command or a file, with the places that volumes are mounted at as they are here."""
-        for mount in pod.main["volumeMounts"]:
+        for mount in pod.main.get("volumeMounts", []):
             place = self.volume(pod, mount["name"])
             if mount["mountPath"] in text and place is not None:
                 text = text.replace(mount["mountPath"], str(place))
@@ -177,11 +174,10 @@ async def test_the_gateway_from_an_empty_volume_to_a_routed_answer(tmp_path: Pat
         assert b" answered (" in answered
         assert status == 0, said
     assert (tmp_path / "depo-depo-gateway-records" / "records.db").exists()
-    checks = [item for item in large.seen if item.method == "POST" or item.path.endswith("/models")]
-    assert all(item.headers.get("authorization") == "Bearer token-of-vllm" for item in checks)
+    assert large.seen
+    assert {item.headers.get("authorization") for item in large.seen} == {"Bearer token-of-vllm"}
 
 
-@pytest.mark.slow
 async def test_the_learner_beside_it(tmp_path: Path) -> None:
     node = Node(tmp_path)
     async with installed({}) as (manifests, _):
@@ -199,7 +195,6 @@ async def test_the_learner_beside_it(tmp_path: Path) -> None:
     assert (checkpoints / "current").read_text().strip() == "builtin"
 
 
-@pytest.mark.slow
 async def test_a_cron_job_without_records_says_so(tmp_path: Path) -> None:
     node = Node(tmp_path)
     async with installed({"learner": {"kind": "CronJob"}}) as (manifests, _):
@@ -209,4 +204,3 @@ async def test_a_cron_job_without_records_says_so(tmp_path: Path) -> None:
         said, _ = await process.communicate()
     assert process.returncode == 2, said
     assert b"there are no records yet" in said
-    shutil.rmtree(tmp_path / "depo-depo-gateway-checkpoints")
