@@ -1,0 +1,77 @@
+"""What `helm install` prints: `helm template` leaves it out, so a copy of the chart renders it as an object."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helm.chart import CHART, helm
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("chart") / "helm"
+    shutil.copytree(CHART, place)
+    notes = (place / "templates" / "NOTES.txt").read_text()
+    (place / "templates" / "notes.yaml").write_text(
+        '{{- define "notes" -}}' + notes + '{{- end }}\nnotes: {{ include "notes" . | toJson }}\n'
+    )
+    return place
+
+
+def notes(chart: Path, tmp_path: Path, values: dict[str, Any], release: str = "depo") -> str:
+    (tmp_path / "values.yaml").write_text(json.dumps(values))
+    about = ("--namespace=models", f"--values={tmp_path / 'values.yaml'}", "--show-only=templates/notes.yaml")
+    done = helm("template", release, chart, *about)
+    assert done.returncode == 0, done.stderr
+    said: str = yaml.safe_load(done.stdout)["notes"]
+    return said
+
+
+def test_the_curl_line_is_one(copy: Path, tmp_path: Path) -> None:
+    said = notes(copy, tmp_path, {})
+    assert "port-forward svc/depo-depo-gateway 8000:80 &" in said
+    begin = said.index("curl -i localhost")
+    line = said[begin : said.index("'\n", begin) + 1]
+    words = subprocess.run(
+        ["sh", "-c", f'curl() {{ printf "%s\\n" "$@"; }}; {line}'], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert words[:2] == ["-i", "localhost:8000/v1/chat/completions"]
+    assert json.loads(words[words.index("-d") + 1])["model"] == "auto"
+    assert not any("Authorization" in word for word in words)
+
+
+def test_an_open_gateway_and_kept_prompts_are_told_aloud(copy: Path, tmp_path: Path) -> None:
+    said = notes(copy, tmp_path, {})
+    assert "WARNING: no keys are configured" in said
+    assert "auth.existingSecret=depo-keys" in said
+    assert "PRIVACY: prompts and answers are kept for 30 days in the volume depo-depo-gateway-records" in said
+    assert "config.records.prompts=none,learner.enabled=false" in said
+
+
+def test_what_is_not_so_is_not_told(copy: Path, tmp_path: Path) -> None:
+    values = {"auth": {"existingSecret": "keys"}, "config": {"records": None}, "learner": {"enabled": False}}
+    said = notes(copy, tmp_path, values)
+    assert "WARNING" not in said
+    assert "PRIVACY" not in said
+    assert '-H "Authorization: Bearer $KEY"' in said
+    said = notes(copy, tmp_path, {"config": {"records": {"retention_days": 7}}})
+    assert "kept for 7 days" in said
+
+
+def test_the_ingress_is_where_to_ask(copy: Path, tmp_path: Path) -> None:
+    ingress = {"enabled": True, "host": "llm.example.com", "tls": [{"secretName": "tls", "hosts": ["llm.example.com"]}]}
+    said = notes(copy, tmp_path, {"ingress": ingress})
+    assert "curl -i https://llm.example.com/v1/chat/completions" in said
+    assert "8000:80" not in said
+
+
+def test_names_are_those_of_the_release(copy: Path, tmp_path: Path) -> None:
+    said = notes(copy, tmp_path, {"gateway": {"service": {"port": 8080}}}, release="my-depo-gateway")
+    assert "rollout status deploy/my-depo-gateway " in said
+    assert "http://my-depo-gateway.models:8080/v1" in said
+    assert "svc/my-depo-gateway-admin 9000" in said
