@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 
 import httptools
 
-# vLLM's uvicorn closes a connection that idles for 5 s; letting go first avoids writing into one that is closing.
-IDLE_SECONDS = 4.0
+# No request starts on a connection older than this. vLLM's uvicorn closes one that idles for 5 s: letting go first avoids
+# writing into one that is closing. A Service moves new connections alone: a server that has been taken out of it would go
+# on getting requests on those that are never idle, and a vLLM that drains answers them with 500.
+KEPT_SECONDS = 4.0
 HEAD_BYTES = 256 * 1024
 HIGH_WATER = 1 << 20  # bytes of an answer that wait for the client before reading from the backend pauses
 _HOP_BY_HOP = frozenset(
@@ -121,12 +123,13 @@ class _Origin:
 class _Connection(asyncio.Protocol):
     """One connection; at most one exchange at a time."""
 
-    __slots__ = ("_expiry", "_head_bytes", "_headers", "_loop", "_nominated", "_origin", "_parser", "_paused", "_sized",
-                 "_transport", "answered", "reply")  # fmt: skip
+    __slots__ = ("_expiry", "_head_bytes", "_headers", "_kept_until", "_loop", "_nominated", "_origin", "_parser",
+                 "_paused", "_sized", "_transport", "answered", "reply")  # fmt: skip
 
     def __init__(self, origin: _Origin) -> None:
         self._origin = origin
         self._loop = asyncio.get_running_loop()
+        self._kept_until = self._loop.time() + KEPT_SECONDS
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._headers: list[tuple[bytes, bytes]] = []
@@ -238,9 +241,9 @@ class _Connection(asyncio.Protocol):
             return
         self.reply = None
         self.resume()
-        if parser.should_keep_alive() and self.usable():
+        if parser.should_keep_alive() and self.usable() and self._loop.time() < self._kept_until:
             self._origin.idle.append(self)
-            self._expiry = self._loop.call_later(IDLE_SECONDS, self.abort)
+            self._expiry = self._loop.call_at(self._kept_until, self.abort)
         else:
             self.abort()
         reply.finish()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import gateway.upstream
 from gateway.upstream import Upstream, UpstreamError
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -184,6 +185,27 @@ async def test_connections_are_reused_and_let_go() -> None:
         reply.close()
         await (await client.send("POST", url + "/", {}, b"")).read()
         assert connections <= 2
+
+
+async def test_a_connection_that_is_never_idle_is_let_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Service that has taken a server out sends new connections elsewhere, and only those."""
+    monkeypatch.setattr(gateway.upstream, "KEPT_SECONDS", 0.3)
+    requests: list[int] = []  # of each connection
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        mine = len(requests)
+        requests.append(0)
+        while await reader.readuntil(b"\r\n\r\n"):
+            requests[mine] += 1
+            await asyncio.sleep(0.01)
+            writer.write(OK)
+
+    async with peer(serve) as url, upstream() as client:
+        until = asyncio.get_running_loop().time() + 1.0
+        while asyncio.get_running_loop().time() < until:
+            assert await (await client.send("POST", url + "/", {}, b"")).read() == b"ok"
+        assert 3 <= len(requests) <= 5
+        assert requests[0] > 3
 
 
 async def test_a_kept_connection_that_breaks_is_replaced() -> None:
