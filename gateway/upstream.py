@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 import httptools
 
-# No request starts on a connection older than this. vLLM's uvicorn closes one that idles for 5 s: letting go first avoids
-# writing into one that is closing. A Service moves new connections alone: a server that has been taken out of it would go
-# on getting requests on those that are never idle, and a vLLM that drains answers them with 500.
+# No request starts on a connection older than this. vLLM's uvicorn closes one that idles for 5 s: letting go first
+# avoids writing into one that is closing. A Service moves new connections alone: a server that has been taken out of it
+# would go on getting requests on those that are never idle, and a vLLM that drains answers them with 500.
 KEPT_SECONDS = 4.0
 HEAD_BYTES = 256 * 1024
 HIGH_WATER = 1 << 20  # bytes of an answer that wait for the client before reading from the backend pauses

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gateway.upstream import KEPT_SECONDS
 from tests.helm.chart import CHART, Manifest, Values, file_of, named, of_kind, pod_of, pods, refusal, rendered
 
 FULL = "depo-depo-gateway"
@@ -43,10 +44,12 @@ def test_a_pool_is_served_by_vllm_with_a_gpu_of_its_own() -> None:
     ]
     for kind in ("requests", "limits"):
         assert pod.main["resources"][kind]["nvidia.com/gpu"] == 1
-    assert pod.spec["terminationGracePeriodSeconds"] > 5 + 60
+    assert pod.spec["terminationGracePeriodSeconds"] > 10 + 60
     startup = pod.main["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] == 600
-    assert pod.main["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
+    pause = pod.main["lifecycle"]["preStop"]["exec"]["command"]
+    assert pause == ["sleep", "10"]
+    assert float(pause[1]) > 2 * KEPT_SECONDS, "no connection outlives the pause, however late the Service was told"
     volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
     mounts = {mount["mountPath"]: mount["name"] for mount in pod.main["volumeMounts"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
