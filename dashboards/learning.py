@@ -147,14 +147,18 @@ SHADOW = Row(
             width=6,
         ),
         states(
-            "Paused",
+            "Paused, or without priority",
             "cost: the hour's cap. busy: clients wait at a backend. unreachable: a pool or the judge does not answer. "
-            "records: the database does not.",
-            (
-                zero(f"max by (reason) (learner_shadow_paused{{{L}}})", "reason", "shadowing is off"),
-                "{{reason}}",
-            ),
-            {0: ("no", GOOD), 1: ("paused", WARN)},
+            "records: the database does not. priority refused: a backend takes no shadow.priority, and shadow calls "
+            "wait in line like clients' own.",
+            [
+                (
+                    zero(f"max by (reason) (learner_shadow_paused{{{L}}})", "reason", "shadowing is off"),
+                    "{{reason}}",
+                ),
+                (zero(f"max(learner_priority_refused{{{L}}})"), "priority refused"),
+            ],
+            {0: ("no", GOOD), 1: ("yes", WARN)},
             width=6,
             alerts=["DepoShadowingPaused"],
         ),
