@@ -21,11 +21,16 @@
 {{- include "depo-gateway.merged" (list $defaults (default dict (get .root.Values.backends .pool))) }}
 {{- end }}
 
+{{/* What a pool of config.pools costs. */}}
+{{- define "depo-gateway.cost" -}}
+{{- dig "cost" 1.0 (default dict .) }}
+{{- end }}
+
 {{/* The names of all pools, cheapest first (equal ones by name), as a JSON list. Maps have no order in Helm. */}}
 {{- define "depo-gateway.pools" -}}
 {{- $keyed := list }}
 {{- range $name, $pool := .Values.config.pools }}
-{{- $keyed = append $keyed (printf "%030.9f %s" (dig "cost" 1.0 (default dict $pool) | float64) $name) }}
+{{- $keyed = append $keyed (printf "%030.9f %s" (include "depo-gateway.cost" $pool | float64) $name) }}
 {{- end }}
 {{- $names := list }}
 {{- range sortAlpha $keyed }}
@@ -148,7 +153,7 @@ pools:
 {{- $at := dict "root" $ "pool" $pool }}
   {{ $pool }}:
     model: {{ include "depo-gateway.servedModel" $at | quote }}
-    cost: {{ dig "cost" 1.0 (default dict (get $.Values.config.pools $pool)) | toJson }}
+    cost: {{ include "depo-gateway.cost" (get $.Values.config.pools $pool) | float64 | toJson }}
     backends:
       {{- include "depo-gateway.backendList" $at | nindent 6 }}
 {{- end }}

@@ -38,11 +38,12 @@ volumes' names have room and are never cut, for two releases may share their beg
 
 {{/*
 A volume's claim: (list NAME SECTION), where SECTION has existingClaim and accessMode. A claim's access mode can never
-change, so one that many nodes mount is another claim: switching makes a new volume instead of failing the upgrade.
+change, so each mode has a claim of its own: switching makes a new volume instead of failing the upgrade.
 */}}
 {{- define "depo-gateway.claimName" -}}
 {{- $section := index . 1 }}
-{{- default (printf "%s%s" (index . 0) (ternary "-shared" "" (eq $section.accessMode "ReadWriteMany"))) $section.existingClaim }}
+{{- $suffix := get (dict "ReadWriteMany" "-shared" "ReadWriteOncePod" "-single") $section.accessMode }}
+{{- default (printf "%s%s" (index . 0) $suffix) $section.existingClaim }}
 {{- end }}
 
 {{- define "depo-gateway.checkpointsClaim" -}}

@@ -126,6 +126,22 @@ labelSelector:
       key: {{ .secret.key }}
 {{- end }}
 
+{{/* A container's variables, as YAML: (list OWN EXTRA), the chart's own as YAML; one of the same name replaces it. */}}
+{{- define "depo-gateway.env" -}}
+{{- $extra := index . 1 }}
+{{- $names := list }}
+{{- range $extra }}
+{{- $names = append $names .name }}
+{{- end }}
+{{- $env := list }}
+{{- range index . 0 | fromYamlArray }}
+{{- if not (has .name $names) }}{{ $env = append $env . }}{{ end }}
+{{- end }}
+{{- with concat $env $extra }}
+{{- toYaml . }}
+{{- end }}
+{{- end }}
+
 {{/* What gateway and learner read from Secrets: (dict "root" $). */}}
 {{- define "depo-gateway.secretEnvs" -}}
 {{- $records := .root.Values.records }}

@@ -1,7 +1,7 @@
 {{/* What the schema can't see: values that contradict each other. One sentence each, with the remedy. */}}
 
 {{- define "depo-gateway.refuse" -}}
-{{- $parts := list "pools" "backends" "gateway" "records" "estimator" "learner" }}
+{{- $parts := list "pools" "backends" "routing" "gateway" "records" "estimator" "learner" }}
 {{- $said := list }}
 {{- range $parts }}
 {{- range include (printf "depo-gateway.refusals.%s" .) $ | splitList "\n" }}
@@ -35,6 +35,10 @@ backends.{{ . }} is no pool: add config.pools.{{ . }}, or take the backend away 
 backends.{{ . }}.model is empty: name a model of Hugging Face's, or with deploy: false what the server calls it.
 {{- else if hasKey $models $model }}
 backends.{{ . }} serves {{ $model }} as {{ get $models $model }} does: tell them apart by config.pools.{{ . }}.model.
+{{- else if and (ne $model .) (has $model $pools) }}
+backends.{{ . }} serves {{ $model }}, which is another pool's name: call it something else in config.pools.{{ . }}.model.
+{{- else if regexMatch "^auto(-[0-9.]+)?$" $model }}
+backends.{{ . }} serves {{ $model }}, the name that asks for routing: call it something else in config.pools.{{ . }}.model.
 {{- end }}
 {{- $_ := set $models $model . }}
 {{- end }}
@@ -49,8 +53,8 @@ backends.{{ . }} serves {{ $model }} as {{ get $models $model }} does: tell them
 backends.{{ $pool }} is not deployed and has no url: set backends.{{ $pool }}.url to the server that runs, or deploy: true.
 {{- else if and $backend.deploy $backend.url }}
 backends.{{ $pool }} has both deploy: true and a url: set backends.{{ $pool }}.deploy: false to use the server at the url.
-{{- else if and $backend.deploy (gt $most 1) $weights.enabled (eq $weights.accessMode "ReadWriteOnce") (not $weights.existingClaim) }}
-backends.{{ $pool }} may run {{ $most }} replicas, which can't share a ReadWriteOnce volume from several nodes: set backends.{{ $pool }}.weights.accessMode: ReadWriteMany, or weights.enabled: false so that each pod downloads.
+{{- else if and $backend.deploy (gt $most 1) $weights.enabled (ne $weights.accessMode "ReadWriteMany") (not $weights.existingClaim) }}
+backends.{{ $pool }} may run {{ $most }} replicas, which can't share a {{ $weights.accessMode }} volume from several nodes: set backends.{{ $pool }}.weights.accessMode: ReadWriteMany, or weights.enabled: false so that each pod downloads.
 {{- end }}
 {{- if and $backend.keda.enabled (gt (int $backend.keda.minReplicas) (int $backend.keda.maxReplicas)) }}
 backends.{{ $pool }}.keda.minReplicas is above maxReplicas: lower it.
@@ -81,7 +85,7 @@ gateway.{{ $name }}.minReplicas is above maxReplicas: lower it.
 {{ $most }} gateways can't share SQLite: set records.kind: postgresql with records.postgresql.existingSecret, or run one (gateway.replicas: 1, without autoscaling).
 {{- end }}
 {{- if and (gt $most 1) (include "depo-gateway.usesVolume" .) (ne .Values.checkpoints.accessMode "ReadWriteMany") }}
-{{ $most }} gateways can't share a ReadWriteOnce volume of checkpoints: set checkpoints.accessMode: ReadWriteMany, or checkpoints.kind: image (and learner.enabled: false).
+{{ $most }} gateways can't share a {{ .Values.checkpoints.accessMode }} volume of checkpoints: set checkpoints.accessMode: ReadWriteMany, or checkpoints.kind: image (and learner.enabled: false).
 {{- end }}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) }}
 httpRoute.enabled needs a Gateway to attach to: name it in httpRoute.parentRefs.
@@ -97,8 +101,25 @@ config.{{ $name }}.host is a loopback address, where neither probes nor clients 
 {{- if eq (int .Values.config.listen.port) (int .Values.config.admin.port) }}
 config.listen and config.admin both name port {{ .Values.config.listen.port }}: give config.admin.port another.
 {{- end }}
-{{- if and (dig "routing" "target" "" .Values.config) (hasKey .Values.config.routing "threshold") }}
+{{- end }}
+
+{{- define "depo-gateway.refusals.routing" -}}
+{{- $routing := default dict .Values.config.routing }}
+{{- $pools := include "depo-gateway.pools" . | fromJsonArray }}
+{{- if and $routing.target (hasKey $routing "threshold") }}
 config.routing has both threshold and target: a target moves the threshold, so write one of them.
+{{- end }}
+{{- if hasKey (default dict $routing.target) "cost" }}
+{{- $cheapest := include "depo-gateway.cost" (get .Values.config.pools (first $pools)) | float64 }}
+{{- $dearest := include "depo-gateway.cost" (get .Values.config.pools (last $pools)) | float64 }}
+{{- if lt (mulf $routing.target.cost $dearest) $cheapest }}
+config.routing.target.cost is {{ $routing.target.cost }}, and with everything in pool {{ first $pools }} it is {{ divf $cheapest $dearest }}: set that or more.
+{{- end }}
+{{- end }}
+{{- with $routing.on_overload }}
+{{- if not (has . (append $pools "share")) }}
+config.routing.on_overload is {{ . }}: set share or a pool's name ({{ join ", " $pools }}).
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -138,10 +159,25 @@ learner.enabled needs the prompts: set config.records.prompts: full, or learner.
 {{- if not (include "depo-gateway.usesVolume" .) }}
 learner.enabled has nowhere to publish with checkpoints.kind: image: set checkpoints.kind: pvc, or learner.enabled: false.
 {{- end }}
+{{- if and (include "depo-gateway.usesVolume" .) (eq .Values.checkpoints.accessMode "ReadWriteOncePod") }}
+checkpoints.accessMode is ReadWriteOncePod, which shuts the learner out: set ReadWriteOnce, or learner.enabled: false.
+{{- end }}
+{{- if and (include "depo-gateway.usesSqlite" .) (eq .Values.records.sqlite.accessMode "ReadWriteOncePod") }}
+records.sqlite.accessMode is ReadWriteOncePod, which shuts the learner out: set ReadWriteOnce, or learner.enabled: false.
+{{- end }}
 {{- if and (gt (len .Values.config.pools) 2) (eq $learner.base "builtin") }}
 learner.base is builtin, which scores two pools of {{ len .Values.config.pools }}: set learner.base to a checkpoint of yours.
 {{- end }}
 {{- $judge := dig "judge" dict $learner.config }}
+{{- $kind := default "none" $judge.kind }}
+{{- if and (eq $kind "webhook") (not $judge.url) }}
+learner.config.judge is a webhook without an address: set learner.config.judge.url, where answers are posted.
+{{- end }}
+{{- range $name, $of := dict "pool" "model" "url" "webhook" "api_key_env" "webhook" }}
+{{- if and (get $judge $name) (ne $kind $of) }}
+learner.config.judge.{{ $name }} is read by kind: {{ $of }} alone, and learner.config.judge.kind is {{ $kind }}: take one away.
+{{- end }}
+{{- end }}
 {{- if and $judge.pool (not (hasKey .Values.config.pools $judge.pool)) }}
 learner.config.judge.pool is {{ $judge.pool }}, which config.pools does not have: name one of {{ include "depo-gateway.pools" . | fromJsonArray | join ", " }}.
 {{- end }}
