@@ -19,6 +19,7 @@ from dashboards.__main__ import BOARDS, PLACE, main
 from gateway.metrics import Metrics
 from tests.monitoring import servers, traffic
 from tests.monitoring.servers import Prometheus, prometheus
+from tests.training import policy
 from training.learner_metrics import LearnerMetrics
 from training.run_metrics import RunMetrics
 
@@ -40,7 +41,7 @@ VARIABLES = {
 class Panel:
     board: str
     title: str
-    queries: tuple[str, ...]
+    queries: tuple[tuple[str, str], ...]  # PromQL, and how a series of it is called
 
     def __str__(self) -> str:
         return f"{self.board}: {self.title}"
@@ -54,7 +55,8 @@ def panels() -> list[Panel]:
         for shown in board["panels"]:
             for panel in [shown, *shown.get("panels", ())]:
                 if panel["type"] != "row":
-                    queries = tuple(target["expr"] for target in panel["targets"])
+                    targets = panel["targets"]
+                    queries = tuple((target["expr"], target["legendFormat"]) for target in targets)
                     found.append(Panel(name, panel["title"], queries))
     return found
 
@@ -79,11 +81,17 @@ def metrics_in(query: str) -> set[str]:
 
 
 def shows(server: Prometheus, panel: Panel) -> None:
-    """Every query has a series, and the panel a number."""
+    """Every query has a series with the labels that name it, and the panel a number.
+
+    What a query shows in place of nothing (`zero` in dashboards/panels.py) is no series: the traffic made something.
+    """
     numbers: list[float] = []
-    for query in panel.queries:
+    for query, legend in panel.queries:
         samples = server.query(filled(query))
         assert samples, query
+        for label in re.findall(r"\{\{(\w+)\}\}", legend):
+            instead = re.findall(rf'label_replace\(vector\(0\), "{label}", "([^"]+)"', query)
+            assert {sample["metric"].get(label, "") for sample in samples} - {"", *instead}, (query, label)
         numbers += [sample["value"] for sample in samples]
     assert any(math.isfinite(number) for number in numbers), panel.queries
 
@@ -151,7 +159,7 @@ def test_every_metric_of_ours_is_on_a_board_and_every_one_named_exists() -> None
     named = {
         re.sub(r"_(bucket|sum|count)$", "", name)
         for panel in PANELS
-        for query in panel.queries
+        for query, _ in panel.queries
         for name in metrics_in(query)
         if not name.startswith("vllm:")
     }
@@ -200,7 +208,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> It
 @pytest.mark.slow
 @pytest.mark.parametrize("panel", [panel for panel in PANELS if panel.board != "training-run"], ids=str)
 def test_a_panel_shows_something(scene: Scene, panel: Panel) -> None:
-    ours = tuple(query for query in panel.queries if "vllm:" not in query)
+    ours = tuple(query for query in panel.queries if "vllm:" not in query[0])
     if not ours:
         pytest.skip("vLLM's own metrics: tests/vllm/test_vllm_dashboards.py")
     shows(scene.prometheus, Panel(panel.board, panel.title, ours))
@@ -274,3 +282,60 @@ def test_promtool_has_nothing_to_say_about_metrics(scene: Scene, program: str) -
         page = answer.read()
     told = subprocess.run([servers.program("promtool"), "check", "metrics"], input=page, capture_output=True)
     assert (told.returncode, told.stdout, told.stderr) == (0, b"", b"")
+
+
+# --- a training run ---
+
+
+RUN = {
+    "model_name_or_path": "policy",
+    "dataset": "prompts.jsonl",
+    "reward": ["telling.py:reward"],
+    "output_dir": "out",
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "max_steps": 100_000,
+    "save_steps": 20,
+    "save_total_limit": 2,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "beta": 0.1,
+    "depo": "plus",
+    "depo_warmup": 1,
+    "depo_trunk": False,
+    "depo_max_tokens": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterator[Prometheus]:
+    """A Prometheus that watches a real `depo-train rl` of a tiny policy, which has saved a checkpoint."""
+    servers.program("prometheus")
+    place = tmp_path_factory.mktemp("run")
+    policy.save(place / "policy", chat=True)
+    policy.prompts().to_json(place / "prompts.jsonl")
+    (place / "telling.py").write_text("from tests.training.policy import reward\n")
+    address = f"127.0.0.1:{servers.free_port()}"
+    settings = {**RUN, "depo_encoder": str(tiny_encoder), "metrics_listen": address}
+    (place / "run.yaml").write_text(yaml.safe_dump(settings))
+    quiet = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+    words = ["training", "rl", "--config", "run.yaml"]
+    with traffic.Program(words, place / "run.log", quiet) as program:
+        program.says(r"metrics on (\S+)")
+        with prometheus(place / "prometheus", {"training": [address]}) as server:
+            enough = "training_last_checkpoint_timestamp_seconds > 0 and training_false_reject_ratio >= 0"
+            assert server.wait(enough, 120.0), program.said()[-3000:]
+            time.sleep(3.0)
+            assert program.process.poll() is None, program.said()[-3000:]
+            yield server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("panel", [panel for panel in PANELS if panel.board == "training-run"], ids=str)
+def test_a_panel_shows_the_run(run: Prometheus, panel: Panel) -> None:
+    shows(run, panel)
