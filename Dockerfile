@@ -12,11 +12,13 @@ COPY training training
 RUN docker/install serving /opt/depo-gateway /usr/share/doc/depo-gateway/sbom.cdx.json
 
 FROM ${PYTHON_IMAGE}
-# Nothing is ever installed in a running container: pip goes, and the wheels it could come back from.
+# Nothing is ever installed in a running container: pip goes, and the wheels it could come back from. Nor does anything
+# there become root.
 RUN groupadd --gid 10001 depo \
   && useradd --uid 10001 --gid depo --home-dir /tmp --no-create-home --shell /usr/sbin/nologin depo \
   && python -m pip uninstall --yes setuptools wheel pip \
-  && rm -rf /usr/local/lib/python3.*/ensurepip
+  && rm -rf /usr/local/lib/python3.*/ensurepip \
+  && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 COPY --from=build /usr/share/doc/depo-gateway /usr/share/doc/depo-gateway
 COPY --from=build /opt/depo-gateway /opt/depo-gateway
 ENV PATH=/opt/depo-gateway/bin:$PATH \
