@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helm import chart
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/kubernetes-peers.md").read_text()
 PEERS = ("production-stack", "LiteLLM", "semantic-router", "llm-d")
@@ -51,3 +53,41 @@ def test_every_note_is_there_and_used() -> None:
         == {int(number) for number in re.findall(r"^(\d+)\. ", notes, re.MULTILINE)}
         == set(range(1, len(used) + 1))
     )
+
+
+def test_what_is_on_is_on_with_nothing_set() -> None:
+    manifests = chart.rendered(chart.Values())
+    pods = list(chart.pods(manifests))
+    owners = [
+        "Deployment/depo-depo-gateway",
+        "Deployment/depo-depo-gateway-large",
+        "Deployment/depo-depo-gateway-learner",
+    ]
+    assert sorted(pod.owner for pod in pods if pod.component != "test") == [
+        *owners,
+        "Deployment/depo-depo-gateway-small",
+    ]
+    policies = [item["spec"]["podSelector"] for item in chart.of_kind(manifests, "NetworkPolicy")]
+    for pod in pods:
+        assert any(chart.selects(policy, pod.labels) for policy in policies), pod.owner
+        assert pod.spec["securityContext"]["runAsNonRoot"] is True
+        assert pod.spec["automountServiceAccountToken"] is False
+    for kind in ("gateway", "backend"):
+        assert all(pod.spec["topologySpreadConstraints"] for pod in pods if pod.component == kind)
+    boards = [
+        item for item in chart.of_kind(manifests, "ConfigMap") if "grafana_dashboard" in item["metadata"]["labels"]
+    ]
+    assert len(boards) == len(list((chart.CHART / "dashboards").glob("*.json"))) == 5
+    kinds = {item["kind"] for item in manifests}
+    assert {"ServiceMonitor", "PodMonitor", "PrometheusRule"} <= kinds
+    assert kinds.isdisjoint({"HorizontalPodAutoscaler", "ScaledObject", "Ingress", "HTTPRoute"})  # opt
+
+
+def test_a_new_gateway_counts_once_it_was_ready_for_a_while() -> None:
+    def seconds(**gateway: int) -> int:
+        manifests = chart.rendered(chart.Values({"gateway": gateway}))
+        found: int = chart.named(manifests, "Deployment", "depo-depo-gateway")["spec"]["minReadySeconds"]
+        return found
+
+    assert seconds() > 0
+    assert seconds(minReadySeconds=30) == 30
