@@ -324,6 +324,7 @@ def test_rules_are_the_files_and_alerts_can_be_left_out() -> None:
     for item in left:
         address = f"https://git.example.com/depo/docs/runbooks/{item['alert']}.md"
         assert item["annotations"]["runbook_url"] == address
+    assert "DepoNoSuch," in refusal(Values({"monitoring": {"rules": {"disabled": [alerts[0], "DepoNoSuch"]}}}))
 
 
 def test_dashboards_come_whole_and_with_the_sidecars_label() -> None:
