@@ -152,3 +152,11 @@ def test_every_value_of_the_chart_is_documented_and_no_other() -> None:
     known -= {key for key in known if key.startswith("backends.POOL.weights")}  # one default among backendDefaults
     assert named - {"backendDefaults"} == known
     assert all(f"`{key}`" in text for key in POD_KEYS)
+
+
+def test_every_alert_is_named_in_the_operators_document() -> None:
+    groups = yaml.safe_load((ROOT / "helm/rules/alerts.yaml").read_text())["groups"]
+    known = {rule["alert"] for group in groups for rule in group["rules"]}
+    section = OPERATIONS.split("## Alerts")[1].split("\n## ")[0]
+    assert set(re.findall(r"\[(Depo\w+)\]", section)) == known
+    assert f"has {len(known)} alerts" in section

@@ -73,7 +73,7 @@ async def test_50_open_streams_finish(tmp_path: Path, tiny_checkpoint: Path) -> 
                     return answer.status, await answer.read()
 
             streams = [asyncio.create_task(stream(number)) for number in range(50)]
-            assert await small.wait_for(lambda: len(small.seen) + len(large.seen) == 50, 10)
+            assert await small.wait_for(lambda: len(small.seen) + len(large.seen) == 50, 30)
             async with session.get(f"{started.url}/readyz") as answer:
                 assert answer.status == 200
             started.process.send_signal(signal.SIGTERM)
