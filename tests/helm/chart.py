@@ -71,15 +71,15 @@ def helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([HELM, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
-def run(command: str, values: Values, *more: str) -> subprocess.CompletedProcess[str]:
+def run(command: str, values: Values, *more: str, chart: Path = CHART) -> subprocess.CompletedProcess[str]:
     """`helm COMMAND` of these values: template or lint."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(json.loads(json.dumps(values.set)), file)
         files = [f"--values={CHART / f'values-{name}.yaml'}" for name in values.presets] + [f"--values={file.name}"]
         if command == "lint":
-            return helm("lint", "--strict", CHART, *files, *more)
+            return helm("lint", "--strict", chart, *files, *more)
         kinds = [f"--api-versions={name}" for name in CUSTOM_KINDS if values.custom_kinds]
-        return helm(command, values.release, CHART, "--namespace=models", *files, *kinds, *more)
+        return helm(command, values.release, chart, "--namespace=models", *files, *kinds, *more)
 
 
 def rendered(values: Values, *more: str) -> list[Manifest]:
@@ -93,7 +93,11 @@ def _rendered(values: str, *more: str) -> str:
     found["presets"] = tuple(found["presets"])
     done = run("template", Values(**found), *more)
     assert done.returncode == 0, done.stderr
-    return json.dumps([item for item in yaml.load_all(done.stdout, _UniqueKeys) if item])
+    return json.dumps(parsed(done.stdout))
+
+
+def parsed(text: str) -> list[Manifest]:
+    return [item for item in yaml.load_all(text, _UniqueKeys) if item]
 
 
 class _UniqueKeys(yaml.CSafeLoader):

@@ -1,0 +1,190 @@
+"""Values that contradict each other are refused in a sentence that names the remedy."""
+
+from typing import Any
+
+import pytest
+
+from tests.helm import chart
+from tests.helm.cases import KEYS, MANY, POSTGRESQL, SHARED, UNRECORDED
+from tests.helm.chart import Values, merged, nested
+
+TWO = {"gateway": {"replicas": 2}}
+IMAGE = {"checkpoints": {"kind": "image"}}
+NO_LEARNER = {"learner": {"enabled": False}}
+OPENED = {"config": {"pools": {"huge": {"cost": 50}}}}
+REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the values, words of the sentence
+    ("replicas on SQLite", merged(SHARED, TWO), ["2 gateways", "SQLite", "records.kind: postgresql"]),
+    (
+        "replicas on one node's volume",
+        merged(POSTGRESQL, TWO),
+        ["2 gateways", "ReadWriteOnce", "checkpoints.accessMode: ReadWriteMany", "checkpoints.kind: image"],
+    ),
+    (
+        "autoscaling on SQLite",
+        merged(SHARED, {"gateway": {"autoscaling": {"enabled": True}}}),
+        ["10 gateways", "SQLite", "records.kind: postgresql"],
+    ),
+    (
+        "KEDA on SQLite",
+        merged(SHARED, {"gateway": {"keda": {"enabled": True, "maxReplicas": 7}}}),
+        ["7 gateways", "SQLite"],
+    ),
+    (
+        "autoscaling on one node's volume",
+        merged(POSTGRESQL, {"gateway": {"autoscaling": {"enabled": True}}}),
+        ["10 gateways", "checkpoints.accessMode: ReadWriteMany"],
+    ),
+    (
+        "two autoscalers",
+        merged(MANY, {"gateway": {"autoscaling": {"enabled": True}, "keda": {"enabled": True}}}),
+        ["gateway.autoscaling and gateway.keda", "disable one"],
+    ),
+    (
+        "autoscaling by nothing",
+        merged(MANY, {"gateway": {"autoscaling": {"enabled": True, "cpu": None}}}),
+        ["gateway.autoscaling.cpu", "gateway.autoscaling.inFlight"],
+    ),
+    (
+        "fewer at most than at least",
+        merged(MANY, {"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9, "maxReplicas": 3}}}),
+        ["gateway.autoscaling.minReplicas", "maxReplicas"],
+    ),
+    ("learner without records", {"config": {"records": None}}, ["learner.enabled", "config.records.prompts: full"]),
+    (
+        "learner without prompts",
+        {"config": {"records": {"prompts": "none"}}},
+        ["config.records.prompts: full", "learner.enabled: false"],
+    ),
+    (
+        "learner with hashes alone",
+        {"config": {"records": {"prompts": "hash"}}, "records": {"hashKey": {"existingSecret": "h"}}},
+        ["config.records.prompts: full"],
+    ),
+    ("learner without a volume", IMAGE, ["learner.enabled", "checkpoints.kind: pvc"]),
+    (
+        "scheduled learner without a volume",
+        merged(IMAGE, {"learner": {"kind": "CronJob"}}),
+        ["learner.enabled", "checkpoints.kind: pvc"],
+    ),
+    (
+        "hashes without a key",
+        merged(NO_LEARNER, {"config": {"records": {"prompts": "hash"}}}),
+        ["config.records.prompts is hash", "records.hashKey.existingSecret"],
+    ),
+    ("PostgreSQL without an address", {"records": {"kind": "postgresql"}}, ["records.postgresql.existingSecret"]),
+    ("a pool without a backend", OPENED, ["config.pools.huge", "backends.huge"]),
+    ("a backend without a pool", {"backends": {"huge": {"model": "m"}}}, ["backends.huge", "config.pools.huge"]),
+    (
+        "one pool",
+        {"config": {"pools": {"small": None}}, "backends": {"small": None}},
+        ["config.pools", "two or more"],
+    ),
+    ("no url", {"backends": {"small": {"deploy": False}}}, ["backends.small", "backends.small.url", "deploy: true"]),
+    ("a url beside vLLM", nested("backends.small.url", "http://a"), ["backends.small.deploy: false"]),
+    ("no model", nested("backends.small.model", ""), ["backends.small.model"]),
+    (
+        "one model twice",
+        nested("backends.large.model", "Qwen/Qwen2.5-1.5B-Instruct"),
+        ["Qwen/Qwen2.5-1.5B-Instruct", "config.pools."],
+    ),
+    (
+        "a model named as another pool",
+        nested("config.pools.small.model", "large"),
+        ["config.pools.small.model", "large"],
+    ),
+    (
+        "a model that asks for routing",
+        nested("config.pools.small.model", "auto"),
+        ["config.pools.small.model", "auto"],
+    ),
+    (
+        "replicas on one node's weights",
+        nested("backends.small.replicas", 2),
+        ["backends.small.weights.accessMode: ReadWriteMany", "weights.enabled: false"],
+    ),
+    (
+        "a pool scaled on one node's weights",
+        nested("backends.small.keda.enabled", True),
+        ["backends.small", "4 replicas", "ReadWriteMany"],
+    ),
+    (
+        "three pools and the shipped estimator",
+        merged(OPENED, {"backends": {"huge": {"model": "m"}}}),
+        ["the shipped estimator scores two", "checkpoints.existingClaim"],
+    ),
+    (
+        "three pools without a volume",
+        merged(merged(OPENED, {"backends": {"huge": {"model": "m"}}}), merged(IMAGE, NO_LEARNER)),
+        ["config.estimator.path"],
+    ),
+    (
+        "a path beside the volume",
+        nested("config.estimator.path", "/models/a"),
+        ["config.estimator.path", "checkpoints.kind: image"],
+    ),
+    (
+        "a target and a threshold",
+        {"config": {"routing": {"threshold": 0.5, "target": {"cost": 0.5}}}},
+        ["config.routing", "threshold", "target"],
+    ),
+    ("a judge that is no pool", nested("learner.config.judge.pool", "giant"), ["learner.config.judge.pool", "giant"]),
+    ("no door at all", {"config": {"auth": None}}, ["config.auth", "auth.existingSecret", "none"]),
+    ("a loopback address", nested("config.listen.host", "127.0.0.1"), ["config.listen.host", "0.0.0.0"]),
+    ("a loopback address of the admin", nested("config.admin.host", "localhost"), ["config.admin.host", "0.0.0.0"]),
+    ("one port twice", nested("config.admin.port", 8000), ["config.admin.port", "8000"]),
+    ("a route to nowhere", nested("httpRoute.enabled", True), ["httpRoute.parentRefs"]),
+    (
+        "a target that no pool can meet",
+        nested("config.routing.target", {"cost": 0.1}),
+        ["config.routing.target.cost", "0.2"],
+    ),
+    (
+        "overload to a pool that isn't",
+        nested("config.routing.on_overload", "huge"),
+        ["config.routing.on_overload", "huge"],
+    ),
+    (
+        "a webhook without an address",
+        {"learner": {"config": {"judge": {"kind": "webhook"}}}},
+        ["learner.config.judge.url"],
+    ),
+    (
+        "a judge's pool that isn't asked",
+        {"learner": {"config": {"judge": {"kind": "exact", "pool": "large"}}}},
+        ["learner.config.judge.pool", "model"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), [entry[1:] for entry in REFUSED], ids=[entry[0] for entry in REFUSED])
+def test_a_contradiction_is_refused_with_its_remedy(values: dict[str, Any], words: list[str]) -> None:
+    message = chart.refusal(Values(values))
+    for word in words:
+        assert word in message
+    said = [line for line in message.splitlines() if line and not line.startswith(("Error:", "Use --debug"))]
+    assert len(said) == 1 or "shipped estimator" in message, said
+    for line in said:
+        assert line.endswith("."), line
+        assert "nil pointer" not in line
+
+
+def test_all_contradictions_are_told_at_once() -> None:
+    message = chart.refusal(Values(merged(TWO, {"config": {"records": {"prompts": "none"}}})))
+    assert "SQLite" in message
+    assert "checkpoints.accessMode" in message
+    assert "config.records.prompts: full" in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        merged(MANY, KEYS),
+        merged(UNRECORDED, merged(IMAGE, TWO)),
+        merged(POSTGRESQL, merged(IMAGE, merged(NO_LEARNER, TWO))),
+        {"backends": {"small": {"replicas": 2, "weights": {"enabled": False}}}},
+        {"config": {"routing": {"target": {"large_share": 0.3}}}},
+        {"config": {"auth": None}, **KEYS},
+    ],
+)
+def test_what_the_sentences_advise_is_taken(values: dict[str, Any]) -> None:
+    assert chart.rendered(Values(values))
