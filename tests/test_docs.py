@@ -19,7 +19,11 @@ from training.run_metrics import RunMetrics
 ROOT = Path(__file__).parent.parent
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
 LEARNER = OPERATIONS.split("## The learner")[1].split("\n## ")[0]
-DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "docs/*/*.md", "examples/*.md", "helm/*.md") for path in ROOT.glob(pattern))
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "docs/*/*.md", "examples/*.md", "helm/*.md")
+    for path in ROOT.glob(pattern)
+)
 
 
 def settings(kind: Any = config.Config, prefix: str = "") -> Iterator[str]:
