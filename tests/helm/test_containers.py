@@ -164,6 +164,9 @@ async def test_the_gateway_from_an_empty_volume_to_a_routed_answer(tmp_path: Pat
         process = await node.start(pod, pod.main)
         await until_answered(probe(pod.main, "startupProbe"), process)
         await until_answered(probe(pod.main, "readinessProbe"), process)
+        async with asyncio.timeout(30):
+            while not large.seen:  # one pool is enough to be ready
+                await asyncio.sleep(0.05)
 
         test = pod_of(manifests, "test")
         address = probe(pod.main, "livenessProbe").removesuffix("/livez")
@@ -174,7 +177,6 @@ async def test_the_gateway_from_an_empty_volume_to_a_routed_answer(tmp_path: Pat
         assert b" answered (" in answered
         assert status == 0, said
     assert (tmp_path / "depo-depo-gateway-records" / "records.db").exists()
-    assert large.seen
     assert {item.headers.get("authorization") for item in large.seen} == {"Bearer token-of-vllm"}
 
 
