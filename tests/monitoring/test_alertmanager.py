@@ -60,12 +60,15 @@ async def test_a_refused_reload_reaches_the_webhook(tiny_checkpoint: Path, tmp_p
     async with FakeVllm() as small, FakeVllm() as large, webhook() as (address, took):
         raw = settings([small], [large], tiny_checkpoint, admin=admin)
         async with running(raw, path) as gateway:
+            replicas = [gateway.admin, gateway.admin.replace("127.0.0.1", "localhost")]  # one, scraped as two
             with (
                 servers.alertmanager(tmp_path / "alertmanager", example(address)) as manager,
-                servers.prometheus(tmp_path / "prometheus", {"gw": [gateway.admin]}, alertmanager=manager.url) as seen,
+                servers.prometheus(tmp_path / "prometheus", {"gw": replicas}, alertmanager=manager.url) as seen,
             ):
-                before = 'gateway_config_reloads_total{result="refused"} == 0'
-                assert await asyncio.to_thread(seen.wait, before), seen.targets()
+                for _ in range(3):
+                    assert (await gateway.chat(stream=True)).status == 200
+                before = 'sum(gateway_config_reloads_total{result="refused"} == 0) by (instance)'
+                assert await asyncio.to_thread(seen.wait, f"count({before}) == 2"), seen.targets()
                 path.write_text("version: 1\npools: none\n")
                 headers = {"authorization": f"Bearer {ADMIN_KEY}"}
                 async with gateway.session.post(f"{gateway.admin}/admin/reload", headers=headers) as answer:
@@ -73,6 +76,10 @@ async def test_a_refused_reload_reaches_the_webhook(tiny_checkpoint: Path, tmp_p
                 async with asyncio.timeout(45):
                     told = await took.get()
                 assert [alert["labels"]["alertname"] for alert in seen.alerts()] == ["DepoConfigReloadFailed"]
+                groups = seen.get("/api/v1/rules")["data"]["groups"]
+                failed = {rule["name"]: rule["lastError"] for group in groups for rule in group["rules"]
+                          if rule["health"] != "ok"}  # fmt: skip
+                assert not failed
     assert (told["path"], told["status"]) == ("/tickets", "firing")
     (alert,) = told["alerts"]
     assert alert["labels"] == {

@@ -101,7 +101,7 @@ def test_what_must_fire_nothing_has_every_metric_that_an_alert_reads() -> None:
         assert read - given == set(), group["name"]
 
 
-@pytest.mark.parametrize(("where", "query"), list(queries()))
+@pytest.mark.parametrize(("where", "query"), list(queries()), ids=[where for where, _ in queries()])
 def test_every_series_named_exists_with_its_labels(where: str, query: str) -> None:
     recorded = re.findall(r"gateway:\w+:\w+", query)
     assert set(recorded) <= set(RECORDED), where
