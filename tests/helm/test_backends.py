@@ -121,6 +121,11 @@ def test_secrets_are_named_and_no_more() -> None:
 def test_a_variable_of_ones_own_replaces_the_charts() -> None:
     variables = environment(backend({"backendDefaults": {"extraEnv": [{"name": "HF_HOME", "value": "/models"}]}}))
     assert variables["HF_HOME"] == "/models"
+    own = {
+        "huggingFace": {"existingSecret": "hf"},
+        "backendDefaults": {"extraEnv": [{"name": "HF_TOKEN", "value": ""}]},
+    }
+    assert environment(backend(own))["HF_TOKEN"] == ""
     assert variables["HOME"] == "/tmp"
 
 
