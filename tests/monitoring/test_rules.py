@@ -66,8 +66,11 @@ def promtool(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_promtool_accepts_the_rules() -> None:
-    promtool("check", "rules", *sorted((ROOT / "helm/rules").glob("*.yaml")))
+def test_promtool_accepts_the_rules_by_file_and_in_the_one_object_that_the_chart_makes(tmp_path: Path) -> None:
+    files = sorted((ROOT / "helm/rules").glob("*.yaml"))
+    groups = [group for file in files for group in yaml.safe_load(file.read_text())["groups"]]
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump({"groups": groups}))
+    promtool("check", "rules", *files, tmp_path / "all.yaml")
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
