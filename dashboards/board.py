@@ -18,17 +18,18 @@ class Jobs:
     name: str
     label: str
     metric: str  # every process of the kind has it
+    namespace: str = "namespace"  # the variable that chooses among namespaces
 
     @property
     def these(self) -> str:
         """The matchers of a query about the chosen ones."""
-        return f'namespace=~"$namespace",job=~"${self.name}"'
+        return f'namespace=~"${self.namespace}",job=~"${self.name}"'
 
 
 # Named apart, because links between boards take the variables' values along.
 GATEWAY = Jobs("job", "Gateway", "gateway_build_info")
 LEARNER = Jobs("learner", "Learner", "learner_build_info")
-VLLM = Jobs("vllm", "vLLM", "vllm:num_requests_running")
+VLLM = Jobs("vllm", "vLLM", "vllm:num_requests_running", "vllm_namespace")  # may be at home elsewhere
 TRAINING = Jobs("training", "Training run", "training_build_info")
 
 
@@ -67,7 +68,11 @@ def new_version(jobs: Jobs, metric: str, title: str) -> Event:
 def board(
     name: str, title: str, about: str, jobs: Sequence[Jobs], events: Sequence[Event], rows: Sequence[Row]
 ) -> dict[str, Any]:
-    """A whole dashboard, as Grafana's JSON. The first of `jobs` is whose namespaces can be chosen."""
+    """A whole dashboard, as Grafana's JSON, about processes of the kinds `jobs`."""
+    variables: dict[str, dict[str, Any]] = {}
+    for each in jobs:
+        variables.setdefault(each.namespace, _namespaces(each))
+        variables[each.name] = _jobs(each)
     return {
         "uid": f"depo-{name}",
         "title": f"DEPO Gateway / {title}",
@@ -80,7 +85,7 @@ def board(
         "time": {"from": "now-3h", "to": "now"},
         "refresh": "30s",
         "links": [_links()],
-        "templating": {"list": [_datasource(), _namespaces(jobs[0]), *(_jobs(each) for each in jobs)]},
+        "templating": {"list": [_datasource(), *variables.values()]},
         "annotations": {"list": [_annotation(event) for event in events]},
         "panels": _placed(rows),
     }
@@ -121,12 +126,12 @@ def _datasource() -> dict[str, Any]:
 
 def _namespaces(jobs: Jobs) -> dict[str, Any]:
     # `.*` rather than the values: outside Kubernetes nothing has the label.
-    chosen = _query("namespace", "Namespace", f"label_values({jobs.metric}, namespace)")
-    return {**chosen, "allValue": ".*"}
+    label = "Namespace" if jobs.namespace == "namespace" else f"{jobs.label} namespace"
+    return {**_query(jobs.namespace, label, f"label_values({jobs.metric}, namespace)"), "allValue": ".*"}
 
 
 def _jobs(jobs: Jobs) -> dict[str, Any]:
-    return _query(jobs.name, jobs.label, f'label_values({jobs.metric}{{namespace=~"$namespace"}}, job)')
+    return _query(jobs.name, jobs.label, f'label_values({jobs.metric}{{namespace=~"${jobs.namespace}"}}, job)')
 
 
 def _query(name: str, label: str, query: str) -> dict[str, Any]:

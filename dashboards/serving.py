@@ -294,11 +294,47 @@ UPKEEP = Row(
     ],
 )
 
+REPLICAS = Row(
+    "Replicas compared",
+    [
+        lines(
+            "Requests",
+            "One far below the others gets no traffic: a stuck endpoint, or clients that keep their connections.",
+            (f"sum by (instance) (rate(gateway_requests_total{{{G}}}[$__rate_interval]))", "{{instance}}"),
+            "reqps",
+        ),
+        lines(
+            "Errors",
+            "Answers with 5xx.",
+            (
+                f'sum by (instance) (rate(gateway_requests_total{{{G},code=~"5.."}}[$__rate_interval]))'
+                f" or 0 * sum by (instance) (rate(gateway_requests_total{{{G}}}[$__rate_interval]))",
+                "{{instance}}",
+            ),
+            "reqps",
+            alerts=["DepoErrorRateHigh"],
+        ),
+        lines(
+            "The gateway's own time, p99",
+            "One far above the others: too little CPU there.",
+            (
+                f"histogram_quantile(0.99, sum by (instance, le) "
+                f"(rate(gateway_overhead_seconds_bucket{{{G}}}[$__rate_interval])))",
+                "{{instance}}",
+            ),
+            "s",
+            limit=0.25,
+            alerts=["DepoOverheadHigh"],
+        ),
+    ],
+    closed=True,
+)
+
 BOARD = board(
     "serving",
     "Serving",
     "Is it up, is it fast, what fails, and where. Look here first when paged.",
     [GATEWAY],
     [alerts(), new_version(GATEWAY, "gateway_build_info", "New gateway version")],
-    [NOW, TRAFFIC, LATENCY, CAPACITY, FAILURES, UPKEEP],
+    [NOW, TRAFFIC, LATENCY, CAPACITY, FAILURES, UPKEEP, REPLICAS],
 )

@@ -84,7 +84,7 @@ POLICY = Row(
             "Mean of the completions, each reward function's, and the deviation within a group: at 0 nothing can be "
             "learned from it.",
             [
-                (_figure("reward"), "reward"),
+                (_figure("reward"), "mean"),
                 (_figure("function_reward"), "{{function}}"),
                 (_figure("reward_std"), "deviation"),
             ],

@@ -8,7 +8,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ RULES = ROOT / "helm/rules"
 VARIABLES = {
     "$__rate_interval": "5m",
     "$__range": "5m",
-    "$namespace": "(depo)",
-    "$job": "(gateway)",
-    "$learner": "(learner)",
-    "$training": "(training)",
-    "$vllm": "(vllm)",
+    "$vllm_namespace": ".*",
+    "$namespace": ".*",
+    "$job": "(gateway|gateway-b)",
+    "$learner": "(learner|learner-b)",
+    "$training": "(training|training-b)",
+    "$vllm": "(vllm|vllm-b)",
 }
 
 
@@ -64,6 +65,16 @@ def panels() -> list[Panel]:
 PANELS = panels()
 
 
+def of_gateway_and_learner() -> list[Panel]:
+    """The panels without what is vLLM's own (tests/vllm/test_vllm_dashboards.py) or a training run's (below)."""
+    found = []
+    for panel in PANELS:
+        ours = tuple(query for query in panel.queries if not re.search(r"\b(vllm:|training_)", query[0]))
+        if ours:
+            found.append(replace(panel, queries=ours))
+    return found
+
+
 def filled(query: str) -> str:
     """A query as Grafana sends it."""
     for name, value in VARIABLES.items():
@@ -78,6 +89,15 @@ def metrics_in(query: str) -> set[str]:
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", bare)
     bare = re.sub(r"\b(by|on|group_left|ignoring|without) \([^)]*\)", "", bare)
     return set(re.findall(r"\b(?:gateway|learner|training|vllm)[_:][a-z0-9_:]+", bare))
+
+
+def several(**addresses: str) -> dict[str, list[str]]:
+    """Each process as two replicas of one job and as a second job: queries have to do with more than one of a kind."""
+    targets = {}
+    for job, address in addresses.items():
+        targets[job] = [address, address.replace("127.0.0.1", "localhost")]
+        targets[f"{job}-b"] = [address]
+    return targets
 
 
 def shows(server: Prometheus, panel: Panel) -> None:
@@ -119,6 +139,8 @@ def test_a_board_is_whole(name: str) -> None:
     board = json.loads((PLACE / f"{name}.json").read_text())
     assert board["uid"] == f"depo-{name}"
     assert [variable["name"] for variable in board["templating"]["list"]][:2] == ["datasource", "namespace"]
+    chosen = r'namespace=~"\$(?:vllm_)?namespace",job=~"\$(?:job|learner|vllm|training)"'
+    firing = r'ALERTS\{alertname=~"Depo\.\+",alertstate="firing",'
     known = {f"${variable['name']}" for variable in board["templating"]["list"]}
     shown = [panel for top in board["panels"] for panel in [top, *top.get("panels", ())]]
     assert len({panel["id"] for panel in shown}) == len(shown)
@@ -129,7 +151,9 @@ def test_a_board_is_whole(name: str) -> None:
         assert panel["fieldConfig"]["defaults"].get("unit") or panel["type"] in ("state-timeline", "heatmap")
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         for target in panel["targets"]:
-            assert target["expr"].count('namespace=~"$namespace"') == len(re.findall(r"\{[^}]", target["expr"]))
+            selectors = re.findall(r"[\w:]+(?:\{|\[)", target["expr"])
+            assert selectors
+            assert len(re.findall(rf"(?:[\w:]+\{{|{firing}){chosen}", target["expr"])) == len(selectors), target["expr"]
             assert set(re.findall(r"\$(?!__)\w+", target["expr"])) <= known, target["expr"]
 
 
@@ -199,19 +223,16 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> It
     place = tmp_path_factory.mktemp("scene")
     with traffic.stage(place, tiny_checkpoint) as stage:
         learner = stage.learner.says(r"livez on (\S+)")
-        with prometheus(place / "prometheus", {"gateway": [stage.admin], "learner": [learner]}) as server:
+        with prometheus(place / "prometheus", several(gateway=stage.admin, learner=learner)) as server:
             asyncio.run(traffic.play(stage))
             time.sleep(3.0)  # scrapes, and the rules after them
             yield Scene(server, stage)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("panel", [panel for panel in PANELS if panel.board != "training-run"], ids=str)
+@pytest.mark.parametrize("panel", of_gateway_and_learner(), ids=str)
 def test_a_panel_shows_something(scene: Scene, panel: Panel) -> None:
-    ours = tuple(query for query in panel.queries if "vllm:" not in query[0])
-    if not ours:
-        pytest.skip("vLLM's own metrics: tests/vllm/test_vllm_dashboards.py")
-    shows(scene.prometheus, Panel(panel.board, panel.title, ours))
+    shows(scene.prometheus, panel)
 
 
 @pytest.mark.slow
@@ -242,7 +263,8 @@ def test_annotations_and_variables_are_queries_too(scene: Scene) -> None:
                 continue
             series, label = re.fullmatch(r"label_values\((.+), (\w+)\)", asked["query"]).groups()  # type: ignore[union-attr]
             values = scene.prometheus.get(f"/api/v1/label/{label}/values", **{"match[]": filled(series)})["data"]
-            assert values == [{"namespace": "depo", "job": "gateway", "learner": "learner"}[variable["name"]]]
+            kind = "gateway" if variable["name"] == "job" else variable["name"]
+            assert values == (["depo"] if label == "namespace" else [kind, f"{kind}-b"])
 
 
 @pytest.mark.slow
@@ -327,7 +349,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterato
     words = ["training", "rl", "--config", "run.yaml"]
     with traffic.Program(words, place / "run.log", quiet) as program:
         program.says(r"metrics on (\S+)")
-        with prometheus(place / "prometheus", {"training": [address]}) as server:
+        with prometheus(place / "prometheus", several(training=address)) as server:
             enough = "training_last_checkpoint_timestamp_seconds > 0 and training_false_reject_ratio >= 0"
             assert server.wait(enough, 120.0), program.said()[-3000:]
             time.sleep(3.0)

@@ -24,7 +24,8 @@ ROUNDS, REQUESTS = 3, 8
 
 async def test_every_panel_shows_something(servers: dict[str, VllmServer], checkpoint: Path, tmp_path: Path) -> None:
     async with running(settings(servers, checkpoint)) as gateway:
-        targets = {"gateway": [gateway.admin], "vllm": [server.url for server in servers.values()]}
+        both = [server.url for server in servers.values()]
+        targets = {"gateway": [gateway.admin], "gateway-b": [gateway.admin], "vllm": both, "vllm-b": both}
         with monitoring.prometheus(tmp_path / "prometheus", targets) as prometheus:
             for number in range(ROUNDS):
                 asked = [ask(gateway.session, gateway.url, number, index) for index in range(REQUESTS)]
