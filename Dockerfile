@@ -21,7 +21,9 @@ RUN groupadd --gid 10001 depo \
   && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 COPY --from=build /usr/share/doc/depo-gateway /usr/share/doc/depo-gateway
 COPY --from=build /opt/depo-gateway /opt/depo-gateway
+# malloc gives memory back as large bodies come and go: else it keeps their peak for good.
 ENV PATH=/opt/depo-gateway/bin:$PATH \
+  MALLOC_TRIM_THRESHOLD_=131072 \
   PYTHONDONTWRITEBYTECODE=1 \
   PYTHONUNBUFFERED=1
 ARG VERSION=0.1.0
