@@ -61,6 +61,12 @@ def known() -> dict[str, set[str]]:
     return series
 
 
+@functools.cache
+def sources() -> str:
+    """The code that labels the series: a label's values stand in it."""
+    return "".join(path.read_text() for package in ("gateway", "training") for path in (ROOT / package).glob("*.py"))
+
+
 def promtool(*arguments: str | Path) -> None:
     done = subprocess.run([servers.program("promtool"), *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -114,6 +120,8 @@ def test_every_series_named_exists_with_its_labels(where: str, query: str) -> No
     for name, selector in named:
         assert name in series, name
         assert set(re.findall(r"(\w+)\s*[=!]~?", selector)) <= series[name] | TARGET_LABELS, name
+        for value in "|".join(re.findall(r'\w+[=!]~?"(.*?)"', selector)).split("|"):
+            assert not value or re.match(r"\d", value) or f'"{value}"' in sources(), f"{name}: nothing says {value}"
     grouped = {label for labels in re.findall(r"(?:by|on) \(([\w, ]+)\)", query) for label in labels.split(", ")}
     anything = set.union(TARGET_LABELS, *series.values())
     assert grouped <= anything, where
