@@ -2,6 +2,8 @@
 
 import functools
 import json
+import pickle
+import re
 import subprocess
 import sysconfig
 import tempfile
@@ -84,20 +86,32 @@ def run(command: str, values: Values, *more: str, chart: Path = CHART) -> subpro
 
 def rendered(values: Values, *more: str) -> list[Manifest]:
     """The manifests that these values give."""
-    return json.loads(_rendered(json.dumps(vars(values)), *more))
+    return pickle.loads(_rendered(json.dumps(vars(values)), *more)[0])
+
+
+def warnings(values: Values) -> str:
+    """What Helm says beside the manifests."""
+    return _rendered(json.dumps(vars(values)))[1]
 
 
 @functools.lru_cache(maxsize=256)
-def _rendered(values: str, *more: str) -> str:
+def _rendered(values: str, *more: str) -> tuple[bytes, str]:
     found = json.loads(values)
     found["presets"] = tuple(found["presets"])
     done = run("template", Values(**found), *more)
     assert done.returncode == 0, done.stderr
-    return json.dumps(parsed(done.stdout))
+    return pickle.dumps(parsed(done.stdout)), done.stderr
 
 
 def parsed(text: str) -> list[Manifest]:
-    return [item for item in yaml.load_all(text, _UniqueKeys) if item]
+    """The objects of a rendered chart. Most are the same in many cases, and read once."""
+    parts = re.split(r"^---$", text, flags=re.MULTILINE)
+    return [item for part in parts if (item := pickle.loads(_parsed(part)))]
+
+
+@functools.cache
+def _parsed(text: str) -> bytes:
+    return pickle.dumps(yaml.load(text, _UniqueKeys))
 
 
 class _UniqueKeys(yaml.CSafeLoader):
