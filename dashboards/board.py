@@ -1,6 +1,5 @@
 """A board's frame: its variables, its links to the others, its annotations, and where each panel goes."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +139,7 @@ def _query(name: str, label: str, query: str) -> dict[str, Any]:
         "name": name,
         "label": label,
         "datasource": SOURCE,
-        "query": {"query": query, "refId": re.sub(r"\W", "", label)},
+        "query": {"qryType": 1, "query": query, "refId": "PrometheusVariableQueryEditor-VariableQuery"},
         "refresh": 2,
         "sort": 1,
         "multi": True,

@@ -224,6 +224,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> It
     with traffic.stage(place, tiny_checkpoint) as stage:
         learner = stage.learner.says(r"livez on (\S+)")
         with prometheus(place / "prometheus", several(gateway=stage.admin, learner=learner)) as server:
+            assert server.wait("gateway_build_info and on () learner_build_info")  # its first scrape is seconds later
             asyncio.run(traffic.play(stage))
             time.sleep(3.0)  # scrapes, and the rules after them
             yield Scene(server, stage)

@@ -27,6 +27,7 @@ async def test_every_panel_shows_something(servers: dict[str, VllmServer], check
         both = [server.url for server in servers.values()]
         targets = {"gateway": [gateway.admin], "gateway-b": [gateway.admin], "vllm": both, "vllm-b": both}
         with monitoring.prometheus(tmp_path / "prometheus", targets) as prometheus:
+            assert await asyncio.to_thread(prometheus.wait, "gateway_build_info and on () vllm:num_requests_running")
             for number in range(ROUNDS):
                 asked = [ask(gateway.session, gateway.url, number, index) for index in range(REQUESTS)]
                 assert set(await asyncio.gather(*asked)) == {200}
