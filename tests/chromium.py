@@ -50,9 +50,9 @@ def scheme(browser: webdriver.Chrome, name: str) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", preferred)
 
 
-def resize(browser: webdriver.Chrome, width: int, height: int = 1600) -> None:
-    """The page's own size, below the least width of a window too."""
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+def resize(browser: webdriver.Chrome, width: int, height: int = 1600, scale: float = 1.0) -> None:
+    """The page's own size, below the least width of a window too; `scale`: dots a pixel."""
+    size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
