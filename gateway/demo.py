@@ -163,6 +163,7 @@ async def _ask_and_report(settings: Config, questions: Sequence[Question], url: 
         return
     sample = json.dumps({"model": "auto", "messages": [{"role": "user", "content": questions[0].text}]})
     print(f"\nTry it:   curl -si {url}/v1/chat/completions -H 'content-type: application/json' -d '{sample}'")
+    print(f"Look at:  {admin}/admin/ in a browser")
     print(f"Metrics:  curl -s {admin}/metrics | grep ^gateway_", flush=True)
 
 
