@@ -75,14 +75,14 @@ depo-gateway/pool: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* Labels of an object: (dict "root" $ "component" "gateway"). Pods have "depo-gateway.podLabels". */}}
+{{/* Labels of an object: (dict "root" $ "component" "gateway"); if wanted "labels". Pods have "depo-gateway.podLabels". */}}
 {{- define "depo-gateway.labels" -}}
 {{- $own := include "depo-gateway.selectorLabels" . | fromYaml }}
 {{- $_ := set $own "app.kubernetes.io/part-of" "depo-gateway" }}
 {{- $_ := set $own "app.kubernetes.io/managed-by" .root.Release.Service }}
 {{- $_ := set $own "app.kubernetes.io/version" (.root.Chart.AppVersion | replace "+" "_" | trunc 63) }}
 {{- $_ := set $own "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63) }}
-{{- toYaml (merge $own .root.Values.commonLabels) }}
+{{- toYaml (merge $own (default dict .labels) .root.Values.commonLabels) }}
 {{- end }}
 
 {{/* An object's metadata: (dict "root" $ "name" NAME "component" COMPONENT); if wanted "pool", "labels", "annotations". */}}
@@ -91,9 +91,6 @@ name: {{ .name }}
 namespace: {{ .root.Release.Namespace }}
 labels:
   {{- include "depo-gateway.labels" . | nindent 2 }}
-  {{- with .labels }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
 {{- with merge dict (default dict .annotations) .root.Values.commonAnnotations }}
 annotations:
   {{- toYaml . | nindent 2 }}

@@ -56,6 +56,11 @@ backends.{{ $pool }} has both deploy: true and a url: set backends.{{ $pool }}.d
 {{- else if and $backend.deploy (gt $most 1) $weights.enabled (ne $weights.accessMode "ReadWriteMany") (not $weights.existingClaim) }}
 backends.{{ $pool }} may run {{ $most }} replicas, which can't share a {{ $weights.accessMode }} volume from several nodes: set backends.{{ $pool }}.weights.accessMode: ReadWriteMany, or weights.enabled: false so that each pod downloads.
 {{- end }}
+{{- $rolling := default dict $backend.strategy.rollingUpdate }}
+{{- $none := list "0" "0%" }}
+{{- if and (eq (toString $backend.strategy.type) "RollingUpdate") (has (toString $rolling.maxSurge) $none) (has (toString $rolling.maxUnavailable) $none) }}
+backends.{{ $pool }}.strategy.rollingUpdate has 0 for both maxSurge and maxUnavailable, so no pod could ever be replaced: set one of them to 1.
+{{- end }}
 {{- if and $backend.keda.enabled (gt (int $backend.keda.minReplicas) (int $backend.keda.maxReplicas)) }}
 backends.{{ $pool }}.keda.minReplicas is above maxReplicas: lower it.
 {{- end }}

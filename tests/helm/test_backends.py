@@ -42,8 +42,7 @@ def test_a_pool_is_served_by_vllm_with_a_gpu_of_its_own() -> None:
         "--shutdown-timeout=60",
         "--scheduling-policy=priority",
     ]
-    for kind in ("requests", "limits"):
-        assert pod.main["resources"][kind]["nvidia.com/gpu"] == 1
+    assert pod.main["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert pod.spec["terminationGracePeriodSeconds"] > 10 + 60
     startup = pod.main["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] == 600
