@@ -1,0 +1,70 @@
+"""What an API server refuses although each field is as the schema of its kind wants it."""
+
+from typing import Any
+
+import pytest
+
+from tests.helm.chart import Manifest, Values, merged, named, nested, of_kind, pod_of, pods, refusal, rendered
+
+OUTSIDE = {
+    "nodePort": 30080,
+    "externalTrafficPolicy": "Local",
+    "loadBalancerClass": "example.com/internal",
+    "loadBalancerSourceRanges": ["10.0.0.0/8"],
+}
+
+
+def service(kind: str) -> Manifest:
+    manifests = rendered(Values({"gateway": {"service": OUTSIDE | {"type": kind}}}))
+    return named(manifests, "Service", "depo-depo-gateway")["spec"]
+
+
+def test_a_service_has_the_fields_of_its_type_alone() -> None:
+    """So the type can be changed without taking away what the other one had."""
+    balanced, node, inside = service("LoadBalancer"), service("NodePort"), service("ClusterIP")
+    assert {key: (balanced | balanced["ports"][0])[key] for key in OUTSIDE} == OUTSIDE
+    assert balanced.keys() - node.keys() == {"loadBalancerClass", "loadBalancerSourceRanges"}
+    assert node.keys() - inside.keys() == {"externalTrafficPolicy"}
+    assert node["ports"][0].keys() - inside["ports"][0].keys() == {"nodePort"}
+
+
+def test_pools_can_be_recreated() -> None:
+    strategy = {"backendDefaults": {"strategy": {"type": "Recreate"}}}
+    for item in of_kind(rendered(Values(strategy)), "Deployment"):
+        if item["spec"]["strategy"]["type"] == "Recreate":
+            assert item["spec"]["strategy"] == {"type": "Recreate"}, item["metadata"]["name"]
+
+
+@pytest.mark.parametrize("none", [0, "0%"])
+def test_a_rollout_that_could_replace_nothing_is_refused(none: Any) -> None:
+    said = refusal(Values(nested("backends.small.strategy.rollingUpdate.maxUnavailable", none)))
+    assert "backends.small.strategy.rollingUpdate has 0 for both maxSurge and maxUnavailable" in said
+
+
+def test_more_gpus_are_one_value() -> None:
+    """A request that isn't its limit is refused for all but CPU, memory and storage; without one it is the limit."""
+    more = {"backends": {"large": {"resources": {"limits": {"nvidia.com/gpu": 2}}}}}
+    found = {pod.owner: pod.main["resources"] for pod in pods(rendered(Values(more)))}
+    assert found["Deployment/depo-depo-gateway-large"]["limits"]["nvidia.com/gpu"] == 2
+    for owner, resources in found.items():
+        for name, amount in resources["requests"].items():
+            assert "/" not in name or amount == resources["limits"][name], owner
+
+
+def test_a_resource_that_was_never_there_can_be_taken_away() -> None:
+    """Helm leaves a null where there is no default; an API server reads it as 0, which for GPUs wants a limit of 0."""
+    none = {"requests": {"nvidia.com/gpu": None}, "limits": {"nvidia.com/gpu": None}}
+    for values in ({"backendDefaults": {"resources": none}}, {"backends": {"large": {"resources": none}}}):
+        vllm = pod_of(rendered(Values(values)), "backend", "large").main["resources"]
+        assert "nvidia.com/gpu" not in vllm["requests"] | vllm["limits"]
+        assert set(vllm["limits"]) == {"memory"}
+
+
+def test_a_label_named_twice_is_written_once() -> None:
+    labels = {"release": "prometheus", "grafana_dashboard": "1", "app.kubernetes.io/part-of": "platform"}
+    own = {
+        name: {"enabled": True, "labels": labels} for name in ("serviceMonitor", "podMonitor", "rules", "dashboards")
+    }
+    manifests = rendered(Values(merged({"commonLabels": labels}, {"monitoring": own})))  # refuses a key written twice
+    for item in of_kind(manifests, "ServiceMonitor", "PodMonitor", "PrometheusRule"):
+        assert item["metadata"]["labels"]["release"] == "prometheus"
