@@ -348,6 +348,16 @@ def test_dashboards_come_whole_and_with_the_sidecars_label() -> None:
     assert not any("grafana_dashboard" in item["metadata"]["labels"] for item in of_kind(none, "ConfigMap"))
 
 
+def test_dashboards_lead_to_the_runbooks() -> None:
+    """Their descriptions name pages; Grafana makes links of whole addresses."""
+    values = {"monitoring": {"rules": {"runbookBaseUrl": "https://git.example.com/depo/"}}}
+    maps = [
+        item for item in of_kind(rendered(Values(values)), "ConfigMap") if "-dashboard-" in item["metadata"]["name"]
+    ]
+    text = "".join(text for item in maps for text in item["data"].values())
+    assert text.count("https://git.example.com/depo/docs/runbooks/Depo") == text.count("docs/runbooks/") > 20
+
+
 # The presets
 
 
