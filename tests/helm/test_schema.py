@@ -168,8 +168,9 @@ def learner_takes(key: str, value: Any) -> bool:
     return True
 
 
-# Where the schema is narrower on purpose: a Service needs a port, and a database its address from a Secret.
-NARROWER = {"listen.port": [0], "admin.port": [0], "listen.host": [""], "admin.host": [""]}
+# Where the schema is narrower on purpose: no root, so no low port; and a database's address comes from a Secret.
+LOW = [value for value in PROBES if isinstance(value, int) and 0 <= value < 1024]
+NARROWER = {"listen.port": LOW, "admin.port": LOW, "listen.host": [""], "admin.host": [""]}
 ELSEWHERE = {"judge.url", "judge.api_key_env"}  # have a meaning only beside judge.kind: webhook
 
 
@@ -280,6 +281,7 @@ MISTAKES = [  # path, value, what Helm's message holds
     ),
     ("config.routing.target", {"share": 0.5}, "config.routing.target: Additional property share is not allowed"),
     ("config.version", 2, "config.version does not match: 1"),
+    ("config.listen.port", 80, "config.listen.port: Must be greater than or equal to 1024"),
     ("config.listen.port", 70000, "config.listen.port: Must be less than or equal to 65535"),
     ("config.timeout.drain_s", 5, "config: Additional property timeout is not allowed"),
     ("config.timeouts.drain_s", -1, "config.timeouts.drain_s: Must be greater than or equal to 0"),
@@ -292,6 +294,7 @@ MISTAKES = [  # path, value, what Helm's message holds
     ("config.pools.Medium", {"cost": 2}, 'config.pools: Property name of "Medium" does not match'),
     ("config.pools.auto-fast", {"cost": 2}, 'config.pools: Property name of "auto-fast" does not match'),
     ("config.pools.admin", {"cost": 2}, 'config.pools: Property name of "admin" does not match'),
+    ("backends.small-shared", {"model": "m"}, 'backends: Property name of "small-shared" does not match'),
     ("config.auth", "open", "config.auth: Does not match pattern '^none$'"),
     ("config.auth", {"keys_file": "/k"}, "config.auth: Additional property keys_file is not allowed"),
     ("config.auth", {"keys": [{"name": "a", "sha256": "sk-123"}]}, "config.auth.keys.0.sha256: Does not match pattern"),
@@ -330,6 +333,8 @@ MISTAKES = [  # path, value, what Helm's message holds
         [{"name": "a", "hostPath": {"path": "/"}}],
         "gateway.extraVolumes.0: Additional property hostPath is not",
     ),
+    ("gateway.podLabels", {"-": "x"}, 'gateway.podLabels: Property name of "-" does not match'),
+    ("commonLabels.team", "search & rank", "commonLabels.team: Does not match pattern"),
     ("gateway.podLabels", {"version": 2}, "gateway.podLabels.version: Invalid type. Expected: string, given: integer"),
     ("gateway.tolerations", [{"keys": "gpu"}], "gateway.tolerations.0: Additional property keys is not allowed"),
     (

@@ -182,6 +182,21 @@ def test_services_and_probes_name_ports_that_are_there(values: chart.Values, man
 
 
 @case
+def test_the_api_and_the_admin_port_have_a_service_each(values: chart.Values, manifests: list[Manifest]) -> None:
+    pod = chart.pod_of(manifests, "gateway")
+    settings = chart.file_of(manifests, "gateway", "gateway.yaml")
+    led = {
+        tuple(ports(pod)[port["targetPort"]] for port in item["spec"]["ports"])
+        for item in chart.of_kind(manifests, "Service")
+        if chart.selects(item["spec"]["selector"], pod.labels)
+    }
+    assert led == {(settings["listen"]["port"],), (settings["admin"]["port"],)}
+    (admin,) = [item for item in chart.of_kind(manifests, "Service") if item["metadata"]["name"].endswith("-admin")]
+    assert admin["spec"]["type"] == "ClusterIP"  # it asks for no key
+    assert [port["targetPort"] for port in admin["spec"]["ports"]] == ["admin"]
+
+
+@case
 def test_servers_have_all_three_probes_and_time_to_drain(values: chart.Values, manifests: list[Manifest]) -> None:
     for pod in chart.pods(manifests):
         if not pod.owner.startswith("Deployment/"):
@@ -385,3 +400,72 @@ def test_gateway_and_learner_share_a_node_exactly_where_a_volume_wants_it() -> N
         assert not together(name, "learner"), name
         assert not together(name, "gateway"), name
         assert strategy(name) == "RollingUpdate"
+
+
+def test_recreate_has_no_rolling_update() -> None:
+    """The API server refuses one beside the other."""
+    values = chart.Values({"backends": {"small": {"strategy": {"type": "Recreate"}}}})
+    for item in chart.of_kind(chart.rendered(values), "Deployment"):
+        strategy = item["spec"]["strategy"]
+        assert strategy["type"] == "RollingUpdate" or strategy == {"type": "Recreate"}
+    small = chart.named(chart.rendered(values), "Deployment", "depo-depo-gateway-small")
+    assert small["spec"]["strategy"]["type"] == "Recreate"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "of"),
+    [
+        ("nodePort", 30080, {"NodePort", "LoadBalancer"}),
+        ("externalTrafficPolicy", "Local", {"NodePort", "LoadBalancer"}),
+        ("loadBalancerClass", "example.com/lb", {"LoadBalancer"}),
+        ("loadBalancerSourceRanges", ["10.0.0.0/8"], {"LoadBalancer"}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["ClusterIP", "NodePort", "LoadBalancer"])
+def test_a_service_has_only_what_its_type_takes(kind: str, key: str, value: Any, of: set[str]) -> None:
+    values = chart.Values({"gateway": {"service": {"type": kind, key: value}}})
+    if kind not in of:
+        done = chart.run("template", values)
+        assert f"gateway.service.{key}" in done.stderr or (done.returncode == 0 and key not in done.stdout)
+        return
+    service = chart.named(chart.rendered(values), "Service", "depo-depo-gateway")
+    assert value in (service["spec"].get(key), service["spec"]["ports"][0].get(key))
+
+
+def test_labels_of_one_s_own_never_replace_the_chart_s() -> None:
+    taken = {"app.kubernetes.io/name": "other", "app.kubernetes.io/component": "other", "depo-gateway/pool": "other"}
+    values = chart.Values(
+        {"commonLabels": taken, "gateway": {"podLabels": taken}, "backendDefaults": {"podLabels": taken}}
+    )
+    for item in chart.of_kind(chart.rendered(values), "Deployment"):
+        selector, labels = item["spec"]["selector"], item["spec"]["template"]["metadata"]["labels"]
+        assert "other" not in selector["matchLabels"].values()
+        assert chart.selects(selector, labels)
+        assert item["metadata"]["labels"]["app.kubernetes.io/name"] == "depo-gateway"
+
+
+@pytest.mark.parametrize(
+    ("component", "section"), [("gateway", "gateway"), ("learner", "learner"), ("backend", "backendDefaults")]
+)
+def test_a_variable_of_one_s_own_replaces_the_chart_s(component: str, section: str) -> None:
+    """Twice the same name is refused by a server-side apply."""
+    own = [
+        {"name": name, "value": "mine"}
+        for name in ("HF_TOKEN", "HF_HOME", "OMP_NUM_THREADS", "DEPO_HASH_KEY", "DEPO_DATABASE_URL", "VLLM_API_KEY")
+    ]
+    values = chart.Values(
+        {
+            section: {"extraEnv": own},
+            "huggingFace": {"existingSecret": "hf"},
+            "records": {
+                "kind": "postgresql",
+                "postgresql": {"existingSecret": "db"},
+                "hashKey": {"existingSecret": "hash"},
+            },
+            "backends": {"small": {"apiKey": {"existingSecret": "key"}}},
+        }
+    )
+    pod = chart.pod_of(chart.rendered(values), component, "small" if component == "backend" else None)
+    names = [variable["name"] for variable in pod.main["env"]]
+    assert len(names) == len(set(names))
+    assert [variable for variable in pod.main["env"] if variable in own] == own
