@@ -1,5 +1,6 @@
 """Every Prometheus metric of the learner, declared once, and the small server that shows them beside /livez."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -52,6 +53,7 @@ class LearnerMetrics:
             "Mean quality of the router minus a coin's at equal shares, on the newest labels",
             registry=registry,
         )
+        self.advantage.set(math.nan)  # 0 would say that the router is no better than a coin
         self.last_publish = Gauge(
             "learner_last_publish_timestamp_seconds", "When this learner last published", registry=registry
         )

@@ -307,6 +307,33 @@ def test_promtool_has_nothing_to_say_about_metrics(scene: Scene, program: str) -
     assert (told.returncode, told.stdout, told.stderr) == (0, b"", b"")
 
 
+@pytest.mark.slow
+def test_where_nothing_goes_wrong_no_panel_is_empty(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """But for those that wait for 200 requests or a first training; a board of blanks hides the one that matters."""
+    servers.program("prometheus")
+    with traffic.stage(tmp_path, tiny_checkpoint) as stage:
+        learner = stage.learner.says(r"livez on (\S+)")
+        with prometheus(tmp_path / "prometheus", several(gateway=stage.admin, learner=learner)) as server:
+            assert server.wait("gateway_build_info and on () learner_build_info")
+            asyncio.run(traffic.calm(stage, 40))  # fewer than a training wants
+            time.sleep(3.0)
+            empty = {
+                str(panel)
+                for panel in of_gateway_and_learner()
+                for query, _ in panel.queries
+                if not any(math.isfinite(sample["value"]) for sample in server.query(filled(query)))
+            }
+    assert empty == {
+        "routing: Score drift",
+        "routing: Better than a coin by",
+        "routing: Calibration error",
+        "learning: Better than a coin by",
+        "learning: Published",
+        "learning: Calibration error",
+        "learning: Length of a training",
+    }
+
+
 # --- a training run ---
 
 

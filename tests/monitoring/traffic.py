@@ -228,6 +228,15 @@ class Client:
         raise AssertionError(f"{series} stays below {at_least}")
 
 
+async def calm(stage: Stage, requests: int) -> None:
+    """A little traffic, and nothing goes wrong."""
+    async with aiohttp.ClientSession() as session:
+        client = Client(session, stage.url, stage.admin)
+        for index in range(requests):
+            assert (await client.ask(f"{('easy', 'hard')[index % 2]} {index}", stream=index % 4 < 2))[0] == 200
+            await asyncio.sleep(0.1)
+
+
 async def lessons(client: Client, chance: random.Random) -> None:
     """Ordinary requests, every fourth streamed, every fifth with feedback."""
     for index in range(LESSONS):
