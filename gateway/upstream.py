@@ -154,7 +154,10 @@ class _Connection(asyncio.Protocol):
         return self.reply
 
     def usable(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
+        """Whether another request may start on it. The clock is asked, too: a busy loop is late to end what is idle."""
+        if self._transport is None or self._transport.is_closing():
+            return False
+        return self._loop.time() < self._kept_until
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -241,7 +244,7 @@ class _Connection(asyncio.Protocol):
             return
         self.reply = None
         self.resume()
-        if parser.should_keep_alive() and self.usable() and self._loop.time() < self._kept_until:
+        if parser.should_keep_alive() and self.usable():
             self._origin.idle.append(self)
             self._expiry = self._loop.call_at(self._kept_until, self.abort)
         else:
@@ -281,6 +284,7 @@ class Upstream:
         while origin.idle:
             connection = origin.idle.pop()
             if not connection.usable():
+                connection.abort()
                 continue
             try:
                 return await self._exchange(connection, data)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ssl
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -206,6 +207,24 @@ async def test_a_connection_that_is_never_idle_is_let_go_too(monkeypatch: pytest
             assert await (await client.send("POST", url + "/", {}, b"")).read() == b"ok"
         assert 3 <= len(requests) <= 5
         assert requests[0] > 3
+
+
+async def test_a_busy_loop_starts_nothing_on_an_old_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next request is there before the loop has come to ending what was idle for too long."""
+    monkeypatch.setattr(gateway.upstream, "KEPT_SECONDS", 0.2)
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(OK)
+
+    async with peer(serve) as url, upstream() as client:
+        await (await client.send("POST", url + "/", {}, b"")).read()
+        time.sleep(0.3)  # the loop stands still
+        assert await (await client.send("POST", url + "/", {}, b"")).read() == b"ok"
+        assert connections == 2
 
 
 async def test_a_kept_connection_that_breaks_is_replaced() -> None:
