@@ -222,7 +222,7 @@ async def test_a_busy_loop_starts_nothing_on_an_old_connection(monkeypatch: pyte
 
     async with peer(serve) as url, upstream() as client:
         await (await client.send("POST", url + "/", {}, b"")).read()
-        time.sleep(0.3)  # the loop stands still
+        time.sleep(0.3)  # noqa: ASYNC251  the loop stands still
         assert await (await client.send("POST", url + "/", {}, b"")).read() == b"ok"
         assert connections == 2
 
