@@ -45,7 +45,8 @@ def seed(directory: Path, pools: tuple[str, ...]) -> str:
 
 
 def _told(pointer: Path) -> str:
-    return f"{pointer} is there already and names {pointer.read_text().strip()!r}; nothing was written"
+    named = pointer.read_text().strip() if pointer.is_file() else str(pointer.resolve())  # a symlink does as well
+    return f"{pointer} is there already and names {named!r}; nothing was written"
 
 
 def _write(place: Path, pools: tuple[str, ...]) -> None:

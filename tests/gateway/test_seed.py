@@ -57,6 +57,18 @@ def test_what_is_served_already_stays(tmp_path: Path, capsys: pytest.CaptureFixt
     assert sorted(item.name for item in tmp_path.iterdir()) == ["current", "refresh-1"]
 
 
+def test_a_current_that_is_a_symlink_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seed(tmp_path, POOLS)
+    (tmp_path / "builtin").rename(tmp_path / "mine")
+    (tmp_path / "current").unlink()
+    for name in ("mine", "gone"):  # which gateways serve from, and refuse
+        (tmp_path / "current").symlink_to(name)
+        assert __main__.main(["seed", str(tmp_path), "--pools", *POOLS]) == 0
+        assert f"names '{tmp_path.resolve() / name}'; nothing was written" in capsys.readouterr().out
+        (tmp_path / "current").unlink()
+    assert [item.name for item in tmp_path.iterdir()] == ["mine"]
+
+
 def test_one_that_was_killed_is_taken_up_again(tmp_path: Path) -> None:
     """By SIGKILL at whatever moment: nothing half-written bears a checkpoint's name, and the next run ends the work."""
     unfinished = 0
