@@ -4,13 +4,17 @@ Gateways that watch the directory have something to serve from the first minute 
 Every step is a rename, so it may be killed at any point, run again, and run by several replicas at once.
 """
 
+import contextlib
 import os
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 from estimator import calibration, checkpoint
 
 NAME = "builtin"
+LEFT_SECONDS = 3600.0  # what has been half-written for so long is nobody's any more
 
 
 def seed(directory: Path, pools: tuple[str, ...]) -> str:
@@ -31,6 +35,7 @@ def seed(directory: Path, pools: tuple[str, ...]) -> str:
     if len(set(pools)) != len(pools):
         raise ValueError(f"--pools names a pool twice: {' '.join(pools)}")
     if not (place / checkpoint.MANIFEST).exists():
+        _clear(directory)
         _write(place, pools)
     manifest, _ = checkpoint.load(place)  # it may be older than this run
     if manifest.pools != pools:
@@ -47,6 +52,14 @@ def seed(directory: Path, pools: tuple[str, ...]) -> str:
 def _told(pointer: Path) -> str:
     named = pointer.read_text().strip() if pointer.is_file() else str(pointer.resolve())  # a symlink does as well
     return f"{pointer} is there already and names {named!r}; nothing was written"
+
+
+def _clear(directory: Path) -> None:
+    """Removes what killed runs left: one that is killed again and again would fill the disk."""
+    for left in directory.glob(f".{NAME}.*"):
+        with contextlib.suppress(OSError):  # another replica ended just now
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(left)
 
 
 def _write(place: Path, pools: tuple[str, ...]) -> None:

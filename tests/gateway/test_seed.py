@@ -1,6 +1,7 @@
 """depo-gateway seed: the first checkpoint of a directory, however often and however rudely it is run."""
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -96,6 +97,15 @@ def test_one_that_was_killed_before_its_last_step(tmp_path: Path) -> None:
     seed(tmp_path, POOLS)
     assert (tmp_path / "builtin" / "manifest.json").stat() == written
     loaded(tmp_path)
+
+
+def test_what_killed_ones_left_is_cleared_away(tmp_path: Path) -> None:
+    for name, age in ((".builtin.old", 7200), (".builtin.at-work", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    seed(tmp_path, POOLS)
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".builtin.at-work", "builtin", "current"]
 
 
 def test_several_replicas_at_once(tmp_path: Path) -> None:
