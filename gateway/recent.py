@@ -75,9 +75,9 @@ class Recent:
         return [Ended(*fields) for fields in reversed(self._ended)]
 
     def slices(self, now: float) -> list[Slice]:
-        """The last SLICES, oldest first and without gaps. The newest is not over yet."""
+        """The last SLICES, oldest first and without gaps. The newest is not over yet, and there whatever the clock."""
         newest = int(now // SLICE_SECONDS)
-        oldest = max(newest - SLICES + 1, int(self.started // SLICE_SECONDS))
+        oldest = min(newest, max(newest - SLICES + 1, int(self.started // SLICE_SECONDS)))
         found = {number: Slice(number) for number in range(oldest, newest + 1)}
         found |= {item.number: item for item in self._slices if oldest <= item.number <= newest}
         return list(found.values())

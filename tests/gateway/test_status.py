@@ -81,6 +81,8 @@ def test_a_clock_that_is_set_back_loses_nothing_new() -> None:
     recent.decided(SMALL, 5000.0)
     recent.decided(LARGE, 1200.0)
     assert [dict(item.decisions) for item in recent.slices(1205.0)][-1] == {("large", "unsure"): 1}
+    recent.decided(SMALL, 700.0)  # before the start
+    assert [dict(item.decisions) for item in recent.slices(705.0)] == [{("small", "confident"): 1}]
 
 
 # What is told.
