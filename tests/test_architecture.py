@@ -64,6 +64,13 @@ def test_there_are_no_import_cycles() -> None:
         pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
 
 
+def test_the_demo_alone_needs_aiohttp() -> None:
+    """The base install, and so the serving image, has none."""
+    for name, path in modules().items():
+        if name.startswith(("gateway", "estimator")) and name != "gateway.demo":
+            assert "aiohttp" not in {item.split(".")[0] for item in imports(path)}, name
+
+
 @pytest.mark.parametrize("command", ["import gateway.__main__, gateway.server, gateway.demo"])
 def test_serving_imports_nothing_heavy(command: str) -> None:
     script = f"{command}; import sys; print(*sorted(sys.modules))"

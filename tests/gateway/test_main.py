@@ -83,6 +83,13 @@ def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], 
     assert err.endswith("\n")
 
 
+def test_a_demo_without_its_extra_says_what_to_install() -> None:
+    program = "import sys; sys.modules['aiohttp'] = None; from gateway.__main__ import main; sys.exit(main(['demo']))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == "depo-gateway: the demo needs aiohttp: pip install 'depo-gateway[demo]'\n"
+
+
 def test_check_prints_the_config_without_secrets(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
