@@ -106,11 +106,15 @@ def publish(directory: Path) -> None:
     """Make `current` beside a checkpoint name it, atomically."""
     pointer = directory.parent / "current"
     beside = directory.parent / f".current.{secrets.token_hex(4)}"  # a container's pid is 1, and so is its neighbour's
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(directory.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, pointer)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(directory.name + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, pointer)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     _sync_directory(directory.parent)
 
 

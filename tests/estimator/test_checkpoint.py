@@ -124,6 +124,14 @@ def test_current_names_the_one_to_serve(tmp_path: Path) -> None:
     assert checkpoint.resolve(tmp_path / "one") == tmp_path / "one"
 
 
+def test_a_publication_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "one")
+    (tmp_path / "current").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        checkpoint.publish(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "one"]
+
+
 def test_current_may_be_a_symlink(tmp_path: Path) -> None:
     write(tmp_path / "one")
     (tmp_path / "current").symlink_to("one")
