@@ -20,6 +20,11 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
         ["2 gateways", "ReadWriteOnce", "checkpoints.accessMode: ReadWriteMany", "checkpoints.kind: image"],
     ),
     (
+        "replicas on SQLite without checkpoints",
+        merged(merged(IMAGE, NO_LEARNER), TWO),
+        ["2 gateways", "SQLite", "records.kind: postgresql"],
+    ),
+    (
         "autoscaling on SQLite",
         merged(SHARED, {"gateway": {"autoscaling": {"enabled": True}}}),
         ["10 gateways", "SQLite", "records.kind: postgresql"],

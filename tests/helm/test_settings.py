@@ -117,6 +117,8 @@ def test_the_learner_takes_its_file(values: chart.Values, tmp_path: Path, monkey
         for each in (pod, chart.pod_of(manifests, "gateway"))
     ]
     assert claims[0] == claims[1] != []
+    base = values.set.get("learner", {}).get("base", "builtin")
+    assert f"--base={base}" in pod.main["args"]
     assert ("--follow" in pod.main["args"]) == pod.owner.startswith("Deployment/")
 
 

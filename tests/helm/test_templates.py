@@ -289,6 +289,8 @@ def test_references_between_objects_lead_somewhere(values: chart.Values, manifes
         for endpoint in item["spec"]["endpoints"]:
             offering = [s for s in services if endpoint["port"] in [port["name"] for port in s["spec"]["ports"]]]
             assert len(offering) == 1, "every target is scraped once"
+            assert offering[0]["metadata"]["name"].endswith("-admin")
+            assert endpoint["path"] == "/metrics"
             assert endpoint["honorLabels"] is True  # ours has a label `endpoint`, which is the operator's, too
     for item in chart.of_kind(manifests, "PodMonitor"):
         found = [pod for pod in chart.pods(manifests) if chart.selects(item["spec"]["selector"], pod.labels)]
@@ -396,6 +398,8 @@ def test_gateway_and_learner_share_a_node_exactly_where_a_volume_wants_it() -> N
     for name in ("defaults", "postgresql", "cron", "pod-keys"):
         assert together(name, "learner"), name
         assert strategy(name) == "Recreate"
+    learner = chart.named(chart.rendered(CASES["three-replicas"]), "Deployment", "depo-depo-gateway-learner")
+    assert (learner["spec"]["replicas"], learner["spec"]["strategy"]) == (1, {"type": "Recreate"})
     for name in ("three-replicas", "cron-postgresql"):
         assert not together(name, "learner"), name
         assert not together(name, "gateway"), name
