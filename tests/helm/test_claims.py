@@ -88,6 +88,7 @@ def test_claims_of_others_and_those_that_are_going_are_left_alone(copy: Path) ->
         as_made(claim, name="not-helm", annotations=None),
         as_made(claim, name="by-hand", labels={"app.kubernetes.io/managed-by": "Helm"}),
         as_made(claim, name="bare", labels=None),
+        as_made(claim, name="alias", labels=claim["metadata"]["labels"] | {"app.kubernetes.io/name": "alias"}),
         as_made(claim, name="going", deletionTimestamp="2026-01-01T00:00:00Z"),
     ]
     names = {item["metadata"]["name"] for item in there}
