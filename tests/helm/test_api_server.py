@@ -4,35 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.helm.chart import Manifest, Values, merged, named, nested, of_kind, pod_of, pods, refusal, rendered
-
-OUTSIDE = {
-    "nodePort": 30080,
-    "externalTrafficPolicy": "Local",
-    "loadBalancerClass": "example.com/internal",
-    "loadBalancerSourceRanges": ["10.0.0.0/8"],
-}
-
-
-def service(kind: str) -> Manifest:
-    manifests = rendered(Values({"gateway": {"service": OUTSIDE | {"type": kind}}}))
-    return named(manifests, "Service", "depo-depo-gateway")["spec"]
-
-
-def test_a_service_has_the_fields_of_its_type_alone() -> None:
-    """So the type can be changed without taking away what the other one had."""
-    balanced, node, inside = service("LoadBalancer"), service("NodePort"), service("ClusterIP")
-    assert {key: (balanced | balanced["ports"][0])[key] for key in OUTSIDE} == OUTSIDE
-    assert balanced.keys() - node.keys() == {"loadBalancerClass", "loadBalancerSourceRanges"}
-    assert node.keys() - inside.keys() == {"externalTrafficPolicy"}
-    assert node["ports"][0].keys() - inside["ports"][0].keys() == {"nodePort"}
-
-
-def test_pools_can_be_recreated() -> None:
-    strategy = {"backendDefaults": {"strategy": {"type": "Recreate"}}}
-    for item in of_kind(rendered(Values(strategy)), "Deployment"):
-        if item["spec"]["strategy"]["type"] == "Recreate":
-            assert item["spec"]["strategy"] == {"type": "Recreate"}, item["metadata"]["name"]
+from tests.helm.chart import Values, merged, nested, of_kind, pod_of, pods, refusal, rendered
 
 
 @pytest.mark.parametrize("none", [0, "0%"])
