@@ -5,9 +5,7 @@ there is such a field at all. Where npm isn't installed these tests are skipped;
 """
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import node
 from tests.helm import chart
 from tests.helm.cases import CASES, MANY
 from tests.helm.chart import CHART, Manifest, Values, merged
@@ -29,10 +28,6 @@ PACKAGES = {
 Check = Callable[[list[Manifest]], list[str]]
 
 
-def absent(reason: str) -> None:
-    pytest.fail(reason) if os.environ.get("DEPO_NEEDS_NODE") == "1" else pytest.skip(reason)
-
-
 def custom(manifests: list[Manifest]) -> list[Manifest]:
     return [item for item in manifests if item["apiVersion"] in PACKAGES]
 
@@ -40,19 +35,8 @@ def custom(manifests: list[Manifest]) -> list[Manifest]:
 @pytest.fixture(scope="module")
 def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
     """Says what is wrong with objects, a line each."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        absent("node and npm aren't installed")
-    assert npm is not None
-    installed = CRDS / "node_modules/.package-lock.json"
-    if not installed.exists() or installed.stat().st_mtime < (CRDS / "package-lock.json").stat().st_mtime:
-        done = subprocess.run([npm, "ci", "--no-audit", "--no-fund"], cwd=CRDS, capture_output=True, text=True)
-        if done.returncode:
-            absent(f"npm can't install @kubernetes-models: {done.stderr[-500:]}")
     place = tmp_path_factory.mktemp("crds")
-    for name in ("package.json", "tsconfig.json", "validate.js"):
-        shutil.copy(CRDS / name, place)
-    (place / "node_modules").symlink_to(CRDS / "node_modules")
+    node.furnish(place, CRDS, ("package.json", "tsconfig.json", "validate.js"))
 
     def said(objects: list[Manifest]) -> list[str]:
         command = ["node", "--preserve-symlinks", "--preserve-symlinks-main", "validate.js"]

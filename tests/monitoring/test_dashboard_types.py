@@ -1,7 +1,5 @@
 """Grafana's own TypeScript types take every dashboard, panel options and field settings included."""
 
-import os
-import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dashboards.__main__ import PLACE
+from tests import node
 
 TYPES = Path(__file__).parent / "types"
 WRONG = {
@@ -21,26 +20,11 @@ WRONG = {
 Check = Callable[[Mapping[str, str]], set[str]]
 
 
-def absent(reason: str) -> None:
-    pytest.fail(reason) if os.environ.get("DEPO_NEEDS_NODE") == "1" else pytest.skip(reason)
-
-
 @pytest.fixture(scope="module")
 def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
     """Says what TypeScript has against dashboards' JSON, given by name."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        absent("node and npm aren't installed")
-    assert npm is not None
-    installed = TYPES / "node_modules/.package-lock.json"
-    if not installed.exists() or installed.stat().st_mtime < (TYPES / "package-lock.json").stat().st_mtime:
-        done = subprocess.run([npm, "ci", "--no-audit", "--no-fund"], cwd=TYPES, capture_output=True, text=True)
-        if done.returncode:
-            absent(f"npm can't install @grafana/schema: {done.stderr[-500:]}")
     place = tmp_path_factory.mktemp("types")
-    for name in ("board.ts", "tsconfig.json"):
-        shutil.copy(TYPES / name, place)
-    (place / "node_modules").symlink_to(TYPES / "node_modules")
+    node.furnish(place, TYPES, ("board.ts", "tsconfig.json"))
 
     def said(boards: Mapping[str, str]) -> set[str]:
         for name, board in boards.items():
