@@ -20,6 +20,7 @@ from gateway.recent import SLICE_SECONDS, Ended, Recent, Slice
 from gateway.state import Gateway
 
 PAGE = Path(__file__).with_name("status.html")
+PRIVATE = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 CIRCUITS = ("closed", "half open", "open")
 
 
@@ -40,9 +41,8 @@ def page() -> tuple[bytes, dict[str, str]]:
     return text.encode(), {
         "content-type": "text/html; charset=utf-8",
         "content-security-policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
-        "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
-        "cache-control": "no-store",
+        **PRIVATE,
     }
 
 
@@ -81,6 +81,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
             "waiting": recorder.waiting,
             "trouble": recorder.trouble,
         },
+        "order": list(live.pools),  # cheapest first; a JSON object has none
         "pools": {name: _pool(pool) for name, pool in live.pools.items()},
         "since_start": _since_start(gateway),
         "lately": _lately(gateway.recent, now),

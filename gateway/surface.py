@@ -105,7 +105,9 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
 
     @surface.get("/admin/status")
     async def describe() -> Response:
-        return _json(status.describe(gateway))
+        answer = _json(status.describe(gateway))
+        answer.headers.update(status.PRIVATE)
+        return answer
 
     @surface.post("/admin/reload")
     async def reload_config(request: Request) -> Response:

@@ -226,6 +226,11 @@ async def test_the_page_may_load_nothing_but_the_status(start: StartGateway) -> 
             text, headers = await answer.text(), answer.headers
         async with gateway.session.get(f"{gateway.url}/admin/") as answer:
             assert answer.status == 404  # clients don't reach it
+        async with gateway.session.get(f"{gateway.admin}/admin/status") as answer:
+            assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == (
+                "no-store",
+                "nosniff",
+            )
     assert headers["content-type"] == "text/html; charset=utf-8"
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["cache-control"] == "no-store"

@@ -13,7 +13,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from estimator.calibration import Curve
+from estimator import calibration, checkpoint
+from estimator.calibration import Calibration, Curve
 from tests import chromium as browsers
 from tests.chromium import chromium
 from tests.gateway import checkpoints
@@ -208,6 +209,43 @@ async def test_names_from_the_config_are_text_and_never_markup(chromium: webdriv
             await asyncio.sleep(0.3)
             assert await shown.run("return window.ran ?? null") is None
             assert any("Content Security Policy" in said for said in await shown.complaints())
+
+
+async def test_pools_stand_in_the_configs_order_whatever_they_are_called(
+    chromium: webdriver.Chrome, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    files = {name: (tiny_checkpoint / name).read_bytes() for name in checkpoint.FILES}
+    manifest, known = checkpoint.load_manifest(tiny_checkpoint), calibration.loads(files[checkpoint.CALIBRATION])
+    names = ("constructor", "70")
+    files[checkpoint.CALIBRATION] = calibration.dumps(Calibration(names, known.stages, {}, {}))
+    checkpoint.write(tmp_path / "named", files, manifest.base, names, manifest.text, {})
+    async with FakeVllm() as one:
+        raw = settings([one], [one], tmp_path / "named")
+        backends = [{"url": one.url}]
+        raw["pools"] = {
+            name: {"model": f"m-{name}", "cost": 0.0004 * 3**at, "backends": backends} for at, name in enumerate(names)
+        }
+        async with page(chromium, raw) as (shown, gateway):
+            await (await gateway.chat("easy", "70")).read()
+            await shown.shows("share", "100%")
+            assert await shown.text("share-title") == "Sent to 70"
+            assert [(row[0].split("m-")[0].strip(), row[1]) for row in await shown.rows("pools")] == [
+                ("constructor", "0.0004"),
+                ("70", "0.0012"),
+            ]
+            assert (await shown.text("mix-legend")).split() == ["constructor", "0%", "70", "100%"]
+            assert await shown.complaints() == []
+
+
+async def test_an_answer_of_another_version_is_told(chromium: webdriver.Chrome, curved: Path) -> None:
+    async with FakeVllm() as small, FakeVllm() as large:
+        async with page(chromium, settings([small], [large], curved)) as (shown, _):
+            await shown.run(
+                "const asked = window.fetch; window.fetch = async (...what) => {"
+                "const told = await (await asked(...what)).json(); delete told.lately; return Response.json(told); }"
+            )
+            await shown.shows("lost", "its answer is of another version than this page")
+            assert await shown.text("state") == "No answer"
 
 
 async def test_a_gateway_that_is_gone_is_told_with_the_time_and_found_again(
