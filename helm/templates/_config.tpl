@@ -88,11 +88,13 @@
 {{- if eq .Values.checkpoints.kind "pvc" }}true{{ end }}
 {{- end }}
 
-{{/* "true" where gateway and learner share a volume that one node alone can mount. */}}
+{{/*
+"true" where gateway and learner share a volume that one node alone can mount, or a SQLite file, whose locks hold on one node:
+network file systems are known to lose them, and then the file is damaged.
+*/}}
 {{- define "depo-gateway.onOneNode" -}}
 {{- $checkpoints := and (include "depo-gateway.usesVolume" .) (ne .Values.checkpoints.accessMode "ReadWriteMany") }}
-{{- $records := and (include "depo-gateway.usesSqlite" .) (ne .Values.records.sqlite.accessMode "ReadWriteMany") }}
-{{- if or $checkpoints $records }}true{{ end }}
+{{- if or $checkpoints (include "depo-gateway.usesSqlite" .) }}true{{ end }}
 {{- end }}
 
 {{/* The most gateways that can run at once. */}}

@@ -1,10 +1,10 @@
-"""What an API server refuses although each field is as the schema of its kind wants it."""
+"""What an API server refuses, or a cluster does wrong, although each field is as the schema of its kind wants it."""
 
 from typing import Any
 
 import pytest
 
-from tests.helm.chart import Values, merged, nested, of_kind, pod_of, pods, refusal, rendered
+from tests.helm.chart import Values, merged, named, nested, of_kind, pod_of, pods, refusal, rendered
 
 
 @pytest.mark.parametrize("none", [0, "0%"])
@@ -40,3 +40,23 @@ def test_a_label_named_twice_is_written_once() -> None:
     manifests = rendered(Values(merged({"commonLabels": labels}, {"monitoring": own})))  # refuses a key written twice
     for item in of_kind(manifests, "ServiceMonitor", "PodMonitor", "PrometheusRule"):
         assert item["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_sqlite_is_used_on_one_node_alone() -> None:
+    """On a file system that many nodes mount, too: its locks can't be relied on between nodes."""
+    anywhere = {"records": {"sqlite": {"accessMode": "ReadWriteMany"}}, "checkpoints": {"accessMode": "ReadWriteMany"}}
+    manifests = rendered(Values(anywhere))
+    for component in ("gateway", "learner"):
+        term = pod_of(manifests, component).spec["affinity"]["podAffinity"]
+        (term,) = term["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert term["topologyKey"] == "kubernetes.io/hostname"
+    assert named(manifests, "Deployment", "depo-depo-gateway")["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_names_are_resolved_where_dns_pods_have_another_port_than_their_service() -> None:
+    """Policies see packets as they are once a Service's address is the pod's; OpenShift's DNS pods listen on 5353."""
+    for policy in of_kind(rendered(Values()), "NetworkPolicy"):
+        opened = [(port["protocol"], port["port"]) for rule in policy["spec"]["egress"] for port in rule["ports"]]
+        assert {(kind, port) for kind in ("UDP", "TCP") for port in (53, 5353)} <= set(opened), policy["metadata"][
+            "name"
+        ]

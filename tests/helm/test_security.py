@@ -219,7 +219,8 @@ def test_every_pod_has_one_policy_for_both_directions(values: chart.Values) -> N
     for pod in chart.pods(manifests):
         policy = policy_of(manifests, pod)
         assert set(policy["policyTypes"]) == {"Ingress", "Egress"}, pod.owner
-        assert {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]} in policy["egress"]
+        dns = [{"protocol": kind, "port": port} for port in (53, 5353) for kind in ("UDP", "TCP")]
+        assert {"ports": dns} in policy["egress"]
         open_ports = {port["containerPort"] for port in pod.main.get("ports", [])}
         admitted = {port["port"] for rule in policy.get("ingress", []) for port in rule["ports"]}
         assert admitted == open_ports, pod.owner
@@ -262,7 +263,7 @@ def test_the_database_and_servers_elsewhere_can_be_reached() -> None:
     egress = policy_of(manifests, chart.pod_of(manifests, "learner"))["egress"]
     assert any(8443 in [item["port"] for item in rule.get("ports", [])] for rule in egress)
     defaults = policy_of(chart.rendered(CASES["defaults"]), chart.pod_of(chart.rendered(CASES["defaults"]), "gateway"))
-    assert sorted(item["port"] for rule in defaults["egress"] for item in rule["ports"]) == [53, 53, 8000]
+    assert sorted(item["port"] for rule in defaults["egress"] for item in rule["ports"]) == [53, 53, 5353, 5353, 8000]
 
 
 def test_metrics_are_for_prometheus() -> None:
