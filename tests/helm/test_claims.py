@@ -101,3 +101,24 @@ def test_what_is_still_wanted_is_as_the_values_say(copy: Path) -> None:
     assert set(second) == set(first)
     assert second["depo-depo-gateway-checkpoints"]["spec"]["resources"]["requests"]["storage"] == "9Gi"
     assert "storageClassName" not in second["depo-depo-gateway-checkpoints"]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("there", "phase", "wanted", "written"),
+    [
+        ("20Gi", "Bound", "30Gi", "30Gi"),
+        ("20Gi", "Bound", "20480Mi", "20480Mi"),
+        ("20Gi", "Bound", "2Gi", "20Gi"),
+        ("1Ti", "Bound", "500Gi", "1Ti"),
+        ("21474836480", "Bound", "20G", "21474836480"),
+        ("2Gi", "Pending", "20Gi", "2Gi"),
+    ],
+)
+def test_a_volume_never_shrinks_nor_grows_before_it_is_bound(
+    copy: Path, there: str, phase: str, wanted: str, written: str
+) -> None:
+    """The API server refuses both, and with them the whole upgrade: from the defaults to values-cpu.yaml, say."""
+    claim = as_made(claims(copy, {}, [])["depo-depo-gateway-checkpoints"]) | {"status": {"phase": phase}}
+    claim["spec"]["resources"] = {"requests": {"storage": there}}
+    found = claims(copy, {"checkpoints": {"size": wanted}}, [claim])["depo-depo-gateway-checkpoints"]
+    assert str(found["spec"]["resources"]["requests"]["storage"]) == written
