@@ -42,7 +42,7 @@ def gateway_config(manifests: list[Manifest], tmp_path: Path, monkeypatch: pytes
         (secret,) = [source["secret"] for source in volume["projected"]["sources"] if "secret" in source]
         assert secret["items"][0]["path"] == "keys/keys.yaml"
         keys = tmp_path / "keys.yaml"  # as the Secret holds it
-        keys.write_text(yaml.safe_dump([{"name": "team", "sha256": "ef" * 32}]))
+        keys.write_text(yaml.safe_dump([{"name": "team-of-the-file", "sha256": "ef" * 32}]))
         raw["auth"]["keys_file"] = str(keys)
     written = tmp_path / "gateway.yaml"
     written.write_text(yaml.safe_dump(raw, sort_keys=False))
@@ -159,7 +159,7 @@ def test_keys_replace_open_doors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert gateway_config(chart.rendered(CASES["defaults"]), tmp_path, monkeypatch).auth is None
     found = gateway_config(chart.rendered(CASES["keys"]), tmp_path, monkeypatch)
     assert found.auth is not None
-    assert [key.name for key in found.auth.keys] == ["team"]
+    assert [key.name for key in found.auth.keys] == ["team-of-the-file"]
 
 
 def test_pools_are_written_cheapest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
