@@ -1,7 +1,7 @@
 {{/* What the schema can't see: values that contradict each other. One sentence each, with the remedy. */}}
 
 {{- define "depo-gateway.refuse" -}}
-{{- $parts := list "pools" "backends" "routing" "gateway" "records" "estimator" "learner" }}
+{{- $parts := list "pools" "backends" "routing" "gateway" "records" "estimator" "learner" "monitoring" "resources" }}
 {{- $said := list }}
 {{- range $parts }}
 {{- range include (printf "depo-gateway.refusals.%s" .) $ | splitList "\n" }}
@@ -60,6 +60,16 @@ backends.{{ $pool }} may run {{ $most }} replicas, which can't share a {{ $weigh
 {{- $none := list "0" "0%" }}
 {{- if and (eq (toString $backend.strategy.type) "RollingUpdate") (has (toString $rolling.maxSurge) $none) (has (toString $rolling.maxUnavailable) $none) }}
 backends.{{ $pool }}.strategy.rollingUpdate has 0 for both maxSurge and maxUnavailable, so no pod could ever be replaced: set one of them to 1.
+{{- end }}
+{{- range $argument := ternary $backend.args list $backend.deploy }}
+{{- $own := dict "port" "the gateway asks 8000" "host" "the gateway asks the pod" "scheduling-policy" "the learner's questions come last" }}
+{{- $_ := set $own "served-model-name" (printf "set config.pools.%s.model" $pool) }}
+{{- $_ := set $own "shutdown-timeout" (printf "set backends.%s.shutdownSeconds" $pool) }}
+{{- $_ := set $own "api-key" (printf "name its Secret in backends.%s.apiKey.existingSecret" $pool) }}
+{{- $flag := regexFind "^--[^= ]+" $argument | trimPrefix "--" | replace "_" "-" }}
+{{- with get $own $flag }}
+backends.{{ $pool }}.args has --{{ $flag }}, which is the chart's: take it out ({{ . }}).
+{{- end }}
 {{- end }}
 {{- if and $backend.keda.enabled (gt (int $backend.keda.minReplicas) (int $backend.keda.maxReplicas)) }}
 backends.{{ $pool }}.keda.minReplicas is above maxReplicas: lower it.
@@ -134,6 +144,9 @@ config.routing.on_overload is {{ . }}: set share or a pool's name ({{ join ", " 
 {{- if and (eq $records.kind "postgresql") (not $records.postgresql.existingSecret) }}
 records.kind is postgresql without an address: name the Secret that holds it in records.postgresql.existingSecret.
 {{- end }}
+{{- if and (ne $records.kind "postgresql") $records.postgresql.existingSecret }}
+records.postgresql.existingSecret is named while records.kind is {{ $records.kind }}, which reads no address: set records.kind: postgresql, or take the Secret's name away.
+{{- end }}
 {{- if and (eq (default "none" .Values.config.records.prompts) "hash") (not $records.hashKey.existingSecret) }}
 config.records.prompts is hash without a key for it: name the Secret that holds one in records.hashKey.existingSecret.
 {{- end }}
@@ -187,4 +200,59 @@ learner.config.judge.{{ $name }} is read by kind: {{ $of }} alone, and learner.c
 learner.config.judge.pool is {{ $judge.pool }}, which config.pools does not have: name one of {{ include "depo-gateway.pools" . | fromJsonArray | join ", " }}.
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- define "depo-gateway.refusals.monitoring" -}}
+{{- $monitoring := .Values.monitoring }}
+{{- if and .Values.gateway.keda.enabled (eq (toString $monitoring.serviceMonitor.enabled) "false") }}
+gateway.keda asks for metrics of the ServiceMonitor, which is off: set monitoring.serviceMonitor.enabled: auto, or gateway.keda.enabled: false.
+{{- end }}
+{{- range $pool := include "depo-gateway.deployedPools" . | fromJsonArray }}
+{{- $backend := include "depo-gateway.backend" (dict "root" $ "pool" $pool) | fromYaml }}
+{{- if and $backend.keda.enabled (eq (toString $monitoring.podMonitor.enabled) "false") }}
+backends.{{ $pool }}.keda asks for metrics of the PodMonitor, which is off: set monitoring.podMonitor.enabled: auto, or backends.{{ $pool }}.keda.enabled: false.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.refusals.resources" -}}
+{{- $sections := dict "gateway" .Values.gateway.resources }}
+{{- if .Values.learner.enabled }}
+{{- $_ := set $sections "learner" .Values.learner.resources }}
+{{- end }}
+{{- range $pool := include "depo-gateway.deployedPools" . | fromJsonArray }}
+{{- $_ := set $sections (printf "backends.%s" $pool) (include "depo-gateway.backend" (dict "root" $ "pool" $pool) | fromYaml).resources }}
+{{- end }}
+{{- range $where, $section := $sections }}
+{{- $requests := default dict $section.requests }}
+{{- $limits := default dict $section.limits }}
+{{- range $part, $amounts := dict "requests" $requests "limits" $limits }}
+{{- range $name, $amount := $amounts }}
+{{- if not (regexMatch "^(cpu|memory|ephemeral-storage|hugepages-.+|.+/.+)$" $name) }}
+{{ $where }}.resources.{{ $part }}.{{ $name }} is no resource of Kubernetes: write cpu, memory, or a device's with its domain (nvidia.com/gpu).
+{{- end }}
+{{- end }}
+{{- end }}
+{{- range $name := list "cpu" "memory" "ephemeral-storage" }}
+{{- $request := get $requests $name }}
+{{- $limit := get $limits $name }}
+{{- if and $request $limit (gt (include "depo-gateway.amount" $request | float64) (include "depo-gateway.amount" $limit | float64)) }}
+{{ $where }}.resources.requests.{{ $name }} is {{ $request }}, above limits.{{ $name }}, which is {{ $limit }}: lower the request, or raise the limit.
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* What a quantity of Kubernetes' amounts to, as a number: 500m is 0.5, 2Ki 2048. */}}
+{{- define "depo-gateway.amount" -}}
+{{- $factors := dict "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 }}
+{{- range $power, $unit := list "" "Ki" "Mi" "Gi" "Ti" "Pi" "Ei" }}
+{{- $factor := 1.0 }}
+{{- range until $power }}
+{{- $factor = mulf $factor 1024.0 }}
+{{- end }}
+{{- $_ := set $factors $unit $factor }}
+{{- end }}
+{{- $number := regexFind "^[0-9.]+" (toString .) }}
+{{- mulf (float64 $number) (get $factors (trimPrefix $number (toString .)) | float64) }}
 {{- end }}

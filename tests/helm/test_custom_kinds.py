@@ -105,11 +105,14 @@ def test_rules_are_those_of_the_files() -> None:
 
 
 def test_rules_can_be_left_out_and_lead_to_their_runbooks() -> None:
-    (found,) = chart.of_kind(chart.rendered(CASES["forced-monitoring"]), "PrometheusRule")
-    alerts = [rule for group in found["spec"]["groups"] for rule in group["rules"] if "alert" in rule]
-    assert alerts
-    for rule in alerts:
-        assert rule["annotations"]["runbook_url"] == f"https://runbooks.example.com/docs/runbooks/{rule['alert']}.md"
+    for ending in ("", "/", "//", "/docs/runbooks", "/docs/runbooks/"):
+        base = {"monitoring": {"rules": {"runbookBaseUrl": f"https://runbooks.example.com/depo{ending}"}}}
+        (found,) = chart.of_kind(chart.rendered(CASES["forced-monitoring"].over(base)), "PrometheusRule")
+        alerts = [rule for group in found["spec"]["groups"] for rule in group["rules"] if "alert" in rule]
+        assert alerts
+        for rule in alerts:
+            address = f"https://runbooks.example.com/depo/docs/runbooks/{rule['alert']}.md"
+            assert rule["annotations"]["runbook_url"] == address
     named = alerts[0]["alert"]
     (fewer,) = chart.of_kind(
         chart.rendered(CASES["defaults"].over({"monitoring": {"rules": {"disabled": [named]}}})), "PrometheusRule"

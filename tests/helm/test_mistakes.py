@@ -104,6 +104,7 @@ MISTAKES = [  # path, value, what Helm's message holds
     ("monitoring.serviceMonitor.interval", 15, "monitoring.serviceMonitor.interval: Invalid type. Expected: string"),
     ("networkPolicy.ingressFrom", [{}], "networkPolicy.ingressFrom.0: Must have at least 1 properties"),
     ("ingress.host", ["a", "b"], "ingress.host: Invalid type. Expected: string, given: array"),
+    ("ingress.path", "/llm", 'ingress.path must be one of the following: "/", "/v1"'),
     ("httpRoute.parentRefs", ["edge"], "httpRoute.parentRefs.0: Invalid type. Expected: object, given: string"),
     ("nameOverride", "My_Router", "nameOverride: Does not match pattern"),
 ]

@@ -65,6 +65,9 @@ def test_what_is_not_so_is_not_told(copy: Path, tmp_path: Path) -> None:
 
 def test_the_ingress_is_where_to_ask(copy: Path, tmp_path: Path) -> None:
     ingress = {"enabled": True, "host": "llm.example.com", "tls": [{"secretName": "tls", "hosts": ["llm.example.com"]}]}
+    for path in ("/", "/v1"):
+        said = notes(copy, tmp_path, {"ingress": ingress | {"path": path}})
+        assert "curl -i https://llm.example.com/v1/chat/completions" in said
     said = notes(copy, tmp_path, {"ingress": ingress})
     assert "curl -i https://llm.example.com/v1/chat/completions" in said
     assert "8000:80" not in said

@@ -76,6 +76,11 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
         merged(NO_LEARNER, {"config": {"records": {"prompts": "hash"}}}),
         ["config.records.prompts is hash", "records.hashKey.existingSecret"],
     ),
+    (
+        "PostgreSQL's address beside SQLite",
+        nested("records.postgresql.existingSecret", "db"),
+        ["records.kind: postgresql"],
+    ),
     ("PostgreSQL without an address", {"records": {"kind": "postgresql"}}, ["records.postgresql.existingSecret"]),
     ("a pool without a backend", OPENED, ["config.pools.huge", "backends.huge"]),
     ("a backend without a pool", {"backends": {"huge": {"model": "m"}}}, ["backends.huge", "config.pools.huge"]),
@@ -158,6 +163,55 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
         {"learner": {"config": {"judge": {"kind": "exact", "pool": "large"}}}},
         ["learner.config.judge.pool", "model"],
     ),
+    (
+        "KEDA without the gateway's metrics",
+        merged(MANY, {"gateway": {"keda": {"enabled": True}}, **nested("monitoring.serviceMonitor.enabled", False)}),
+        ["gateway.keda", "monitoring.serviceMonitor.enabled: auto"],
+    ),
+    (
+        "KEDA without vLLM's metrics",
+        merged(
+            {"backends": {"large": {"keda": {"enabled": True}, "weights": {"enabled": False}}}},
+            nested("monitoring.podMonitor.enabled", False),
+        ),
+        ["backends.large.keda", "monitoring.podMonitor.enabled: auto"],
+    ),
+    *(
+        (f"the chart's {argument}", nested("backends.small.args", [argument]), ["is the chart's: take it out", remedy])
+        for argument, remedy in (
+            ("--port=9000", "--port"),
+            ("--host", "--host"),
+            ("--served-model-name=a", "config.pools.small.model"),
+            ("--shutdown-timeout=5", "backends.small.shutdownSeconds"),
+            ("--scheduling_policy=fcfs", "--scheduling-policy"),
+            ("--api-key=sk-1", "backends.small.apiKey.existingSecret"),
+        )
+    ),
+    (
+        "a GPU without its maker",
+        nested("backends.small.resources.limits", {"gpu": 1}),
+        ["limits.gpu", "nvidia.com/gpu"],
+    ),
+    *(
+        (
+            f"more {name} than its limit",
+            {"gateway": {"resources": {"requests": {name: request}, "limits": {name: limit}}}},
+            [f"gateway.resources.requests.{name} is {request}", f"which is {limit}"],
+        )
+        for name, request, limit in (
+            ("cpu", "2", "500m"),
+            ("cpu", 3, 2),
+            ("cpu", "1001m", 1),
+            ("memory", "2Gi", "2000M"),
+            ("memory", "1025Ki", "1Mi"),
+            ("memory", "1.5Gi", "1500Mi"),
+        )
+    ),
+    (
+        "more than the limit of all backends",
+        nested("backends.large.resources.requests.memory", "33Gi"),
+        ["backends.large.resources.requests.memory is 33Gi"],
+    ),
 ]
 
 
@@ -189,6 +243,12 @@ def test_all_contradictions_are_told_at_once() -> None:
         {"backends": {"small": {"replicas": 2, "weights": {"enabled": False}}}},
         {"config": {"routing": {"target": {"large_share": 0.3}}}},
         {"config": {"auth": None}, **KEYS},
+        nested(
+            "gateway.resources",
+            {"requests": {"cpu": "1000m", "memory": "1024Ki"}, "limits": {"cpu": 1, "memory": "1Mi"}},
+        ),
+        nested("gateway.resources.limits", {"cpu": None, "hugepages-2Mi": "4Mi", "memory": None}),
+        nested("backends.small", {"deploy": False, "url": "http://a", "args": ["--port=9000"]}),
     ],
 )
 def test_what_the_sentences_advise_is_taken(values: dict[str, Any]) -> None:
