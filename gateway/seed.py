@@ -21,11 +21,13 @@ def seed(directory: Path, pools: tuple[str, ...]) -> str:
     """What was done, in a line.
 
     Raises:
-        ValueError: the pools don't fit the shipped estimator, or what lies there is no checkpoint of these pools.
+        ValueError: the pools don't fit the shipped estimator, what lies there is no checkpoint of these pools, or there
+            are checkpoints of the user's and no `current` that says which one to serve.
     """
     pointer, place = directory / "current", directory / NAME
     if os.path.lexists(pointer):
         return _told(pointer)
+    _ensure_empty(directory)
     shipped = checkpoint.load_manifest(checkpoint.BUILTIN)
     if len(pools) != len(shipped.pools):
         raise ValueError(
@@ -52,6 +54,27 @@ def seed(directory: Path, pools: tuple[str, ...]) -> str:
 def _told(pointer: Path) -> str:
     named = pointer.read_text().strip() if pointer.is_file() else str(pointer.resolve())  # a symlink does as well
     return f"{pointer} is there already and names {named!r}; nothing was written"
+
+
+def _ensure_empty(directory: Path) -> None:
+    """ValueError where the shipped estimator would be served in the place of a checkpoint that somebody put there."""
+    pointer = directory / "current"
+    if _is_checkpoint(directory):
+        raise ValueError(
+            f"{directory} is itself a checkpoint: move its files into a directory of their own there, "
+            f"and write that directory's name into {pointer}"
+        )
+    names = sorted(item.name for item in directory.iterdir()) if directory.is_dir() else []
+    others = [name for name in names if name[0] != "." and name != NAME and _is_checkpoint(directory / name)]
+    if others and not os.path.lexists(pointer):  # a learner publishes what it has written a moment later
+        raise ValueError(
+            f"{directory} holds the checkpoint{'s' * (len(others) > 1)} {', '.join(others)} and no `current`: "
+            f"write the name of the one to serve into {pointer}"
+        )
+
+
+def _is_checkpoint(place: Path) -> bool:
+    return os.path.isfile(place / checkpoint.MANIFEST)  # False where it may not look: a volume's lost+found
 
 
 def _clear(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,41 @@ def test_what_it_refuses(
     assert words in error
     assert error.count("\n") == 1
     assert not (tmp_path / "current").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("", "{0} is itself a checkpoint: move its files into a directory of their own there, and write that"),
+        ("mine", "{0} holds the checkpoint mine and no `current`: write the name of the one to serve into {0}/current"),
+    ],
+)
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_checkpoint_of_the_users_is_not_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, words: str, killed: bool
+) -> None:
+    volume = tmp_path / "volume"
+    shutil.copytree(checkpoint.BUILTIN, volume / place)
+    if killed:  # one of an older version had begun to pass over it
+        shutil.copytree(checkpoint.BUILTIN, volume / "builtin")
+    before = sorted(tmp_path.rglob("*"))
+    assert __main__.main(["seed", str(volume), "--pools", *POOLS]) == 2
+    error = capsys.readouterr().err
+    assert words.format(volume) in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    if place:  # the remedy
+        (volume / "current").write_text(f"{place}\n")
+        assert __main__.main(["seed", str(volume), "--pools", *POOLS]) == 0
+
+
+def test_what_is_no_checkpoint_is_let_be(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir(mode=0)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "refusals.jsonl").touch()
+    shutil.copytree(checkpoint.BUILTIN, tmp_path / ".refresh-1")  # half-deleted
+    seed(tmp_path, POOLS)
+    loaded(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_not_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
