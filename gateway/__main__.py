@@ -100,7 +100,8 @@ def _serve(options: argparse.Namespace) -> int:
     settings = config.load(options.config)
 
     def ready(public: str, admin: str) -> None:
-        print(f"serving {public}/v1, metrics at {admin}/metrics", file=sys.stderr, flush=True)
+        addresses = f"metrics at {admin}/metrics, status page at {admin}/admin/"
+        print(f"serving {public}/v1, {addresses}", file=sys.stderr, flush=True)
 
     uvloop.run(server.serve(settings, options.config, ready))
     return 0

@@ -133,7 +133,8 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
         except (ValueError, OSError) as error:
             gateway.metrics.config_reloads.labels("refused").inc()
             log.error("the old config stays: %s", error)
-            raise ApiError(422, f"The old config stays: {error}.", "invalid_config") from None
+            stop = "" if str(error).endswith((".", "?")) else "."  # a hint may be a question
+            raise ApiError(422, f"The old config stays: {error}{stop}", "invalid_config") from None
         gateway.metrics.config_reloads.labels("applied").inc()
         return _json({"status": "reloaded", "estimator": version})
 

@@ -204,7 +204,9 @@ def test_serve_serves_until_it_is_told_to_stop(tiny_checkpoint: Path, tmp_path: 
         for line in running.stderr:
             if " WARNING gateway.pools: backend " not in line:  # nothing listens at those addresses
                 break
-        found = re.fullmatch(r"serving (http://[\d.:]+)/v1, metrics at (http://[\d.:]+)/metrics\n", line)
+        found = re.fullmatch(
+            r"serving (http://[\d.:]+)/v1, metrics at (http://[\d.:]+)/metrics, status page at \2/admin/\n", line
+        )
         assert found is not None, line
         with urllib.request.urlopen(found[1] + "/livez", timeout=10) as answer:
             assert json.load(answer) == {"status": "alive"}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ async def openai_error(answer: aiohttp.ClientResponse, status: int) -> dict[str,
     body = await answer.json()
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["message"].endswith(".")
+    assert re.search(r"[^.?][.?]$", body["error"]["message"])
     return body["error"]  # type: ignore[no-any-return]
 
 
@@ -254,6 +255,8 @@ async def test_a_reload_swaps_pools_threshold_and_keys_while_requests_run(
                 write(path, broken)
                 error = await openai_error(await reload(), 422)
                 assert error["message"].startswith("The old config stays: ")
+                assert re.search(r"[^.?][.?]$", error["message"]), error["message"]  # one mark at its end
+                assert error["message"].endswith("did you mean 'routing'?") == ("routin" in broken)
                 assert error["code"] == "invalid_config"
             path.write_text("version: [")
             await openai_error(await reload(), 422)
