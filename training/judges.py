@@ -31,7 +31,15 @@ TRIES = 3
 FIRST_WAIT_SECONDS = 0.5  # doubled each time
 VERDICT_TOKENS = 1024  # of a model's verdict, so that it may think first
 BEST = 10  # of the rubric's grades; the worst is 0
+SILENT = 50  # judged records in a row without a verdict: that is told
 ANSWER_BYTES = 1 << 20  # of a webhook's answer
+CAUSES = {  # why a judge may never say anything
+    "exact": "no client sends the header x-depo-reference",
+    "math": "no client sends the header x-depo-reference, or every comparison takes longer than judge.timeout_s",
+    "model": "the pool {pool} does not reply with the JSON object that it is asked for, too small a model perhaps, or "
+    "there are never two pools' answers to compare",
+    "webhook": "judge.url refuses the records, or scores none of the answers",
+}
 log = logging.getLogger(__name__)
 
 Judge = Callable[[Record, Mapping[str, str]], Awaitable[Mapping[str, float]]]
@@ -68,15 +76,15 @@ async def open_judge(
     """The judge that the settings name. It raises AskFailed where the model or the service does not answer."""
     if config.kind == "math":
         with closing(Grader("math", config.timeout_s)) as grader:
-            yield _counted(lambda record, answers: by_math(grader, record, answers), metrics)
+            yield _counted(lambda record, answers: by_math(grader, record, answers), config, metrics)
     elif config.kind == "exact":
-        yield _counted(by_reference, metrics)
+        yield _counted(by_reference, config, metrics)
     elif config.kind == "model":
         assert config.pool is not None  # the settings were checked
         pool = config.pool
-        yield _counted(lambda record, answers: by_model(pools, pool, record, answers), metrics)
+        yield _counted(lambda record, answers: by_model(pools, pool, record, answers), config, metrics)
     elif config.kind == "webhook":
-        yield _counted(lambda record, answers: by_webhook(session, config, record, answers), metrics)
+        yield _counted(lambda record, answers: by_webhook(session, config, record, answers), config, metrics)
     else:
         yield nobody
 
@@ -208,12 +216,26 @@ async def _verdict(pools: PoolClient, judge: str, request: str, first: str, seco
     return None if reply is None else grades_of(reply.text)
 
 
-def _counted(judge: Judge, metrics: LearnerMetrics) -> Judge:
+def _counted(judge: Judge, config: JudgeConfig, metrics: LearnerMetrics) -> Judge:
+    silent = 0  # in a row
+
     async def judged(record: Record, answers: Mapping[str, str]) -> Mapping[str, float]:
+        nonlocal silent
         if not answers:
             return {}
         verdict = await judge(record, answers)
         metrics.verdicts.labels("labelled" if verdict else "none").inc()
+        if verdict and silent >= SILENT:
+            log.info("the judge (judge.kind: %s) has a verdict again", config.kind)
+        silent = 0 if verdict else silent + 1
+        if silent == SILENT:
+            cause = CAUSES[config.kind].format(pool=config.pool)
+            log.warning(
+                "the judge (judge.kind: %s) had no verdict on %d records in a row; likely cause: %s",
+                config.kind,
+                SILENT,
+                cause,
+            )
         return verdict
 
     return judged

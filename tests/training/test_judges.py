@@ -1,6 +1,7 @@
 """Judges against a real webhook and a server that plays the model that judges."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from tests.training.vllm import Reply, chat, record, says, vllm
 from training import judges, pool_client
 from training.judges import grades_of, open_judge, scores_of
 from training.learner_metrics import LearnerMetrics
-from training.learner_settings import BackendConfig, JudgeConfig, PoolConfig
+from training.learner_settings import BackendConfig, JudgeConfig, JudgeKind, PoolConfig
 from training.pool_client import AskFailed, PoolClient
 
 ANSWERS = {"large": "It is 42.", "small": "It is 41."}
@@ -185,3 +186,49 @@ async def test_a_judge_that_is_away_is_no_verdict_but_a_failure() -> None:
         server.reply = lambda body: (500, {})
         with pytest.raises(AskFailed, match=r"pool umpire: .* answers 500"):
             await judged(JudgeConfig("model", "umpire"), record(1, 0), ANSWERS, server.url)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        ("exact", "no client sends the header x-depo-reference"),
+        ("math", "no client sends the header x-depo-reference, or every comparison takes longer than judge.timeout_s"),
+        ("model", "the pool umpire does not reply with the JSON object that it is asked for"),
+        ("webhook", "judge.url refuses the records"),
+    ],
+)
+async def test_a_judge_that_says_nothing_is_told_once(
+    caplog: pytest.LogCaptureFixture, kind: JudgeKind, cause: str
+) -> None:
+    caplog.set_level(logging.INFO, "training.judges")
+    mute = True
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        if kind == "webhook":
+            return 200, {} if mute else {"large": 1}
+        return 200, chat("I like the first." if mute else '{"first": 9, "second": 1}')
+
+    metrics = LearnerMetrics("0")
+    with vllm(reply) as server:
+        config = JudgeConfig(kind, pool="umpire", url=server.url)
+        pools = {"umpire": PoolConfig("org/umpire", (BackendConfig(server.url),))}
+        async with aiohttp.ClientSession() as session:
+            client = PoolClient(session, pools, metrics, 10, 5.0)
+            async with open_judge(config, session, client, metrics) as judge:
+
+                async def judge_some(count: int, reference: str | None = None) -> list[str]:
+                    caplog.clear()
+                    for seq in range(count):
+                        await judge(record(seq, 0, reference=reference), ANSWERS)
+                        await judge(record(seq, 0, reference="42"), {})  # no answers: nothing to judge
+                    return [entry.getMessage() for entry in caplog.records]
+
+                assert await judge_some(judges.SILENT - 1) == []
+                (said,) = await judge_some(1)
+                start = f"the judge (judge.kind: {kind}) had no verdict on 50 records in a row; likely cause: "
+                assert said.startswith(start + cause)
+                assert await judge_some(2 * judges.SILENT) == []
+                mute = False
+                assert await judge_some(2, "42") == [f"the judge (judge.kind: {kind}) has a verdict again"]
+                mute = True
+                assert len(await judge_some(judges.SILENT)) == 1
