@@ -38,6 +38,7 @@ MISTAKES = [  # path, value, what Helm's message holds
     ("config.pools.Medium", {"cost": 2}, 'config.pools: Property name of "Medium" does not match'),
     ("config.pools.auto-fast", {"cost": 2}, 'config.pools: Property name of "auto-fast" does not match'),
     ("config.pools.admin", {"cost": 2}, 'config.pools: Property name of "admin" does not match'),
+    ("config.pools.on", {"cost": 2}, 'config.pools: Property name of "on" does not match'),  # true, in a label
     ("backends.small-shared", {"model": "m"}, 'backends: Property name of "small-shared" does not match'),
     ("config.auth", "open", "config.auth: Does not match pattern '^none$'"),
     ("config.auth", {"keys_file": "/k"}, "config.auth: Additional property keys_file is not allowed"),
