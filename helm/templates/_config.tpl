@@ -168,3 +168,15 @@ url: sqlite:////var/lib/depo-gateway/records/records.db
 url_env: DEPO_DATABASE_URL
 {{- end }}
 {{- end }}
+
+{{/* What a quantity such as 20Gi or 500m means, as a number. */}}
+{{- define "depo-gateway.quantity" -}}
+{{- $units := dict "m" 1e-3 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 }}
+{{- $factor := 1.0 }}
+{{- range list "Ki" "Mi" "Gi" "Ti" "Pi" "Ei" }}
+{{- $factor = mulf $factor 1024.0 }}
+{{- $_ := set $units . $factor }}
+{{- end }}
+{{- $text := toString . }}
+{{- mulf (regexFind "^[0-9.]+" $text | float64) (default 1.0 (get $units (regexFind "[A-Za-z]+$" $text))) }}
+{{- end }}

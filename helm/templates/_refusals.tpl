@@ -236,23 +236,9 @@ backends.{{ $pool }}.keda asks for metrics of the PodMonitor, which is off: set 
 {{- range $name := list "cpu" "memory" "ephemeral-storage" }}
 {{- $request := get $requests $name }}
 {{- $limit := get $limits $name }}
-{{- if and $request $limit (gt (include "depo-gateway.amount" $request | float64) (include "depo-gateway.amount" $limit | float64)) }}
+{{- if and $request $limit (gt (include "depo-gateway.quantity" $request | float64) (include "depo-gateway.quantity" $limit | float64)) }}
 {{ $where }}.resources.requests.{{ $name }} is {{ $request }}, above limits.{{ $name }}, which is {{ $limit }}: lower the request, or raise the limit.
 {{- end }}
 {{- end }}
 {{- end }}
-{{- end }}
-
-{{/* What a quantity of Kubernetes' amounts to, as a number: 500m is 0.5, 2Ki 2048. */}}
-{{- define "depo-gateway.amount" -}}
-{{- $factors := dict "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 }}
-{{- range $power, $unit := list "" "Ki" "Mi" "Gi" "Ti" "Pi" "Ei" }}
-{{- $factor := 1.0 }}
-{{- range until $power }}
-{{- $factor = mulf $factor 1024.0 }}
-{{- end }}
-{{- $_ := set $factors $unit $factor }}
-{{- end }}
-{{- $number := regexFind "^[0-9.]+" (toString .) }}
-{{- mulf (float64 $number) (get $factors (trimPrefix $number (toString .)) | float64) }}
 {{- end }}

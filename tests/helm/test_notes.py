@@ -63,6 +63,42 @@ def test_what_is_not_so_is_not_told(copy: Path, tmp_path: Path) -> None:
     assert "kept for 7 days" in said
 
 
+def test_the_test_is_offered_where_it_can_pass(copy: Path, tmp_path: Path) -> None:
+    assert "  helm -n models test depo --logs" in notes(copy, tmp_path, {}).splitlines()
+    keys: dict[str, Any] = {"auth": {"existingSecret": "keys"}}
+    said = notes(copy, tmp_path, keys)
+    assert "test depo --logs" not in said
+    assert "--set test.apiKey.existingSecret=depo-test" in said
+    assert '--from-literal=api-key="$KEY"' in said
+    said = notes(copy, tmp_path, keys | {"test": {"apiKey": {"existingSecret": "a"}}})
+    assert "test depo --logs" in said
+    assert "depo-test" not in said
+    assert "helm test" not in notes(copy, tmp_path, keys | {"test": {"enabled": False}})
+
+
+def test_commands_stand_on_lines_of_their_own(copy: Path, tmp_path: Path) -> None:
+    lines = notes(copy, tmp_path, {"auth": {"existingSecret": "keys"}}).splitlines()
+    commands = [line for line in lines if "kubectl " in line]
+    assert "  kubectl -n models port-forward svc/depo-depo-gateway-admin 9000" in commands
+    for command in commands:
+        assert command.startswith("  kubectl -n models "), command
+        assert not command.endswith((",", ".", ":")), command
+
+
+def test_the_volumes_that_stay_are_named(copy: Path, tmp_path: Path) -> None:
+    records, checkpoints = "depo-depo-gateway-records", "depo-depo-gateway-checkpoints"
+    postgresql = {"kind": "postgresql", "postgresql": {"existingSecret": "db"}}
+    image: dict[str, Any] = {"checkpoints": {"kind": "image"}, "learner": {"enabled": False}}
+    for values, named in (
+        ({}, f"{records} and {checkpoints}: delete these claims"),
+        ({"records": postgresql}, f"{checkpoints}: delete this claim"),
+        (image, f"{records}: delete this claim"),
+        ({"checkpoints": {"existingClaim": "mine"}}, f"{records} and mine: delete"),
+    ):
+        assert f"`helm uninstall` leaves {named}" in notes(copy, tmp_path, values)
+    assert "helm uninstall" not in notes(copy, tmp_path, image | {"records": postgresql})
+
+
 def test_the_ingress_is_where_to_ask(copy: Path, tmp_path: Path) -> None:
     ingress = {"enabled": True, "host": "llm.example.com", "tls": [{"secretName": "tls", "hosts": ["llm.example.com"]}]}
     for path in ("/", "/v1"):
