@@ -64,7 +64,7 @@ def test_what_is_not_so_is_not_told(copy: Path, tmp_path: Path) -> None:
 
 
 def test_the_test_is_offered_where_it_can_pass(copy: Path, tmp_path: Path) -> None:
-    assert "  helm -n models test depo --logs" in notes(copy, tmp_path, {}).splitlines()
+    assert "/v1\n\nTest it:\n\n  helm -n models test depo --logs\n\n" in notes(copy, tmp_path, {})
     keys: dict[str, Any] = {"auth": {"existingSecret": "keys"}}
     said = notes(copy, tmp_path, keys)
     assert "test depo --logs" not in said
