@@ -35,6 +35,8 @@ KEYS = {"team-a": "sk-depo-a", "team-b": "sk-depo-b", "admin": "sk-depo-admin"}
 LESSONS = 240  # requests that the learner gets to see
 READY_SECONDS = 90.0
 LEARN_SECONDS = 150.0
+SETTLE_SECONDS = 30.0
+AWAY = Script(healthy=False, status=503)
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -170,20 +172,25 @@ async def play(stage: Stage) -> None:
     async with aiohttp.ClientSession() as session:
         client = Client(session, stage.url, stage.admin)
         chance = random.Random(1)
-        await lessons(client, chance)
-        async with FakeVllm() as other_small, FakeVllm() as other_large:
-            await reload(stage, client, other_small, other_large)
-            for _ in range(2):
-                await trouble(stage, client, other_small, other_large)
-                await asyncio.sleep(2.5)  # two scrapes
-            stage.write(stage.raw)
-            assert await client.reload() == 200
-        await asyncio.to_thread(stage.learner.until, stage.published, LEARN_SECONDS)
-        await client.settles('gateway_estimator_loads_total{result="applied"}', 1)
-        for _ in range(5):  # enough confidences of one version to tell drift from; a newer one may come meanwhile
+        async with FakeVllm(script=AWAY) as other_small, FakeVllm(script=AWAY) as other_large:
+            others = (other_small, other_large)
+            await reload(stage, client, *others)  # before any checkpoint is published: a reload would load it uncounted
             await lessons(client, chance)
-            if not math.isnan(await client.metric("gateway_score_drift ")):
-                return
+            for other in others:
+                other.script = Script()
+                await client.settles(f'gateway_backend_up{{backend="{other.url}"}}', 1)
+            for _ in range(2):
+                await trouble(stage, client, *others)
+                await asyncio.sleep(2.5)  # two scrapes
+            for other in others:
+                other.script = AWAY
+            await asyncio.to_thread(stage.learner.until, stage.published, LEARN_SECONDS)
+            await client.settles('gateway_estimator_loads_total{result="applied"}', 1)
+            for _ in range(5):  # enough confidences of one version to tell drift from; a newer one may come meanwhile
+                await lessons(client, chance)
+                await asyncio.sleep(3)  # scrapes, and the rules after them
+                if not math.isnan(await client.metric("gateway_score_drift ")):
+                    return
         raise AssertionError("the drift of scores is never told")
 
 
@@ -221,7 +228,8 @@ class Client:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(series))
 
     async def settles(self, series: str, at_least: float) -> None:
-        for _ in range(200):
+        until = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < until:
             if await self.metric(series) >= at_least:
                 return
             await asyncio.sleep(0.05)
@@ -248,7 +256,7 @@ async def lessons(client: Client, chance: random.Random) -> None:
 
 
 async def reload(stage: Stage, client: Client, other_small: FakeVllm, other_large: FakeVllm) -> None:
-    """Each pool gets a second backend, one that can be broken, and the large one few places."""
+    """Each pool gets a second backend, away for now, and the large one few places."""
     pools = {name: dict(pool) for name, pool in stage.raw["pools"].items()}
     for name, other in (("small", other_small), ("large", other_large)):
         pools[name]["backends"] = [*pools[name]["backends"], {"url": other.url}]

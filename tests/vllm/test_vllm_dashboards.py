@@ -9,7 +9,7 @@ import pytest
 
 from tests.gateway.conftest import running
 from tests.monitoring import servers as monitoring
-from tests.monitoring.test_dashboards import PANELS, metrics_in, shows
+from tests.monitoring.panels import PANELS, metrics_in, shows
 from tests.vllm.conftest import PYTHON
 from tests.vllm.front import settings
 from tests.vllm.servers import VllmServer
