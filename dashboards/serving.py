@@ -1,21 +1,19 @@
 """The Serving board: is it up, is it fast, what fails, and where."""
 
-from dashboards.board import GATEWAY, Row, alerts, board, new_version
+from dashboards.board import GATEWAY, LEARNER, Row, alerts, board, new_version
 from dashboards.panels import BAD, GOOD, WARN, above, below, lines, stat, states, zero
 
 G = GATEWAY.these
 REQUESTS = "gateway:requests:rate5m"
+FIRING = 'ALERTS{{alertname=~"Depo.+",alertstate="firing",{}}}'
 
 NOW = Row(
     "Now",
     [
         stat(
             "Alerts",
-            "Firing for the chosen gateways.",
-            (
-                zero('count(ALERTS{alertname=~"Depo.+",alertstate="firing",namespace=~"$namespace",job=~"$job"})'),
-                "firing",
-            ),
+            "Firing for the chosen gateways and learners.",
+            (zero(f"count({FIRING.format(G)} or {FIRING.format(LEARNER.these)})"), "firing"),
             steps=above(1, None),
             decimals=0,
             width=2,
@@ -102,7 +100,7 @@ TRAFFIC = Row(
                 f"sum by (pool, type) (rate(gateway_tokens_total{{{G}}}[$__rate_interval]))",
                 "{{pool}} {{type}}",
             ),
-            "short",
+            "suffix: tokens/s",
             stacked=True,
         ),
     ],
@@ -334,7 +332,7 @@ BOARD = board(
     "serving",
     "Serving",
     "Is it up, is it fast, what fails, and where. Look here first when paged.",
-    [GATEWAY],
+    [GATEWAY, LEARNER],
     [alerts(), new_version(GATEWAY, "gateway_build_info", "New gateway version")],
     [NOW, TRAFFIC, LATENCY, CAPACITY, FAILURES, UPKEEP, REPLICAS],
 )
