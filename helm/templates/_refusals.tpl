@@ -1,7 +1,7 @@
 {{/* What the schema can't see: values that contradict each other. One sentence each, with the remedy. */}}
 
 {{- define "depo-gateway.refuse" -}}
-{{- $parts := list "pools" "backends" "routing" "gateway" "records" "estimator" "learner" "monitoring" "resources" }}
+{{- $parts := list "misplaced" "addresses" "pools" "backends" "routing" "gateway" "records" "estimator" "learner" "monitoring" "resources" }}
 {{- $said := list }}
 {{- range $parts }}
 {{- range include (printf "depo-gateway.refusals.%s" .) $ | splitList "\n" }}
@@ -10,6 +10,45 @@
 {{- end }}
 {{- if $said }}
 {{- fail (printf "\n%s" (join "\n" $said)) }}
+{{- end }}
+{{- end }}
+
+{{/* What the values have another place for. A secret's text is never repeated. */}}
+{{- define "depo-gateway.refusals.misplaced" -}}
+{{- $places := dict }}
+{{- $_ := set $places "huggingFace.token" "is a secret: name an existing Secret that holds it in huggingFace.existingSecret" }}
+{{- $_ := set $places "records.postgresql.url" "is a secret: name an existing Secret that holds it in records.postgresql.existingSecret" }}
+{{- $_ := set $places "config.records.url" "is the chart's to write: set records.kind, and for postgresql name an existing Secret in records.postgresql.existingSecret" }}
+{{- $_ := set $places "config.auth.keys_file" "is the chart's to write: name a Secret that holds the file in auth.existingSecret" }}
+{{- $_ := set $places "auth.keys" "has another place: write config.auth.keys, or name a Secret that holds a keys file in auth.existingSecret" }}
+{{- range $pool := keys .Values.config.pools | sortAlpha }}
+{{- $_ := set $places (printf "config.pools.%s.backends" $pool) (printf "is the chart's to write: set backends.%s.url with backends.%s.deploy: false" $pool $pool) }}
+{{- end }}
+{{- range $path, $remedy := $places }}
+{{- $found := $.Values }}
+{{- range splitList "." $path }}
+{{- if kindIs "map" $found }}{{ $found = index $found . }}{{ else }}{{ $found = "" }}{{ end }}
+{{- end }}
+{{- if $found }}
+{{ $path }} {{ $remedy }}.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "depo-gateway.refusals.addresses" -}}
+{{- $addresses := dict "monitoring.prometheusAddress" .Values.monitoring.prometheusAddress }}
+{{- range $pool, $backend := .Values.backends }}
+{{- $_ := set $addresses (printf "backends.%s.url" $pool) (default "" (default dict $backend).url) }}
+{{- end }}
+{{- range $where, $address := $addresses }}
+{{- if regexMatch "^(https?://[^@\\s/]+[^@\\s]*)?$" $address }}
+{{- else if contains "@" $address }}
+{{ $where }} has credentials in it: take them out (a backend's key is named in its apiKey.existingSecret).
+{{- else if regexMatch "://|\\s|^/" $address }}
+{{ $where }} is no address that can be asked: write http://HOST:PORT, or https.
+{{- else }}
+{{ $where }} is {{ $address }}, without its scheme: write http://{{ $address }}, or https.
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -106,7 +145,7 @@ gateway.{{ $name }}.minReplicas is above maxReplicas: lower it.
 httpRoute.enabled needs a Gateway to attach to: name it in httpRoute.parentRefs.
 {{- end }}
 {{- if not (or .Values.config.auth .Values.auth.existingSecret) }}
-config.auth is absent: name a keys file's Secret in auth.existingSecret, or write config.auth: none to serve without keys.
+config.auth is absent or empty: name a keys file's Secret in auth.existingSecret, or write config.auth: none to serve without keys.
 {{- end }}
 {{- range $name := list "listen" "admin" }}
 {{- if has (get $.Values.config $name).host (list "localhost" "127.0.0.1" "::1" "[::1]") }}

@@ -1,5 +1,7 @@
 """Values that contradict each other are refused in a sentence that names the remedy."""
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +14,18 @@ TWO = {"gateway": {"replicas": 2}}
 IMAGE = {"checkpoints": {"kind": "image"}}
 NO_LEARNER = {"learner": {"enabled": False}}
 OPENED = {"config": {"pools": {"huge": {"cost": 50}}}}
+MISPLACED = [  # a key that has another place, what is written, the remedy
+    ("huggingFace.token", "hf_x", "existing Secret that holds it in huggingFace.existingSecret"),
+    (
+        "records.postgresql.url",
+        "postgresql://u:p@h/d",
+        "existing Secret that holds it in records.postgresql.existingSecret",
+    ),
+    ("config.records.url", "postgresql://u:p@h/d", "records.postgresql.existingSecret"),
+    ("config.auth.keys_file", "/k", "auth.existingSecret"),
+    ("auth.keys", [{"name": "a", "sha256": "0" * 64}], "config.auth.keys"),
+    ("config.pools.small.backends", [{"url": "http://a"}], "backends.small.url with backends.small.deploy: false"),
+]
 REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the values, words of the sentence
     ("replicas on SQLite", merged(SHARED, TWO), ["2 gateways", "SQLite", "records.kind: postgresql"]),
     (
@@ -90,6 +104,23 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
         ["config.pools", "two or more"],
     ),
     ("no url", {"backends": {"small": {"deploy": False}}}, ["backends.small", "backends.small.url", "deploy: true"]),
+    *((path, nested(path, value), [path, remedy]) for path, value, remedy in MISPLACED),
+    ("no keys", nested("config.auth", {}), ["config.auth is absent or empty", "auth.existingSecret"]),
+    *(
+        (f"the url {url}", {"backends": {"small": {"deploy": False, "url": url}}}, ["backends.small.url", remedy])
+        for url, remedy in (
+            ("vllm:8000", "write http://vllm:8000,"),
+            ("10.0.0.7:8000/v1", "write http://10.0.0.7:8000/v1,"),
+            ("ftp://vllm", "write http://HOST:PORT"),
+            ("http://v llm", "write http://HOST:PORT"),
+            ("http://user:pass@vllm", "apiKey.existingSecret"),
+        )
+    ),
+    (
+        "Prometheus without a scheme",
+        nested("monitoring.prometheusAddress", "prometheus:9090"),
+        ["http://prometheus:9090"],
+    ),
     ("a url beside vLLM", nested("backends.small.url", "http://a"), ["backends.small.deploy: false"]),
     ("no model", nested("backends.small.model", ""), ["backends.small.model"]),
     (
@@ -220,11 +251,32 @@ def test_a_contradiction_is_refused_with_its_remedy(values: dict[str, Any], word
     message = chart.refusal(Values(values))
     for word in words:
         assert word in message
-    said = [line for line in message.splitlines() if line and not line.startswith(("Error:", "Use --debug"))]
+    said = [
+        line for line in message.splitlines() if line and not line.startswith(("Error:", "Use --debug", "coalesce.go"))
+    ]
     assert len(said) == 1 or "shipped estimator" in message, said
     for line in said:
         assert line.endswith("."), line
         assert "nil pointer" not in line
+
+
+def test_every_key_that_the_schema_leaves_to_the_templates_is_refused() -> None:
+    schema = json.loads((chart.CHART / "values.schema.json").read_text())
+
+    def keys(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from (key for key, found in node.items() if found == {"$ref": "#/definitions/elsewhere"})
+        for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            yield from keys(inner)
+
+    assert sorted(keys(schema)) == sorted(path.split(".")[-1] for path, *_ in MISPLACED)
+
+
+def test_a_secret_is_not_repeated() -> None:
+    values = merged(nested("huggingFace.token", "hf_x1"), nested("records.postgresql.url", "postgresql://u:x2@h/d"))
+    message = chart.refusal(Values(merged(values, nested("monitoring.prometheusAddress", "http://u:x3@h"))))
+    assert message.count("existingSecret") == 3
+    assert not any(secret in message for secret in ("x1", "x2", "x3"))
 
 
 def test_all_contradictions_are_told_at_once() -> None:
