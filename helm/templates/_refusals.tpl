@@ -1,7 +1,7 @@
 {{/* What the schema can't see: values that contradict each other. One sentence each, with the remedy. */}}
 
 {{- define "depo-gateway.refuse" -}}
-{{- $parts := list "misplaced" "addresses" "pools" "backends" "routing" "gateway" "records" "estimator" "learner" "monitoring" "resources" }}
+{{- $parts := list "misplaced" "addresses" "names" "pools" "backends" "routing" "gateway" "records" "estimator" "learner" "monitoring" "resources" }}
 {{- $said := list }}
 {{- range $parts }}
 {{- range include (printf "depo-gateway.refusals.%s" .) $ | splitList "\n" }}
@@ -48,6 +48,22 @@
 {{ $where }} is no address that can be asked: write http://HOST:PORT, or https.
 {{- else }}
 {{ $where }} is {{ $address }}, without its scheme: write http://{{ $address }}, or https.
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Pools name objects, and clients may name them as a model. A name that is wrong twice is told once. */}}
+{{- define "depo-gateway.refusals.names" -}}
+{{- range $pool := concat (keys .Values.config.pools) (keys .Values.backends) | uniq | sortAlpha }}
+{{- $where := ternary "config.pools" "backends" (hasKey $.Values.config.pools $pool) }}
+{{- if not (regexMatch "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$" $pool) }}
+{{ $where }}.{{ $pool }} can't name objects of Kubernetes: call the pool something of up to 30 lower-case letters, digits and "-", a letter first.
+{{- else if regexMatch "^auto(-.*)?$" $pool }}
+{{ $where }}.{{ $pool }} is the model that asks for routing: give the pool another name.
+{{- else if regexMatch "^(admin|learner|checkpoints|records|test|.*-shared|.*-single)$" $pool }}
+{{ $where }}.{{ $pool }} is a name that the chart has objects of its own by: give the pool another.
+{{- else if regexMatch "^(true|false|yes|no|on|off|y|n|null)$" $pool }}
+{{ $where }}.{{ $pool }} is no name to YAML, which reads something else: give the pool another.
 {{- end }}
 {{- end }}
 {{- end }}

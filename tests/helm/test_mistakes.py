@@ -34,11 +34,8 @@ MISTAKES = [  # path, value, what Helm's message holds
     ("config.pools.small.accepts", ["tools"], "config.pools.small.accepts: At least one of the items must match"),
     ("config.pools.small.accepts", ["text", "video"], "config.pools.small.accepts.1 must be one of the following"),
     ("config.pools.small.cost", "cheap", "config.pools.small.cost: Invalid type. Expected: number, given: string"),
-    ("config.pools.Medium", {"cost": 2}, 'config.pools: Property name of "Medium" does not match'),
-    ("config.pools.auto-fast", {"cost": 2}, 'config.pools: Property name of "auto-fast" does not match'),
-    ("config.pools.admin", {"cost": 2}, 'config.pools: Property name of "admin" does not match'),
-    ("config.pools.on", {"cost": 2}, 'config.pools: Property name of "on" does not match'),  # true, in a label
-    ("backends.small-shared", {"model": "m"}, 'backends: Property name of "small-shared" does not match'),
+    ("config.pools.mid size", {"cost": 2}, 'config.pools: Property name of "mid size" does not match'),
+    ("backends.mid/size", {"model": "m"}, 'backends: Property name of "mid/size" does not match'),
     ("config.auth", "open", "config.auth: Does not match pattern '^none$'"),
     ("config.auth", {"keys": [{"name": "a", "sha256": "sk-123"}]}, "config.auth.keys.0.sha256: Does not match pattern"),
     ("config.records.prompts", "all", 'config.records.prompts must be one of the following: "none", "hash", "full"'),

@@ -105,6 +105,26 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
     ),
     ("no url", {"backends": {"small": {"deploy": False}}}, ["backends.small", "backends.small.url", "deploy: true"]),
     *((path, nested(path, value), [path, remedy]) for path, value, remedy in MISPLACED),
+    *(
+        (
+            f"a pool called {name}",
+            {"config": {"pools": {name: {"cost": 20}}}, "backends": {name: {"model": "m"}}},
+            [f"config.pools.{name} ", why],
+        )
+        for name, why in (
+            ("Medium", "lower-case letters"),
+            ("mid_size", "lower-case letters"),
+            ("mid.size", "lower-case letters"),
+            ("3b", "a letter first"),
+            ("x" * 31, "up to 30"),
+            ("auto", "asks for routing"),
+            ("auto-fast", "asks for routing"),
+            *((word, "objects of its own") for word in ("admin", "learner", "checkpoints", "records", "test")),
+            ("small-shared", "objects of its own"),
+            ("small-single", "objects of its own"),
+            *((word, "no name to YAML") for word in ("on", "no", "off", "null")),  # true, false: in a label
+        )
+    ),
     ("no keys", nested("config.auth", {}), ["config.auth is absent or empty", "auth.existingSecret"]),
     *(
         (f"the url {url}", {"backends": {"small": {"deploy": False, "url": url}}}, ["backends.small.url", remedy])
