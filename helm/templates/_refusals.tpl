@@ -37,6 +37,7 @@
 
 {{- define "depo-gateway.refusals.addresses" -}}
 {{- $addresses := dict "monitoring.prometheusAddress" .Values.monitoring.prometheusAddress }}
+{{- $_ := set $addresses "monitoring.rules.runbookBaseUrl" .Values.monitoring.rules.runbookBaseUrl }}
 {{- range $pool, $backend := .Values.backends }}
 {{- $_ := set $addresses (printf "backends.%s.url" $pool) (default "" (default dict $backend).url) }}
 {{- end }}
@@ -279,12 +280,15 @@ backends.{{ $pool }}.keda asks for metrics of the PodMonitor, which is off: set 
 {{- $_ := set $sections (printf "backends.%s" $pool) (include "depo-gateway.backend" (dict "root" $ "pool" $pool) | fromYaml).resources }}
 {{- end }}
 {{- range $where, $section := $sections }}
-{{- $requests := default dict $section.requests }}
-{{- $limits := default dict $section.limits }}
+{{- $requests := default dict $section.requests | deepCopy }}
+{{- $limits := default dict $section.limits | deepCopy }}
 {{- range $part, $amounts := dict "requests" $requests "limits" $limits }}
 {{- range $name, $amount := $amounts }}
 {{- if not (regexMatch "^(cpu|memory|ephemeral-storage|hugepages-.+|.+/.+)$" $name) }}
 {{ $where }}.resources.{{ $part }}.{{ $name }} is no resource of Kubernetes: write cpu, memory, or a device's with its domain (nvidia.com/gpu).
+{{- else if not (regexMatch "^[0-9]+([.][0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?$" (toString (default 0 $amount))) }}
+{{ $where }}.resources.{{ $part }}.{{ $name }} is {{ $amount }}, which is no quantity of Kubernetes: write it like 500m, 2, 512Mi or 16Gi.
+{{- $_ := unset $amounts $name }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -45,11 +45,7 @@ MISTAKES = [  # path, value, what Helm's message holds
     ("backends.small.replica", 2, "backends.small: Additional property replica is not allowed"),
     ("backends.small.image", "vllm/vllm-openai:latest", "backends.small.image: Invalid type. Expected: object"),
     ("backends.small.args", "--dtype=half", "backends.small.args: Invalid type. Expected: array, given: string"),
-    (
-        "backends.small.resources.limits.memory",
-        "16 GB",
-        "backends.small.resources.limits.memory: Does not match pattern",
-    ),
+    ("backends.small.resources.limits.memory", 1.5, "backends.small.resources.limits.memory: Invalid type"),
     ("backends.small.sharedMemory", 8, "backends.small.sharedMemory: Invalid type. Expected: string, given: integer"),
     ("backends.small.weights.size", "20", "backends.small.weights.size: Does not match pattern"),
     ("backends.small.weights.accessMode", "RWX", "backends.small.weights.accessMode must be one of the following"),

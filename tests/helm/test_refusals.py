@@ -136,6 +136,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
             ("http://user:pass@vllm", "apiKey.existingSecret"),
         )
     ),
+    ("runbooks without a scheme", nested("monitoring.rules.runbookBaseUrl", "git.a.com"), ["http://git.a.com"]),
     (
         "Prometheus without a scheme",
         nested("monitoring.prometheusAddress", "prometheus:9090"),
@@ -237,6 +238,14 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
             ("--scheduling_policy=fcfs", "--scheduling-policy"),
             ("--api-key=sk-1", "backends.small.apiKey.existingSecret"),
         )
+    ),
+    *(
+        (
+            f"an amount of {text}",
+            nested("backends.small.resources.limits.memory", text),
+            [f"is {text},", "512Mi or 16Gi"],
+        )
+        for text in ("16 GB", "16GB", "sixteen", "16gi", "-1Gi")
     ),
     (
         "a GPU without its maker",
