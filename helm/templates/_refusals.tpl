@@ -64,7 +64,7 @@
 {{- else if regexMatch "^(admin|learner|checkpoints|records|test|.*-shared|.*-single)$" $pool }}
 {{ $where }}.{{ $pool }} is a name that the chart has objects of its own by: give the pool another.
 {{- else if regexMatch "^(true|false|yes|no|on|off|y|n|null)$" $pool }}
-{{ $where }}.{{ $pool }} is no name to YAML, which reads something else: give the pool another.
+{{ $where }}.{{ $pool }} is no name to YAML, which reads a word such as n, no or off as false: give the pool another.
 {{- end }}
 {{- end }}
 {{- end }}
