@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import re
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -309,6 +311,98 @@ async def test_pausing_holds_the_page_still(chromium: webdriver.Chrome, curved: 
             assert "No decision yet." in await shown.text("recent")
             await asyncio.to_thread(button.click)
             await shown.shows("recent", "confident")
+
+
+async def test_the_target_s_own_words_stand_where_others_count(chromium: webdriver.Chrome, curved: Path) -> None:
+    """A target knows no pinned requests; with a pool away the calibration's figures are not what happens."""
+    async with FakeVllm() as small, FakeVllm() as large:
+        routing = {"target": {"large_share": 0.3}}
+        async with page(chromium, settings([small], [large], curved, routing=routing)) as (shown, gateway):
+            await (await gateway.chat("easy", "large")).read()
+            told = await shown.shows("share-of", "of 1 decision ")
+            assert told.endswith(", pinned ones too; the target leaves them out")
+            assert "follows a target of 0.3, now at – (without pinned requests)" in await shown.text("facts")
+            told = await shown.text("told")
+            assert told.startswith("In force, ")
+            assert "calibration" not in told
+            await small.kill()
+            told = await shown.shows("told", "calibration")
+            assert told.endswith("). So the calibration has it; now small has no backend that answers.")
+            label = await shown.run("return document.querySelector('#curve svg').getAttribute('aria-label')")
+            assert label.endswith("now small has no backend that answers.")
+        async with page(chromium, settings([large], [large], curved)) as (shown, gateway):
+            await (await gateway.chat("easy", "large")).read()
+            assert "pinned" not in await shown.shows("share-of", "of 1 decision ")
+
+
+async def test_the_curve_s_axes_have_names(chromium: webdriver.Chrome, curved: Path) -> None:
+    async with FakeVllm() as small, FakeVllm() as large:
+        async with page(chromium, settings([small], [large], curved)) as (shown, _):
+            said = (await shown.text("curve")).split("\n")
+            assert "quality" in said
+            assert "cost, of all in large" in said
+            covered = await shown.run(
+                "const boxes = [...document.querySelectorAll('#curve text')].map(item => item.getBoundingClientRect());"
+                "return boxes.some((one, at) => boxes.slice(at + 1).some(other => one.left < other.right - 1 &&"
+                "other.left < one.right - 1 && one.top < other.bottom - 4 && other.top < one.bottom - 4))"
+            )
+            assert not covered
+
+
+async def test_a_phone_shows_what_matters_and_where_there_is_more(chromium: webdriver.Chrome, curved: Path) -> None:
+    async with FakeVllm() as small, FakeVllm() as large:
+        backends = [{"url": small.url}, {"url": "http://inference7.models.svc.cluster.local:18000/v1"}]
+        raw = settings([small], [large], curved, small={"backends": backends})
+        async with page(chromium, raw) as (shown, gateway):
+            await (await gateway.chat("easy")).read()
+            await large.kill()
+            await gateway.chat("easy", "large")
+            await shown.shows("recent", "503")
+            heads = "return [...document.querySelectorAll('#recent thead th')].filter(head => {"
+            heads += "const box = head.getBoundingClientRect(), whole = document.getElementById('recent');"
+            heads += "return box.width && box.right <= whole.getBoundingClientRect().right + .5})"
+            heads += ".map(head => head.textContent)"
+            every = ["Time", "Pool", "Reason", "Confidence", "Threshold", "Status", "Seconds", "Endpoint", "Request"]
+            for width, wanted in (
+                (1280, every),
+                (700, every[:7]),
+                (400, ["Time", "Pool", "Reason", "Confidence", "Status"]),
+                (360, ["Time", "Pool", "Reason", "Status"]),
+            ):
+                browsers.resize(chromium, width)
+                await asyncio.sleep(0.3)
+                assert await shown.run(heads) == wanted, width
+                lines = await shown.run(
+                    "const found = [], range = document.createRange();"
+                    "for (const item of document.querySelectorAll('#pools .url'))"
+                    "  for (const node of item.childNodes) if (node.nodeType === 3 && /\\d/.test(node.data)) {"
+                    "    range.selectNodeContents(node);"
+                    "    found.push([node.data, new Set([...range.getClientRects()].map(box => box.top)).size]);"
+                    "  }"
+                    "return found"
+                )
+                assert len(lines) >= 4
+                assert [text for text, count in lines if count != 1] == []
+                assert small.url in await shown.run("return document.getElementById('pools').textContent")
+            # A shadow stands where there is more to the side, and on no other.
+            browsers.resize(chromium, 400)
+            await shown.run("document.querySelector('#recent table').style.width = '900px'")
+            assert await shadows(shown) == (False, True)
+            await shown.run("document.querySelector('#recent').scrollLeft = 200")
+            assert await shadows(shown) == (True, True)
+            await shown.run("document.querySelector('#recent').scrollLeft = 9000")
+            assert await shadows(shown) == (True, False)
+
+
+async def shadows(shown: Page) -> tuple[bool, bool]:
+    """Whether the recent decisions' left and right edge, beneath the heads, is darker than the card."""
+    await asyncio.sleep(0.1)
+    shot = await asyncio.to_thread(lambda: shown.browser.find_element(By.ID, "recent").screenshot_as_png)
+    image = Image.open(io.BytesIO(shot)).convert("L")
+    left, right = (image.getpixel((x, image.height - 2)) for x in (1, image.width - 2))
+    assert isinstance(left, int)
+    assert isinstance(right, int)
+    return left < 245, right < 245
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
