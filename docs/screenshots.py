@@ -66,8 +66,8 @@ def main() -> int:
         }
         config = directory / "gateway.yaml"
         config.write_text(yaml.safe_dump(_settings(urls), sort_keys=False))
-        url, admin = running.enter_context(
-            _program(directory / "log", "gateway", "serve", f"--config={config}", addresses=2)
+        url, admin, *_ = running.enter_context(
+            _program(directory / "log", "gateway", "serve", f"--config={config}", addresses=3)
         )
         prometheus = running.enter_context(
             servers.prometheus(directory / "prometheus", {"depo-gateway": [admin]}, interval="2s")
