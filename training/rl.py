@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import json
 import logging
 import math
@@ -89,7 +90,9 @@ def run(args: Namespace) -> int:
     parser, flags = checked(own)
     if launching is not None:
         return launch(own, launching)
-    return train(*parsed(parser, flags))
+    code = train(*parsed(parser, flags))
+    gc.collect()  # the trainer is a cycle and holds its group, whose threads (gloo) abort an interpreter that ends
+    return code
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str] | None]:

@@ -245,6 +245,16 @@ def test_a_mistaken_address_is_one_line(prepared: Callable[..., str], capfd: pyt
     assert not Path("out").exists()
 
 
+LEAVING = """
+import sys
+from tests.training.ranks import gloo_threads
+from training.__main__ import main
+code = main()
+sys.stdout.write(f"threads of gloo's: {gloo_threads()}\\n")
+sys.exit(code)
+"""
+
+
 @pytest.mark.slow
 def test_of_two_processes_the_first_alone_serves(prepared: Callable[..., str]) -> None:
     """Two would want the same port, and the second would fail."""
@@ -255,10 +265,11 @@ def test_of_two_processes_the_first_alone_serves(prepared: Callable[..., str]) -
         "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     done = subprocess.run(
-        [*command, "-m", "training", "rl", "--config", "run.yaml", "--ddp_backend", "gloo"],
+        [*command, "--no-python", sys.executable, "-c", LEAVING, "rl", "--config", "run.yaml", "--ddp_backend", "gloo"],
         capture_output=True, text=True, timeout=300, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("threads of gloo's: []") == 2, done.stdout  # they abort an interpreter that ends
     assert done.stderr.count(f"metrics on {url}") == 1
     found = samples(Path("page.prom").read_text())
     assert found["training_completions_total", ""] == 48  # 16 of both processes in each of three steps
