@@ -213,8 +213,8 @@ def backend() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def gateway(backend_port: int, options: argparse.Namespace, records: bool) -> Iterator[tuple[int, int]]:
-    """Its port, and its admin port."""
+def gateway(backend_port: int, options: argparse.Namespace, records: bool) -> Iterator[tuple[int, int, int]]:
+    """Its port, its admin port and its process."""
     url = f"http://127.0.0.1:{backend_port}"
     config = {
         "version": 1,
@@ -240,9 +240,18 @@ def gateway(backend_port: int, options: argparse.Namespace, records: bool) -> It
                 said = line
                 found = re.search(r"serving http://[\d.]+:(\d+)/v1, metrics at http://[\d.]+:(\d+)/", line)
                 if found:
-                    yield int(found[1]), int(found[2])
+                    yield int(found[1]), int(found[2]), started.pid
                     return
             raise ValueError(f"the gateway did not start: {said.strip()}")
+
+
+def memory(process: int) -> tuple[int, int]:
+    """Resident memory in MB: now, and at most until now."""
+    status = Path(f"/proc/{process}/status").read_text()
+    now, most = (re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE) for name in ("VmRSS", "VmHWM"))
+    assert now is not None
+    assert most is not None
+    return int(now[1]) * 1024 // 10**6, int(most[1]) * 1024 // 10**6
 
 
 def metrics(admin_port: int) -> str:
@@ -266,16 +275,18 @@ def until_written(admin_port: int) -> None:
 Cell = tuple[bool, int, str]  # stream, concurrency, variant
 
 
-async def run(options: argparse.Namespace) -> tuple[dict[Cell, list[Sample]], dict[str, float]]:
+async def run(options: argparse.Namespace) -> tuple[dict[Cell, list[Sample]], dict[str, float], str]:
+    """The samples, how prompts were scored, and what is to say of memory."""
     counter = itertools.count()
     samples: dict[Cell, list[Sample]] = {}
     cells = list(itertools.product((False, True), CONCURRENCIES, VARIANTS))
     with (
         backend() as backend_port,
-        gateway(backend_port, options, False) as (port, admin_port),
-        gateway(backend_port, options, True) as (recording_port, recording_admin_port),
+        gateway(backend_port, options, False) as (port, admin_port, plain),
+        gateway(backend_port, options, True) as (recording_port, recording_admin_port, recording),
     ):
         ports = dict.fromkeys(VARIANTS, port) | {"direct": backend_port, RECORDED: recording_port}
+        start, _ = memory(plain)
         for stream, variant in itertools.product((False, True), VARIANTS):  # warm up
             await measure(ports[variant], bodies(variant, stream, counter), 8, 0.2)
         before = outcomes(admin_port)
@@ -292,10 +303,12 @@ async def run(options: argparse.Namespace) -> tuple[dict[Cell, list[Sample]], di
                         until_written(recording_admin_port)
                     progress.update()
         after = outcomes(admin_port)
-    return samples, {name: value - before.get(name, 0.0) for name, value in after.items()}
+        most, recorded = memory(plain)[1], memory(recording)[1]
+        used = f"Memory of a gateway: {start} MB at its start, at most {most} MB, {recorded} MB with records."
+    return samples, {name: value - before.get(name, 0.0) for name, value in after.items()}, used
 
 
-def report(samples: dict[Cell, list[Sample]], scored: dict[str, float], options: argparse.Namespace) -> str:
+def report(samples: dict[Cell, list[Sample]], scored: dict[str, float], used: str, options: argparse.Namespace) -> str:
     lines = [
         "# What the gateway adds",
         "",
@@ -320,6 +333,7 @@ def report(samples: dict[Cell, list[Sample]], scored: dict[str, float], options:
         "",
         f"Medians over {options.rounds} rounds of {options.seconds:g} s a cell. Estimator {options.estimator}, "
         f"deadline {options.deadline_ms:g} ms; prompts scored by the gateway without records: {shares}.",
+        used,
         f"Machine: {cpu()}, {len(os.sched_getaffinity(0))} cores for backend, gateway and clients together; "
         f"load average {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}.",
     ]
@@ -362,11 +376,11 @@ def main() -> int:
     if options.estimator != "builtin":
         options.estimator = str(Path(options.estimator).resolve())
     try:
-        samples, scored = uvloop.run(run(options))
+        samples, scored, used = uvloop.run(run(options))
     except ValueError as error:
         print(f"overhead: {error}", file=sys.stderr)
         return 2
-    table = report(dict(sorted(samples.items(), key=lambda item: _position(item[0]))), scored, options)
+    table = report(dict(sorted(samples.items(), key=lambda item: _position(item[0]))), scored, used, options)
     print(table, end="")
     if options.out is not None:
         options.out.write_text(table)
