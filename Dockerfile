@@ -6,6 +6,7 @@ FROM ${PYTHON_IMAGE} AS build
 WORKDIR /src
 COPY LICENSE README.md constraints.txt pyproject.toml ./
 COPY docker docker
+COPY depo_gateway depo_gateway
 COPY estimator estimator
 COPY gateway gateway
 COPY training training

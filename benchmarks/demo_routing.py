@@ -22,12 +22,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-import gateway
-from estimator import calibration
-from estimator.runtime import Runtime
-from training import chains, collect, resume
+from benchmarks.demo_models import chains
+from depo_gateway import gateway
+from depo_gateway.estimator import calibration
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.training.commands import collect
+from depo_gateway.training.outcomes import table_file
 
-DATA = Path(gateway.__file__).parent / "demo_data"
+DATA = Path(gateway.__file__).parent / "demo" / "data"
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 Array = NDArray[np.float64]
 
@@ -86,7 +88,15 @@ def compare(correct_N2: Array, quality_N2: Array, lengths_N: Array, threshold: f
 @contextmanager
 def backend(folder: Path) -> Iterator[str]:
     """One of the shipped models on llama.cpp."""
-    command = [sys.executable, "-m", "gateway.demo_backend", "--model", str(folder / "model.gguf"), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "depo_gateway.gateway.demo.llama_server",
+        "--model",
+        str(folder / "model.gguf"),
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         yield running.stdout.readline().split()[-1]
@@ -123,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = options.table or Path(folder) / "outcomes.jsonl"
         if options.table is None:
             sample("evaluate", options.count, options.k, options.seed, table)
-        rows = [row for _, row in resume.json_lines(table) if set(row["correct"]) == {"small", "large"}]
+        rows = [row for _, row in table_file.json_lines(table) if set(row["correct"]) == {"small", "large"}]
     prompts = [row["question"] for row in rows]
     taught = [prompt for prompt in prompts if chains.split_of(prompt) != "evaluate"]
     if taught:

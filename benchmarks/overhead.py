@@ -232,7 +232,7 @@ def gateway(backend_port: int, options: argparse.Namespace, records: bool) -> It
         place = Path(folder) / "gateway.yaml"
         place.write_text(yaml.safe_dump(config, sort_keys=False))
         environment = {**os.environ, "OVERHEAD_HASH_KEY": "a-key"}
-        command = ("-m", "gateway", "serve", "--config", str(place))
+        command = ("-m", "depo_gateway.gateway", "serve", "--config", str(place))
         with process(*command, stderr=subprocess.PIPE, env=environment) as started:
             assert started.stderr is not None
             said = ""

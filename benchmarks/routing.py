@@ -22,15 +22,23 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from estimator import calibration
-from estimator.learner import Learner, LearnerConfig
-from estimator.model import ModelConfig, collate, create
-from estimator.text import TextConfig, prepare
-from training.calibrate import calibrate
-from training.data import Row, examples_of, labels, parse_pools, read_table
-from training.fit import FitConfig, cross_fit, foldings_of, fresh, groups_of
-from training.measure import Array, Measured, apgr, apgr_table, at_thresholds, measure, table
-from training.report import scores_of
+from depo_gateway.estimator import calibration
+from depo_gateway.estimator.learner import Learner, LearnerConfig
+from depo_gateway.estimator.model import ModelConfig, collate, create
+from depo_gateway.estimator.text import TextConfig, prepare
+from depo_gateway.training.evaluation.report import scores_of
+from depo_gateway.training.evaluation.routing_metrics import (
+    Array,
+    Measured,
+    apgr,
+    apgr_table,
+    at_thresholds,
+    measure,
+    table,
+)
+from depo_gateway.training.fitting.calibration import calibrate
+from depo_gateway.training.fitting.cross_fit import FitConfig, cross_fit, foldings_of, fresh, groups_of
+from depo_gateway.training.outcomes.table import Row, examples_of, labels, parse_pools, read_table
 
 SOURCES = ("mmlu_mixtral_gpt4", "gsm8k_mixtral_gpt4", "gsm8k_many_models", "math_l5_many_models")
 MIXTRAL_GPT4 = ["small=mistralai/Mixtral-8x7B-Instruct-v0.1", "large=gpt-4-1106-preview"]
@@ -56,7 +64,7 @@ TRUNKS: Mapping[str, tuple[bool, bool, Mapping[str, float]]] = {  # wide, trunk,
 }
 METHOD = """\
 APGR: random 0.5. Predictions are held out, in 5 folds. Where questions are held out, scores are centred by fold before
-they are ranked together (`training.measure.centred`), and the 95% bootstrap intervals resample prompts. Where whole
+they are ranked together (`routing_metrics.centred`), and the 95% bootstrap intervals resample prompts. Where whole
 groups are held out, scores are ranked as they are, since differences between groups are part of what is predicted, and
 the intervals resample groups. Differences are paired.
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import onnxruntime
 
-from estimator import checkpoint
-from estimator.runtime import Runtime
-from training.measure import table
+from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.training.evaluation.routing_metrics import table
 
 SHORT = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?"
 

@@ -36,7 +36,7 @@ from tests import chromium
 from tests.monitoring import servers
 
 IMAGES = Path(__file__).parent / "images"
-DATA = Path(__file__).parents[1] / "gateway/demo_data"
+DATA = Path(__file__).parents[1] / "gateway/demo/data"
 START_SECONDS = 90.0
 WIDTH, SCALE, COLORS = 1240, 1.5, 255
 POOLS = {"small": 1.0, "large": 5.0}  # and what they cost
@@ -60,7 +60,12 @@ def main() -> int:
         directory = Path(place)
         urls = {
             name: running.enter_context(
-                _program(directory / name, "gateway.demo_backend", f"--model={DATA / name / 'model.gguf'}", "--port=0")
+                _program(
+                    directory / name,
+                    "depo_gateway.gateway.demo.llama_server",
+                    f"--model={DATA / name / 'model.gguf'}",
+                    "--port=0",
+                )
             )[0]
             for name in POOLS
         }

@@ -1,1 +1,1 @@
-"""Common ground of serving and learning: the difficulty estimator, its checkpoints and records."""
+"""Shared by serving and learning: the difficulty estimator, its checkpoints and the records of served traffic."""

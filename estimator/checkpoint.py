@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from estimator.text import TextConfig
+from depo_gateway.estimator.text import TextConfig
 
 SCHEMA = 1
 MANIFEST, WEIGHTS, TOKENIZER, ENCODER, CALIBRATION = (

@@ -20,10 +20,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 
-from estimator import calibration, checkpoint
-from estimator.calibration import Calibration
-from estimator.checkpoint import Base, Manifest
-from estimator.model import DeepPart, Estimator, attend, int8_of, weights_of
+from depo_gateway.estimator import calibration, checkpoint
+from depo_gateway.estimator.calibration import Calibration
+from depo_gateway.estimator.checkpoint import Base, Manifest
+from depo_gateway.estimator.model import DeepPart, Estimator, attend, int8_of, weights_of
 
 SMALL = 4096  # fewer numbers than this stay fp32
 EXACT = 1e-4  # of a step of int8; a matrix rounded before is off by 2e-5, for fp32 is not exact

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from estimator import losses, wide
-from estimator.forward import dropout, fp32, sparing
-from estimator.model import Estimator, attend, collate
-from estimator.records import Example
-from estimator.text import Prepared, prepare
+from depo_gateway.estimator import losses, wide
+from depo_gateway.estimator.forward import dropout, fp32, sparing
+from depo_gateway.estimator.model import Estimator, attend, collate
+from depo_gateway.estimator.records.types import Example
+from depo_gateway.estimator.text import Prepared, prepare
 
 WHOLE = -1  # train_layers: the whole encoder, its embeddings too
 

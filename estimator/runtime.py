@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 from tokenizers import Tokenizer
 
-from estimator import calibration, checkpoint, text, wide
-from estimator.calibration import Calibration
-from estimator.checkpoint import Manifest
-from estimator.text import Prepared
+from depo_gateway.estimator import calibration, checkpoint, text, wide
+from depo_gateway.estimator.calibration import Calibration
+from depo_gateway.estimator.checkpoint import Manifest
+from depo_gateway.estimator.text import Prepared
 
 # ONNX Runtime's errors share no ancestor but Exception
 ONNX_ERRORS = (

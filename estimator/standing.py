@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from estimator import checkpoint
+from depo_gateway.estimator import checkpoint
 
 STANDING = "standing.json"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from estimator.text import clean
+from depo_gateway.estimator.text import clean
 
 
 def narrowed(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:

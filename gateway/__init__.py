@@ -1,3 +1,1 @@
-"""Serves: OpenAI-compatible requests, routed by an estimator to the cheapest pool that will do."""
-
-__version__ = "0.1.0"
+"""Serves: OpenAI-compatible requests, routed by an estimator to the cheapest pool expected to answer well enough."""

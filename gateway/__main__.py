@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gateway import __version__, config
+from depo_gateway import __version__
+from depo_gateway.gateway import config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 def _serve(options: argparse.Namespace) -> int:
     import uvloop
 
-    from gateway import server
+    from depo_gateway.gateway import server
 
     settings = config.load(options.config)
 
@@ -109,7 +110,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
-        from gateway import demo
+        from depo_gateway.gateway.demo import run as demo
     except ModuleNotFoundError as error:
         raise ValueError(f"the demo needs {error.name}: pip install 'depo-gateway[demo]'") from None
 
@@ -118,8 +119,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from estimator.store import Store
-    from gateway import control, scoring
+    from depo_gateway.estimator.records.store import Store
+    from depo_gateway.gateway import control, scoring
 
     settings = config.load(options.config)
     pools, rule = tuple(settings.pools), settings.routing.rule
@@ -149,7 +150,7 @@ def _new_key(options: argparse.Namespace) -> int:
 
 
 def _seed(options: argparse.Namespace) -> int:
-    from gateway import seed
+    from depo_gateway.gateway import seed
 
     print(seed.seed(options.directory, tuple(options.pools)))
     return 0

@@ -1,33 +1,34 @@
 """The gateway as an ASGI application. `serve_request` is the whole life of a request.
 
-Chat, completions and embeddings go through one plain ASGI endpoint; everything else is FastAPI (gateway/surface.py).
+Chat, completions and embeddings go through one plain ASGI endpoint; everything else is FastAPI (gateway/endpoints.py).
 """
 
 import asyncio
 import logging
-import random
-import re
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
-from gateway import conversations, protocol, routing
-from gateway.config import Config, key_digest
-from gateway.conversations import AnswerHead
-from gateway.exchange import Exchange, obtain
-from gateway.notes import REFERENCE_HEADER
-from gateway.protocol import ApiError, Endpoint, Query, UsageTap
-from gateway.routing import Decision, Eligible
-from gateway.state import Gateway, Live, Request
+from depo_gateway.gateway import protocol
+from depo_gateway.gateway.asgi import (
+    CLIENT_GONE,
+    AsgiApp,
+    Receive,
+    Scope,
+    Send,
+    authenticate,
+    common_headers,
+    decision_headers,
+    read_body,
+    request_id,
+)
+from depo_gateway.gateway.conversations import AnswerHead
+from depo_gateway.gateway.decide import decide
+from depo_gateway.gateway.dispatch import Exchange, obtain
+from depo_gateway.gateway.protocol import ApiError, Endpoint, Query, UsageTap
+from depo_gateway.gateway.request_notes import REFERENCE_HEADER
+from depo_gateway.gateway.state import Gateway, Live, Request
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-HeaderList = list[tuple[bytes, bytes]]
-
-CLIENT_GONE = 499  # nginx's status for a client that hung up; no client ever sees it
 SHARE_SMOOTHING = 0.01
 FREE = ("confident", "unsure", "explore", "context", "accepts")  # reasons of decisions that the scores made
 JSON_TYPE = (b"content-type", b"application/json")
@@ -116,65 +117,6 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
             gateway.recorder.add(notes)
 
 
-async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: Request) -> tuple[Eligible, Decision]:
-    """The pool for a query, and the pools that could take it in its stead."""
-    pinned = live.names.get(query.model)
-    if pinned is not None:
-        return Eligible((pinned,)), Decision(pinned, "pinned", estimator=live.scorer.version)
-    if query.model != protocol.AUTO and not query.model.startswith(protocol.AUTO + "-"):
-        known = ", ".join((protocol.AUTO, *live.config.pools))
-        raise ApiError(
-            404,
-            f"The model {query.model!r} does not exist; this gateway has {known} (GET /v1/models).",
-            "model_not_found",
-            "model",
-        )
-    asked = request.ruling.asked = protocol.wanted_threshold(query.model)
-    if query.endpoint == "embeddings":
-        raise ApiError(
-            400,
-            f"Embeddings are not routed; name a pool as 'model': {', '.join(live.config.pools)}.",
-            "model_not_routable",
-            "model",
-        )
-    if query.endpoint == "completions" and not query.prompt and query.fields.get("prompt") not in ("", [""]):
-        raise ApiError(
-            400,
-            "Only a 'prompt' of text can be routed; for token ids name a pool as 'model'.",
-            "prompt_not_routable",
-            "prompt",
-        )
-    config = live.config
-    candidates = routing.eligible(config.pools, query.needs, query.prompt_tokens)
-    if not candidates.pools:
-        raise ApiError(
-            400, f"No pool accepts {' and '.join(sorted(query.needs))}.", "modality_not_accepted", "messages"
-        )
-    request.phase = "scoring"
-    scored = request.notes.scored = await live.scorer.score(query.asked)
-    sticky = config.routing.sticky and query.endpoint == "chat"
-    served_by = gateway.conversations.find(key, query.messages) if sticky else None
-    threshold = gateway.control.threshold if asked is None else asked
-    coin = gateway.control.coin(gateway.shares) if asked is None else None
-    if scored is None:
-        decision = routing.without_scores(
-            candidates, config.routing.on_overload, gateway.shares, threshold, random.random()
-        )
-    else:
-        confidence = routing.confidences(scored.quality, config.routing.rule, candidates)
-        request.ruling.scored(confidence, candidates, len(config.pools), scored)
-        explore, draw = config.routing.explore if served_by is None else 0.0, random.random()
-        decision = (
-            routing.decide(confidence, candidates, threshold, scored.version, explore, draw)
-            if coin is None
-            else routing.by_share(confidence, candidates, coin, threshold, scored.version, draw)
-        )
-    if served_by is not None:
-        looping = conversations.in_tool_loop(query.messages)
-        decision = routing.keep(decision, served_by, tuple(config.pools), candidates, looping)
-    return candidates, decision
-
-
 def note(gateway: Gateway, live: Live, exchange: "Exchange") -> None:
     """Counts a decision that a backend has answered."""
     decision, metrics = exchange.decision, gateway.metrics
@@ -238,79 +180,6 @@ async def answer(
         if not head.complete:  # interrupted: clients go on from what they have
             remember()
         count_tokens(gateway, live, request, exchange.decision.pool, tap.usage)
-
-
-def authenticate(live: Live, headers: Mapping[bytes, bytes]) -> str:
-    """The name of the caller's key, "" where the gateway is open."""
-    if not live.keys:
-        return ""
-    key = bearer_key(headers)
-    if not key:
-        raise ApiError(401, "No API key: send it as 'Authorization: Bearer KEY'.", "missing_api_key")
-    name = live.keys.get(key_digest(key))
-    if name is None:
-        raise ApiError(401, "The API key is not known here.", "invalid_api_key")
-    return name
-
-
-def bearer_key(headers: Mapping[bytes, bytes]) -> str:
-    """The key of `Authorization: Bearer KEY`, "" without one."""
-    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
-
-
-async def read_body(receive: Receive, headers: Mapping[bytes, bytes], config: Config) -> bytes:
-    limit = config.limits.body_bytes
-    close = ((b"connection", b"close"),)
-    too_large = ApiError(413, f"The body is larger than limits.body_bytes ({limit}).", "body_too_large", headers=close)
-    if int(headers.get(b"content-length", b"0")) > limit:
-        raise too_large
-    parts, size = [], 0
-    limits = config.timeouts
-    until = time.monotonic() + limits.total_s
-    while True:
-        try:
-            async with asyncio.timeout(min(limits.idle_s, until - time.monotonic())):
-                message = await receive()
-        except TimeoutError:
-            why = f"The body stopped coming for {limits.idle_s:g} s, or took longer than {limits.total_s:g} s."
-            raise ApiError(408, why, "body_timeout", headers=close) from None
-        if message["type"] == "http.disconnect":
-            raise ApiError(CLIENT_GONE, "The client hung up.", "client_gone")
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise too_large
-        parts.append(part)
-        if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def request_id(headers: Mapping[bytes, bytes]) -> str:
-    """The client's x-request-id if it is a plain short word, or a new one."""
-    given = headers.get(b"x-request-id", b"").decode("latin-1")
-    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else "req-" + secrets.token_hex(12)
-
-
-def decision_headers(config: Config, decision: Decision) -> HeaderList:
-    headers = [
-        (b"x-depo-pool", decision.pool.encode()),
-        (b"x-depo-reason", decision.reason.encode()),
-        (b"x-depo-estimator", decision.estimator.encode()),
-    ]
-    if config.routing.expose_scores:
-        if decision.confidence is not None:
-            headers.append((b"x-depo-confidence", b"%.4f" % decision.confidence))
-        if decision.threshold is not None:
-            headers.append((b"x-depo-threshold", b"%.4f" % decision.threshold))
-    return headers
-
-
-def common_headers(gateway: Gateway, request: Request) -> HeaderList:
-    headers = [(b"x-request-id", request.id.encode())]
-    if gateway.draining:
-        headers.append((b"connection", b"close"))  # the client's next request finds another replica
-    return headers
 
 
 def count_tokens(gateway: Gateway, live: Live, request: Request, pool: str, usage: Mapping[str, Any] | None) -> None:

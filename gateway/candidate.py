@@ -11,12 +11,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from estimator.runtime import Runtime
-from estimator.text import read
-from gateway import routing
-from gateway.config import Rule
-from gateway.metrics import Metrics
-from gateway.routing import Eligible
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.estimator.text import read
+from depo_gateway.gateway import routing
+from depo_gateway.gateway.config import Rule
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.routing import Eligible
 
 QUEUE = 64
 NICE = 10

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
-from estimator import addresses, settings
-from estimator.settings import at_least, within
+from depo_gateway.estimator.configuration import addresses, yaml_tree
+from depo_gateway.estimator.configuration.yaml_tree import at_least, within
 
 Modality = Literal["text", "tools", "image", "audio"]
 Rule = Literal["gain", "difficulty"]
@@ -150,9 +150,9 @@ def load(path: Path) -> Config:
     Raises:
         ValueError: one sentence that names the key at fault and the remedy.
     """
-    raw = settings.read_yaml(path)
+    raw = yaml_tree.read_yaml(path)
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a mapping with 'version' and 'pools', found {settings.kind_of(raw)}")
+        raise ValueError(f"{path}: expected a mapping with 'version' and 'pools', found {yaml_tree.kind_of(raw)}")
     try:
         return parse(raw, path.parent)
     except ValueError as error:
@@ -171,7 +171,7 @@ def parse(raw: Mapping[str, Any], directory: Path = Path()) -> Config:
     open_aloud = values.get("auth") == "none"
     if open_aloud:
         del values["auth"]
-    config: Config = settings.build(Config, values, "")
+    config: Config = yaml_tree.build(Config, values, "")
     if config.auth is not None:
         config = dataclasses.replace(config, auth=_with_keys_file(config.auth, directory))
     config = dataclasses.replace(config, estimator=_with_places(config.estimator, directory))
@@ -187,7 +187,7 @@ def parse(raw: Mapping[str, Any], directory: Path = Path()) -> Config:
 
 def resolved(config: Config) -> str:
     """The tree as YAML, defaults filled in, key digests shortened so that a paste into a ticket gives nothing away."""
-    tree = settings.plain(config)
+    tree = yaml_tree.plain(config)
     if config.records is not None:
         tree["records"]["url"] = shown_url(config.records)
     else:
@@ -267,7 +267,7 @@ def _check(config: Config, open_aloud: bool) -> None:
     within(routing.threshold, 0, 1, "routing.threshold")
     within(routing.explore, 0, 1, "routing.explore")
     if routing.target is not None:
-        given = {name: value for name, value in settings.plain(routing.target).items() if value is not None}
+        given = {name: value for name, value in yaml_tree.plain(routing.target).items() if value is not None}
         if len(given) != 1:
             raise ValueError("routing.target takes one of large_share, quality, cost")
         for name, value in given.items():
@@ -372,12 +372,12 @@ def _with_keys_file(auth: Auth, directory: Path) -> Auth:
     if auth.keys_file is None:
         return auth
     path = directory / Path(auth.keys_file).expanduser()
-    raw = settings.read_yaml(path)
+    raw = yaml_tree.read_yaml(path)
     if isinstance(raw, dict) and set(raw) == {"keys"}:
         raw = raw["keys"]
     if not isinstance(raw, list):
-        raise ValueError(f"auth.keys_file {path}: expected a list of {{name, sha256}}, found {settings.kind_of(raw)}")
-    return Auth(str(path), auth.keys + tuple(settings.build(Key, item, f"{path}[{i}]") for i, item in enumerate(raw)))
+        raise ValueError(f"auth.keys_file {path}: expected a list of {{name, sha256}}, found {yaml_tree.kind_of(raw)}")
+    return Auth(str(path), auth.keys + tuple(yaml_tree.build(Key, item, f"{path}[{i}]") for i, item in enumerate(raw)))
 
 
 def _check_digest(value: str, where: str) -> None:

@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from estimator.calibration import Curve
-from estimator.runtime import Runtime
-from estimator.standing import Standing
-from gateway.budgets import Account, Budgets
-from gateway.candidate import Candidate, Offer
-from gateway.config import Config
-from gateway.drift import Drift
-from gateway.metrics import Metrics
-from gateway.protocol import ApiError
-from gateway.routing import Decision, Eligible
-from gateway.scoring import Scored
-from gateway.target import Controller, Step
+from depo_gateway.estimator.calibration import Curve
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.estimator.standing import Standing
+from depo_gateway.gateway.budgets import Account, Budgets
+from depo_gateway.gateway.candidate import Candidate, Offer
+from depo_gateway.gateway.config import Config
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.protocol import ApiError
+from depo_gateway.gateway.routing import Decision, Eligible
+from depo_gateway.gateway.score_drift import Drift
+from depo_gateway.gateway.scoring import Scored
+from depo_gateway.gateway.threshold_controller import Controller, Step
 
 OBEYING = ("confident", "unsure", "context", "accepts")  # reasons of decisions that the threshold makes
 

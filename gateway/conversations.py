@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from estimator.text import text_of_content
+from depo_gateway.estimator.text import text_of_content
 
 CAPACITY = 65_536  # turns; about 10 MB
 TTL_SECONDS = 3_600.0

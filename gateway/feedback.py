@@ -5,10 +5,10 @@ import time
 
 import orjson
 
-from estimator.store import Feedback, StoreError
-from gateway.protocol import ApiError
-from gateway.records import Recorder
-from gateway.state import Gateway
+from depo_gateway.estimator.records.store import Feedback, StoreError
+from depo_gateway.gateway.protocol import ApiError
+from depo_gateway.gateway.records import Recorder
+from depo_gateway.gateway.state import Gateway
 
 # A record may still be on its way, from here or from another gateway on the same database: batches take 50 ms.
 LOOK_AGAIN_SECONDS = (0.1, 0.2, 0.3, 0.4)

@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gateway.config import Config, PoolConfig
-from gateway.metrics import Metrics
-from gateway.upstream import Upstream, UpstreamError
+from depo_gateway.gateway.config import Config, PoolConfig
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.upstream import Upstream, UpstreamError
 
 HEALTH_INTERVAL_SECONDS = 2.0
 HEALTH_TIMEOUT_SECONDS = 5.0

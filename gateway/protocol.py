@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import orjson
 
-from estimator.text import prompt_of_messages
+from depo_gateway.estimator.text import prompt_of_messages
 
 Endpoint = Literal["chat", "completions", "embeddings"]
 PATHS: dict[str, Endpoint] = {

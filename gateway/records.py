@@ -16,11 +16,11 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from estimator.records import Record
-from estimator.store import Feedback, Store, StoreError
-from gateway.config import Records, database
-from gateway.metrics import Metrics
-from gateway.notes import Answer, Notes, record_of
+from depo_gateway.estimator.records.store import Feedback, Store, StoreError
+from depo_gateway.estimator.records.types import Record
+from depo_gateway.gateway.config import Records, database
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.request_notes import Answer, Notes, record_of
 
 QUEUE_RECORDS = 10_000
 QUEUE_BYTES = 64 << 20  # of bodies and answers that wait, as they came over the wire

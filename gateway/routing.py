@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gateway.config import PoolConfig, Rule
+from depo_gateway.gateway.config import PoolConfig, Rule
 
 Reason = Literal[
     "confident", "unsure", "pinned", "sticky", "explore", "context", "accepts", "overload", "fallback", "budget"

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from estimator import checkpoint
-from estimator.runtime import ONNX_ERRORS, Runtime, Scores
-from estimator.text import Prepared, read
-from gateway.metrics import Metrics
+from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.runtime import ONNX_ERRORS, Runtime, Scores
+from depo_gateway.estimator.text import Prepared, read
+from depo_gateway.gateway.metrics import Metrics
 
 CACHE_ENTRIES = 16_384
 CGROUP = Path("/sys/fs/cgroup")

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from estimator import calibration, checkpoint
+from depo_gateway.estimator import calibration, checkpoint
 
 NAME = "builtin"
 LEFT_SECONDS = 3600.0  # what has been half-written for so long is nobody's any more

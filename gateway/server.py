@@ -10,14 +10,15 @@ from pathlib import Path
 
 import uvicorn
 
-from gateway import __version__, app, config, pools, scoring, surface, watch
-from gateway.config import Config
-from gateway.connection import uvicorn_config
-from gateway.control import Control
-from gateway.metrics import Metrics
-from gateway.records import Recorder, identity
-from gateway.state import Gateway, Live, served_names
-from gateway.upstream import Upstream
+from depo_gateway import __version__
+from depo_gateway.gateway import app, checkpoint_watcher, config, endpoints, pools, scoring
+from depo_gateway.gateway.config import Config
+from depo_gateway.gateway.control import Control
+from depo_gateway.gateway.http_protocol import uvicorn_config
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.records import Recorder, identity
+from depo_gateway.gateway.state import Gateway, Live, served_names
+from depo_gateway.gateway.upstream import Upstream
 
 KEEP_ALIVE_SECONDS = 75  # longer than the load balancers in front, which then are the ones that close
 
@@ -90,10 +91,10 @@ async def serve(
     shares = scoring.usual_shares(runtime, tuple(settings.pools), settings.routing.rule, control.threshold)
     gateway = Gateway(live, metrics, upstream, budget, control, recorder=recorder, shares=shares)
     gateway.idle.set()
-    watching = watch.Watch(gateway)
+    watching = checkpoint_watcher.Watch(gateway)
     await watching.first_standing()
     await watching.first_candidate()
-    watch.show(gateway)
+    checkpoint_watcher.show(gateway)
     tasks = _Tasks(gateway, watching)
     one_reload = asyncio.Lock()
 
@@ -115,7 +116,7 @@ async def serve(
             live.scorer.close()
             raise
         await pools.check_all(live.pools, upstream)
-        watch.replace_live(gateway, live)
+        checkpoint_watcher.replace_live(gateway, live)
         await watching.first_standing()
         upstream.set_connect_seconds(fresh.timeouts.connect_s)
         gateway.budget = pools.RetryBudget(fresh.retries.budget, fresh.retries.per_second)
@@ -127,8 +128,8 @@ async def serve(
         log.info("the config %s is applied", path)
         return gateway.live.scorer.version
 
-    public = app.create_app(gateway, surface.create_public(gateway))
-    admin = surface.create_admin(gateway, reload if path else None)
+    public = app.create_app(gateway, endpoints.create_public(gateway))
+    admin = endpoints.create_admin(gateway, reload if path else None)
     servers = [
         _Server(uvicorn_config(item, settings.limits.header_bytes, KEEP_ALIVE_SECONDS)) for item in (public, admin)
     ]
@@ -164,7 +165,7 @@ async def serve(
 class _Tasks:
     """The health checks and the checkpoint watcher of the config in force."""
 
-    def __init__(self, gateway: Gateway, watching: watch.Watch) -> None:
+    def __init__(self, gateway: Gateway, watching: checkpoint_watcher.Watch) -> None:
         self._gateway = gateway
         self._watching = watching
         self._running: list[asyncio.Task[None]] = []
@@ -197,7 +198,7 @@ def _recorder(settings: Config, metrics: Metrics, running: Recorder | None = Non
 
 
 async def _live(settings: Config, metrics: Metrics) -> Live:
-    scorer = await watch.open_scorer(settings, metrics)
+    scorer = await checkpoint_watcher.open_scorer(settings, metrics)
     keys = {key.sha256: key.name for key in settings.auth.keys} if settings.auth else {}
     return Live(settings, pools.open_pools(settings, metrics), keys, served_names(settings.pools), scorer)
 

@@ -5,18 +5,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gateway.candidate import Candidate
-from gateway.config import Config, PoolConfig
-from gateway.control import Control, Ruling
-from gateway.conversations import Conversations
-from gateway.metrics import NONE, Metrics
-from gateway.notes import Notes
-from gateway.pools import Pool, RetryBudget
-from gateway.protocol import Endpoint
-from gateway.recent import Recent
-from gateway.records import Recorder
-from gateway.scoring import Scorer
-from gateway.upstream import Upstream
+from depo_gateway.gateway.candidate import Candidate
+from depo_gateway.gateway.config import Config, PoolConfig
+from depo_gateway.gateway.control import Control, Ruling
+from depo_gateway.gateway.conversations import Conversations
+from depo_gateway.gateway.metrics import NONE, Metrics
+from depo_gateway.gateway.pools import Pool, RetryBudget
+from depo_gateway.gateway.protocol import Endpoint
+from depo_gateway.gateway.recent_requests import Recent
+from depo_gateway.gateway.records import Recorder
+from depo_gateway.gateway.request_notes import Notes
+from depo_gateway.gateway.scoring import Scorer
+from depo_gateway.gateway.upstream import Upstream
 
 
 @dataclass(frozen=True, slots=True)

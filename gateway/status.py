@@ -11,13 +11,13 @@ from typing import Any
 
 from prometheus_client import Counter
 
-from estimator.calibration import Curve
-from gateway import __version__
-from gateway.config import Config
-from gateway.control import curve_of
-from gateway.pools import Pool
-from gateway.recent import SLICE_SECONDS, Ended, Recent, Slice
-from gateway.state import Gateway
+from depo_gateway import __version__
+from depo_gateway.estimator.calibration import Curve
+from depo_gateway.gateway.config import Config
+from depo_gateway.gateway.control import curve_of
+from depo_gateway.gateway.pools import Pool
+from depo_gateway.gateway.recent_requests import SLICE_SECONDS, Ended, Recent, Slice
+from depo_gateway.gateway.state import Gateway
 
 PAGE = Path(__file__).with_name("status.html")
 PRIVATE = {"cache-control": "no-store", "x-content-type-options": "nosniff"}

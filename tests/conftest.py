@@ -56,12 +56,12 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     """A real checkpoint of the pools small and large: prompts with the word "hard" need the large one."""
     import torch
 
-    from estimator import export
-    from estimator.calibration import Calibration, Platt, Stage
-    from estimator.learner import Learner, LearnerConfig
-    from estimator.model import ModelConfig, create
-    from estimator.records import Example
-    from estimator.text import TextConfig
+    from depo_gateway.estimator import export
+    from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+    from depo_gateway.estimator.learner import Learner, LearnerConfig
+    from depo_gateway.estimator.model import ModelConfig, create
+    from depo_gateway.estimator.records.types import Example
+    from depo_gateway.estimator.text import TextConfig
 
     torch.manual_seed(0)
     chance = random.Random(0)
@@ -102,12 +102,12 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
     import numpy as np
     import torch
 
-    from estimator import calibration, export
-    from estimator.calibration import Calibration, Platt, Stage
-    from estimator.learner import Learner, LearnerConfig
-    from estimator.model import ModelConfig, create
-    from estimator.records import Example
-    from estimator.text import CHAT, TextConfig, read, with_tokens
+    from depo_gateway.estimator import calibration, export
+    from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+    from depo_gateway.estimator.learner import Learner, LearnerConfig
+    from depo_gateway.estimator.model import ModelConfig, create
+    from depo_gateway.estimator.records.types import Example
+    from depo_gateway.estimator.text import CHAT, TextConfig, read, with_tokens
 
     torch.manual_seed(0)
     chance = random.Random(0)

@@ -1,8 +1,9 @@
-"""Arrows point one way, gateway -> estimator <- training; no cycles; serving needs no torch."""
+"""Imports point one way, gateway -> estimator <- training; no cycles; serving needs no torch."""
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -10,15 +11,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"gateway": {"estimator"}, "estimator": set(), "training": {"estimator"}}
+# Each sub-package of training imports only those before it; online and rl don't know each other.
+ORDER = ("rewards", "judging", "outcomes", "evaluation", "fitting", "online", "rl", "commands")
 FORBIDDEN = {
     "estimator": {"fastapi", "starlette", "uvicorn", "aiohttp", "trl", "vllm"},
     "gateway": {"torch", "transformers", "trl", "vllm"},
 }
-SERVING_ESTIMATOR = ("runtime", "text", "wide", "calibration", "checkpoint", "records", "settings", "standing", "store")
 HEAVY = {"torch", "transformers", "onnx", "matplotlib"}
+SERVING = ("gateway.__main__", "gateway.server", "gateway.demo.run")
+LEARNER_SETTINGS = ("training.online.settings", "training.online.daemon", "training.commands.collect")
 
 
 def modules() -> dict[str, Path]:
+    """Every module of the product by its name below depo_gateway."""
     found = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -28,7 +33,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module a file imports, wherever in it; `from a import b` counts as a.b where that is a module."""
+    """Every module a file imports, wherever in it, ours without `depo_gateway.`."""
     known = modules()
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -39,8 +44,8 @@ def imports(path: Path) -> set[str]:
             assert node.module is not None
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                names.add(full if full in known else node.module)
-    return names
+                names.add(full if full.removeprefix("depo_gateway.") in known else node.module)
+    return {name.removeprefix("depo_gateway.") for name in names}
 
 
 def test_packages_import_in_one_direction() -> None:
@@ -53,38 +58,77 @@ def test_packages_import_in_one_direction() -> None:
                 assert top in PACKAGES[package], f"{name} imports {imported}"
 
 
+def test_sub_packages_of_training_import_in_order() -> None:
+    for name, path in modules().items():
+        own = name.split(".")[1:2]
+        for imported in imports(path):
+            other = imported.split(".")[1:2]
+            if name.startswith("training.") and imported.startswith("training.") and own != other and other != []:
+                assert own != ["__main__"] or other == ["commands"], f"{name} imports {imported}"
+                if own != ["__main__"]:
+                    assert ORDER.index(other[0]) < ORDER.index(own[0]), f"{name} imports {imported}"
+                assert (own, other) != (["rl"], ["online"]), f"{name} imports {imported}"
+
+
+def test_nothing_imports_a_command() -> None:
+    for name, path in modules().items():
+        if name != "training.__main__":
+            assert not [item for item in imports(path) if item.startswith("training.commands")], name
+
+
+def test_every_folder_of_training_has_its_place_in_the_order() -> None:
+    assert {path.parent.name for path in (ROOT / "training").glob("*/__init__.py")} == set(ORDER)
+
+
 def test_there_are_no_import_cycles() -> None:
     known = modules()
     graph = {name: {item for item in imports(path) if item in known and item != name} for name, path in known.items()}
-    for name, needed in graph.items():  # a package's __init__ holds a version only; it joins no cycle
-        graph[name] = {item for item in needed if item not in PACKAGES}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
 
 
+def test_public_names_are_unique_within_a_package() -> None:
+    homes = defaultdict(set)
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[name.split(".")[0], node.name].add(name)
+    assert not {key: sorted(places) for key, places in homes.items() if len(places) > 1}
+
+
+def test_error_classes_end_in_error() -> None:
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases = {ast.unparse(base) for base in node.bases}
+                is_error = any(base.endswith(("Error", "Exception")) for base in bases)
+                assert not is_error or node.name.endswith("Error"), f"{name}.{node.name}"
+
+
 def test_the_demo_alone_needs_aiohttp() -> None:
     """The base install, and so the serving image, has none."""
     for name, path in modules().items():
-        if name.startswith(("gateway", "estimator")) and name != "gateway.demo":
+        if name.startswith(("gateway", "estimator")) and name != "gateway.demo.run":
             assert "aiohttp" not in {item.split(".")[0] for item in imports(path)}, name
 
 
-@pytest.mark.parametrize("command", ["import gateway.__main__, gateway.server, gateway.demo"])
-def test_serving_imports_nothing_heavy(command: str) -> None:
-    script = f"{command}; import sys; print(*sorted(sys.modules))"
+@pytest.mark.parametrize("names", [SERVING, LEARNER_SETTINGS], ids=["serving", "learner"])
+def test_serving_and_the_learner_settings_import_nothing_heavy(names: tuple[str, ...]) -> None:
+    script = "; ".join(f"import depo_gateway.{name}" for name in names) + "; import sys; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not HEAVY & set(loaded.stdout.split())
 
 
-def test_the_serving_half_of_the_estimator_imports_no_torch() -> None:
-    for name in SERVING_ESTIMATOR:
-        assert not HEAVY & {item.split(".")[0] for item in imports(ROOT / "estimator" / f"{name}.py")}, name
+def test_the_packages_links_lead_to_the_folders() -> None:
+    """depo_gateway/ holds no code but its own __init__: each part is a link to the folder at the top."""
+    for package in PACKAGES:
+        assert (ROOT / "depo_gateway" / package).resolve() == ROOT / package
 
 
-def test_every_package_is_in_the_wheel() -> None:
-    import tomllib
-
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert set(listed) == set(PACKAGES)
+def test_every_folder_of_code_is_a_package() -> None:
+    """Else the wheel would leave it out."""
+    for package in PACKAGES:
+        folders = {path.parent for path in (ROOT / package).rglob("*.py")}
+        assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway import config
-from gateway.metrics import Metrics
-from training import learner_settings
-from training.learner_metrics import LearnerMetrics
-from training.run_metrics import RunMetrics
+from depo_gateway.gateway import config
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.training.online import settings as learner_settings
+from depo_gateway.training.online.metrics import LearnerMetrics
+from depo_gateway.training.rl.metrics import RunMetrics
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
@@ -121,7 +121,7 @@ def test_example_configs_are_taken(path: Path) -> None:
 
 
 def test_reasons_are_documented() -> None:
-    from gateway.routing import Reason
+    from depo_gateway.gateway.routing import Reason
 
     for reason in typing.get_args(Reason):
         assert f"`{reason}`" in OPERATIONS

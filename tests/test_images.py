@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 import yaml
 
-from estimator import checkpoint
+from depo_gateway.estimator import checkpoint
 from tests import container
 from tests.container import ROOT, USER, Image
 from tests.gateway.backend import FakeVllm

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import yaml
 
-from estimator import checkpoint
-from estimator.records import FEEDBACK
-from estimator.store import Store
+from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.records.store import Store
+from depo_gateway.estimator.records.types import FEEDBACK
 from tests.conftest import WORDS
 from tests.gateway.conftest import Running, running
 from tests.postgres import Postgres
-from tests.training.vllm import chat, vllm
+from tests.training.fake_vllm import chat, vllm
 
 pytestmark = pytest.mark.slow
 REQUESTS = 240
@@ -55,7 +55,7 @@ class Learner:
     def start(self) -> None:
         with (self.place / "err").open("a") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "training", "refresh", "--follow", *self.words],
+                [sys.executable, "-m", "depo_gateway.training", "refresh", "--follow", *self.words],
                 stderr=err,
                 env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
                 cwd=self.place,

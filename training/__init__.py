@@ -1,1 +1,1 @@
-"""Learns: outcome tables, fits, evaluations and refreshed checkpoints of the estimator."""
+"""Learns: outcome tables, estimator fits, evaluations, RL runs and refreshes from served traffic."""

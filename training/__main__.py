@@ -13,12 +13,21 @@ from typing import NoReturn
 
 # command -> (module with add_arguments(parser) and run(args) -> exit code, what it does)
 COMMANDS = {
-    "collect": ("training.collect", "make an outcome table from your own servers"),
-    "fit": ("training.fit", "fit an estimator to outcome tables"),
-    "refresh": ("training.refresh_command", "learn from served traffic, publish what is better; --follow stays"),
-    "calibrate": ("training.calibrate", "set probabilities and thresholds for targets, as a new checkpoint"),
-    "rl": ("training.rl", "train a policy by GRPO, DAPO or DEPO; its estimator routes"),
-    "evaluate": ("training.evaluate", "measure a checkpoint's routing against random and prompt length"),
+    "collect": ("depo_gateway.training.commands.collect", "make an outcome table from your own servers"),
+    "fit": ("depo_gateway.training.commands.fit", "fit an estimator to outcome tables"),
+    "refresh": (
+        "depo_gateway.training.commands.refresh",
+        "learn from served traffic, publish what is better; --follow stays",
+    ),
+    "calibrate": (
+        "depo_gateway.training.commands.calibrate",
+        "set probabilities and thresholds for targets, as a new checkpoint",
+    ),
+    "rl": ("depo_gateway.training.commands.rl", "train a policy by GRPO, DAPO or DEPO; its estimator routes"),
+    "evaluate": (
+        "depo_gateway.training.commands.evaluate",
+        "measure a checkpoint's routing against random and prompt length",
+    ),
 }
 # command -> what it imports beyond the base install
 NEEDS = {

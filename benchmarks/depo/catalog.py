@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.depo.estimated import SMALL, Depo, DepoConfig
 from benchmarks.depo.grpo import GrpoConfig
 from benchmarks.depo.methods import CLIP_HIGHER, Baseline, Greso, Method, Mopps, Oracle, Polaris
-from estimator.learner import LearnerConfig
-from training.selection import SelectionConfig
+from depo_gateway.estimator.learner import LearnerConfig
+from depo_gateway.training.rl.selection_config import SelectionConfig
 
 WARMUP = 0.1  # of the steps, as in the paper: 100 of 1,000
 TITLES = {

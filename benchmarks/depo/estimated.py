@@ -1,4 +1,4 @@
-"""DEPO as a method of the benchmark: training.depo's Selector over the estimator's own model and learner."""
+"""DEPO as a method of the benchmark: the trainer's own Selector over the estimator's own model and learner."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from benchmarks.depo.encoder import save_encoder
 from benchmarks.depo.methods import RollOut
-from estimator.learner import FAITHFUL, Learner, LearnerConfig
-from estimator.model import ModelConfig, create
-from estimator.text import TextConfig
-from training.depo import Selector
-from training.groups import Group
-from training.selection import Choice, SelectionConfig
+from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
+from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.text import TextConfig
+from depo_gateway.training.rl.group_labels import Group
+from depo_gateway.training.rl.selection_config import Choice, SelectionConfig
+from depo_gateway.training.rl.selector import Selector
 
 # A run here has some 400 steps of 16 labels where the paper's has 1,000 of 128, and the encoder starts from random
 # weights: larger rates, the same for encoder and trunk. Chosen on the tuning seeds.

@@ -21,8 +21,8 @@ from benchmarks.depo.grpo import Gradients, GrpoConfig, Rollout, Trainer
 from benchmarks.depo.methods import EASY, HOPELESS, Method, kind_of
 from benchmarks.depo.policy import Policy
 from benchmarks.depo.task import Task, roll_out
-from training.groups import Group
-from training.measure import auroc
+from depo_gateway.training.evaluation.routing_metrics import auroc
+from depo_gateway.training.rl.group_labels import Group
 
 EVALUATION = 7  # seed of the evaluation's sampling: the same noise for all
 Row = dict[str, Any]

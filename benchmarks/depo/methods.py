@@ -13,10 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from training.beliefs import nonzero_advantage
-from training.depo import Selector
-from training.groups import Group
-from training.selection import Choice, SelectionConfig, Stream
+from depo_gateway.training.rl.group_labels import Group
+from depo_gateway.training.rl.pass_rate_belief import nonzero_advantage
+from depo_gateway.training.rl.selection_config import Choice, SelectionConfig, Stream
+from depo_gateway.training.rl.selector import Selector
 
 RollOut = Callable[[Sequence[int]], list[Group]]
 CLIP_HIGHER = 0.28  # DAPO's upper bound; GRPO's is 0.2

@@ -35,8 +35,8 @@ from benchmarks.depo.methods import Method
 from benchmarks.depo.simulated_estimator import DEPO, Items, TextDepo, embedded, text_depo
 from benchmarks.depo.simulated_policy import Domain, auroc_of, expected_auroc, read, readable
 from benchmarks.depo.simulated_report import report
-from training.beliefs import nonzero_advantage
-from training.groups import Group
+from depo_gateway.training.rl.group_labels import Group
+from depo_gateway.training.rl.pass_rate_belief import nonzero_advantage
 
 Row = dict[str, Any]
 FILES = {"gsm8k": "gsm8k_many_models.jsonl", "math_l5": "math_l5_many_models.jsonl"}

@@ -15,13 +15,13 @@ from torch import Tensor
 from benchmarks.depo.catalog import DEPO as CATALOG
 from benchmarks.depo.catalog import depo_of, parse
 from benchmarks.depo.methods import RollOut
-from estimator.learner import FAITHFUL, Item, Learner
-from estimator.model import DEFAULT_ENCODER, ModelConfig, create
-from estimator.records import Example
-from estimator.text import TextConfig
-from training.depo import Selector
-from training.groups import Group
-from training.selection import Choice
+from depo_gateway.estimator.learner import FAITHFUL, Item, Learner
+from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create
+from depo_gateway.estimator.records.types import Example
+from depo_gateway.estimator.text import TextConfig
+from depo_gateway.training.rl.group_labels import Group
+from depo_gateway.training.rl.selection_config import Choice
+from depo_gateway.training.rl.selector import Selector
 
 Items = dict[str, Item]  # prompt -> it, embedded, without labels; runs share them
 DEPO = ("depo", "depo-noranking", "depo-plus")

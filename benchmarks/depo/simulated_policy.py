@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.beliefs import nonzero_advantage
-from training.measure import auroc
+from depo_gateway.training.evaluation.routing_metrics import auroc
+from depo_gateway.training.rl.pass_rate_belief import nonzero_advantage
 
 Array = NDArray[np.float64]
 SPLIT = 11  # a stream of random numbers

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
+from benchmarks.demo_models.chains import RECIPES, answer_of, build_model, build_tokenizer, draw
 from benchmarks.depo.policy import Policy
-from training.chains import RECIPES, answer_of, build_model, build_tokenizer, draw
 
 LESSONS = (8.0, 4.0, 0.1)  # the weights of + - * in what it is taught
 STEPS, BATCH, RATE, SEED = 2500, 64, 3e-3, 0

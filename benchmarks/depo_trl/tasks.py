@@ -7,12 +7,12 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.demo_models.chains import answer_of, length_of
 from benchmarks.depo.task import LIMIT, task_of
-from training.chains import answer_of, length_of
 
 DIGITS, TERMS = range(1, 7), range(2, 5)
 SPLITS = {"sft": range(0, 6), "train": range(6, 14), "evaluate": range(14, 16)}  # sixteenths of all sums
-VERIFIERS = {"sums": "number", "chains": "exact"}  # of training.rewards
+VERIFIERS = {"sums": "number", "chains": "exact"}  # of depo_gateway.training.rewards.verifiers
 LIMITS = {"sums": 32, "chains": LIMIT}  # tokens of a completion
 Row = dict[str, Any]
 

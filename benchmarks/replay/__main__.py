@@ -31,7 +31,7 @@ from benchmarks.replay.processes import general, untrained
 from benchmarks.replay.questions import Question, chain_questions, questions_of
 from benchmarks.replay.run import run, save
 from benchmarks.replay.score import Scorer, outcomes
-from training.measure import measure
+from depo_gateway.training.evaluation.routing_metrics import measure
 
 QUICK_STEP, QUICK_BLOCKS, QUICK_LATER = 150, 3, 400
 

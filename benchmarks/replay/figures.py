@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.depo.figures import interval
 from benchmarks.replay.score import Array, windows
-from training.measure import apgr, measure
+from depo_gateway.training.evaluation.routing_metrics import apgr, measure
 
 Run = Mapping[str, Any]
 EVERY = 20  # requests between two points of a plotted share

@@ -20,10 +20,10 @@ import torch
 import yaml
 
 from benchmarks.replay.questions import GENERAL, GENERAL_MODELS, POOLS
-from estimator import checkpoint, export
-from estimator.model import ModelConfig, create
-from estimator.text import TextConfig
-from training.calibrate import calibrate
+from depo_gateway.estimator import checkpoint, export
+from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.text import TextConfig
+from depo_gateway.training.fitting.calibration import calibrate
 
 ROOT = Path(__file__).parents[2]
 SERVING = re.compile(r"serving (http://[\d.]+:\d+)/v1, metrics at (http://[\d.]+:\d+)/")
@@ -98,7 +98,7 @@ def gateway(place: Place, config: Mapping[str, Any]) -> Iterator[tuple[str, str]
     """Its address, and its admin address. Raises ValueError if it does not start."""
     file, log = place.root / "gateway.yaml", place.root / "gateway.log"
     file.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    with process(log, "-m", "gateway", "serve", "--config", str(file)) as started:
+    with process(log, "-m", "depo_gateway.gateway", "serve", "--config", str(file)) as started:
         until = time.monotonic() + START_SECONDS
         while (found := SERVING.search(log.read_text())) is None:
             if started.poll() is not None or time.monotonic() > until:
@@ -112,7 +112,7 @@ def learner(place: Place, config: Mapping[str, Any], base: Path, cold: bool) -> 
     file, log = place.root / "learner.yaml", place.root / "learner.log"
     file.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     words = ["--base", str(base), "--out", str(place.checkpoints), "--config", str(file), *(["--cold"] if cold else [])]
-    with process(log, "-m", "training", "refresh", "--follow", *words) as started:
+    with process(log, "-m", "depo_gateway.training", "refresh", "--follow", *words) as started:
         yield started
 
 
@@ -159,7 +159,7 @@ def general(place: Path, data: Path) -> Path:
         command = ["fit", "--outcomes", *tables, "--pools", *GENERAL_MODELS, "--balance", "0.5", "--out", str(place)]
         place.parent.mkdir(parents=True, exist_ok=True)
         log = place.parent / f"{place.name}.log"
-        with process(log, "-m", "training", *command) as started:
+        with process(log, "-m", "depo_gateway.training", *command) as started:
             if started.wait():
                 raise ValueError(f"the general start could not be fitted: {last_line(log)}")
     return place

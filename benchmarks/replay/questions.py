@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.chains import chains
-from training.data import examples_of, parse_pools, read_tables
+from benchmarks.demo_models.chains import chains
+from depo_gateway.training.outcomes.table import examples_of, parse_pools, read_tables
 
 POOLS = ("small", "large")
 MODELS = ("small=mistralai/Mixtral-8x7B-Instruct-v0.1", "large=gpt-4-1106-preview")

@@ -25,8 +25,8 @@ from benchmarks.replay.backends import backends
 from benchmarks.replay.processes import Place
 from benchmarks.replay.questions import Question, by_text
 from benchmarks.replay.score import Scorer, Served, advantage, measured, outcomes, share_errors
-from estimator import checkpoint
-from estimator.store import Store
+from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.records.store import Store
 
 CLIENTS = 8
 POLL_SECONDS = 0.2

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.replay.questions import POOLS, Question
-from estimator import calibration, checkpoint
-from estimator.learner import Item, Learner, LearnerConfig
-from estimator.model import ModelConfig, create
-from estimator.records import Example
-from estimator.text import TextConfig
-from training.measure import apgr, calibration_error
+from depo_gateway.estimator import calibration, checkpoint
+from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
+from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.records.types import Example
+from depo_gateway.estimator.text import TextConfig
+from depo_gateway.training.evaluation.routing_metrics import apgr, calibration_error
 
 Array = NDArray[np.float64]
 CHANCE_DRAWS = 100

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.depo.catalog import TITLES, method_of, parse
 from benchmarks.depo.estimated import Depo
 from benchmarks.depo.methods import EASY, HOPELESS, Baseline, Greso, Mopps, Oracle, Polaris, kind_of
-from training.groups import Group
+from depo_gateway.training.rl.group_labels import Group
 
 
 def group(index: int, passed: int, size: int = 8) -> Group:

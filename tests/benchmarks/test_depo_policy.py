@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.demo_models.chains import RECIPES, answer_of, build_model, build_tokenizer, split_of
 from benchmarks.depo import run
 from benchmarks.depo.figures import interval, ratio, reached, smoothed
 from benchmarks.depo.grpo import GrpoConfig, Rollout, Trainer, advantages, surrogate
 from benchmarks.depo.policy import Completion, Policy
 from benchmarks.depo.report import main as report
 from benchmarks.depo.task import LIMIT, task_of
-from training.chains import RECIPES, answer_of, build_model, build_tokenizer, split_of
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from benchmarks.depo.catalog import method_of
 from benchmarks.depo.simulated import Run, RunConfig, grpo_steps, main
 from benchmarks.depo.simulated_estimator import text_depo
 from benchmarks.depo.simulated_policy import Domain, expected_auroc, read, readable
-from estimator.records import Example
-from training.groups import Group
+from depo_gateway.estimator.records.types import Example
+from depo_gateway.training.rl.group_labels import Group
 
 CONFIG = RunConfig(target=40, need=4, rows=4)
 

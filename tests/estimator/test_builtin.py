@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from estimator import checkpoint, model
-from estimator.runtime import Runtime
+from depo_gateway.estimator import checkpoint, model
+from depo_gateway.estimator.runtime import Runtime
 
 
 @pytest.fixture(scope="module")

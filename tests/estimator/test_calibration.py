@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from estimator import calibration
-from estimator.calibration import Calibration, Platt, Stage
+from depo_gateway.estimator import calibration
+from depo_gateway.estimator.calibration import Calibration, Platt, Stage
 
 
 def outcomes(seed: int = 0, n: int = 4000) -> tuple[calibration.Array, calibration.Array]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from estimator import checkpoint
-from estimator.checkpoint import Base
-from estimator.text import TextConfig
+from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.checkpoint import Base
+from depo_gateway.estimator.text import TextConfig
 
 FILES = {name: name.encode() for name in checkpoint.FILES}
 

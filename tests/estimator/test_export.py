@@ -9,13 +9,13 @@ import safetensors.torch
 import torch
 from onnx import numpy_helper
 
-from estimator import checkpoint, export, model
-from estimator.calibration import STAGES, Calibration, Platt, Stage
-from estimator.learner import FAITHFUL, Learner, LearnerConfig
-from estimator.model import ModelConfig, create
-from estimator.records import Example
-from estimator.runtime import Runtime
-from estimator.text import TextConfig
+from depo_gateway.estimator import checkpoint, export, model
+from depo_gateway.estimator.calibration import STAGES, Calibration, Platt, Stage
+from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
+from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.records.types import Example
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.estimator.text import TextConfig
 
 POOLS = ("small", "large")
 STAGE = Stage((Platt(), Platt()), (Platt(), Platt()))

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from estimator import forward
-from estimator.learner import FAITHFUL, Learner, LearnerConfig
-from estimator.model import ModelConfig, create
-from estimator.records import Example
-from estimator.text import TextConfig
-from estimator.trunk import Trunk
+from depo_gateway.estimator import forward
+from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
+from depo_gateway.estimator.model import ModelConfig, Trunk, create
+from depo_gateway.estimator.records.types import Example
+from depo_gateway.estimator.text import TextConfig
 
 WORDS = ("what", "is", "the", "sum", "of", "one", "two", "three", "question", "about", "number")
 

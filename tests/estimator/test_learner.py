@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from estimator.learner import Learner, LearnerConfig
-from estimator.model import ModelConfig, collate, create
-from estimator.records import Example
-from estimator.text import TextConfig
+from depo_gateway.estimator.learner import Learner, LearnerConfig
+from depo_gateway.estimator.model import ModelConfig, collate, create
+from depo_gateway.estimator.records.types import Example
+from depo_gateway.estimator.text import TextConfig
 
 POOLS = ("small", "large")
 WORDS = ("what", "is", "the", "sum", "of", "one", "two", "three", "question", "about", "number")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from estimator import losses
+from depo_gateway.estimator import losses
 
 NAN = float("nan")
 

@@ -16,9 +16,9 @@ from transformers import (
     ModernBertModel,
 )
 
-from estimator import checkpoint, model
-from estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create, locate
-from estimator.text import Prepared, TextConfig
+from depo_gateway.estimator import checkpoint, model
+from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create, locate
+from depo_gateway.estimator.text import Prepared, TextConfig
 
 POOLS = ("small", "large")
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from estimator import calibration, checkpoint, export, model
-from estimator.calibration import Calibration, Platt, Stage
-from estimator.learner import Learner, LearnerConfig
-from estimator.model import ModelConfig, create
-from estimator.records import Example
-from estimator.runtime import Runtime
-from estimator.text import TextConfig
+from depo_gateway.estimator import calibration, checkpoint, export, model
+from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+from depo_gateway.estimator.learner import Learner, LearnerConfig
+from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.records.types import Example
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.estimator.text import TextConfig
 
 PROMPTS = [
     "what is the sum of one two three",
@@ -154,5 +154,5 @@ def test_files_that_are_whole_but_no_model_are_refused(tiny_checkpoint: Path, tm
 
 
 def test_serving_needs_no_torch() -> None:
-    code = "import sys, estimator.runtime; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, depo_gateway.estimator.runtime; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0

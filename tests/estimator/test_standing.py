@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from estimator import standing
-from estimator.standing import Standing
+from depo_gateway.estimator import standing
+from depo_gateway.estimator.standing import Standing
 
 GOOD = Standing("20260101-000000-abcdef01", 1.5, 200, -0.01, -0.03, 0.01, False, 0.3)
 

@@ -8,7 +8,7 @@ import jinja2
 import pytest
 from tokenizers import Tokenizer
 
-from estimator.text import (
+from depo_gateway.estimator.text import (
     CHARS_PER_TOKEN,
     CHAT,
     SURFACE,

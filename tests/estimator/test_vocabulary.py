@@ -6,12 +6,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, processors
 
-from estimator import export
-from estimator.calibration import STAGES, Calibration, Platt, Stage
-from estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create, load, locate
-from estimator.runtime import Runtime
-from estimator.text import TextConfig, prepare
-from estimator.vocabulary import narrow, narrowed
+from depo_gateway.estimator import export
+from depo_gateway.estimator.calibration import STAGES, Calibration, Platt, Stage
+from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create, load, locate
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.estimator.text import TextConfig, prepare
+from depo_gateway.estimator.vocabulary import narrow, narrowed
 
 if locate(DEFAULT_ENCODER) == DEFAULT_ENCODER:
     pytest.skip("needs the encoder's weights package", allow_module_level=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from estimator import wide
+from depo_gateway.estimator import wide
 
 
 def test_ngrams_count_tokens_and_hashed_pairs() -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from estimator import calibration, checkpoint
-from estimator.calibration import Calibration, Curve, Platt, Stage
+from depo_gateway.estimator import calibration, checkpoint
+from depo_gateway.estimator.calibration import Calibration, Curve, Platt, Stage
 
 
 def version(tiny: Path, place: Path, offset: float, curves: Mapping[str, Curve] | None = None) -> str:

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway import config, server
+from depo_gateway.gateway import config, server
 from tests.gateway.backend import FakeVllm
 
 
@@ -101,12 +101,12 @@ def slow_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     """A real checkpoint that takes its time: thousands of tokens through full attention."""
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    from estimator import export
-    from estimator.calibration import Calibration, Platt, Stage
-    from estimator.learner import Learner, LearnerConfig
-    from estimator.model import ModelConfig, create
-    from estimator.records import Example
-    from estimator.text import TextConfig
+    from depo_gateway.estimator import export
+    from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+    from depo_gateway.estimator.learner import Learner, LearnerConfig
+    from depo_gateway.estimator.model import ModelConfig, create
+    from depo_gateway.estimator.records.types import Example
+    from depo_gateway.estimator.text import TextConfig
 
     encoder = tmp_path_factory.mktemp("slow") / "encoder"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_encoder)

@@ -12,13 +12,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import budgets, config
-from gateway.budgets import BURST, Account, Budgets
-from gateway.config import Config, Key
-from gateway.control import Control, Ruling
-from gateway.metrics import Metrics
-from gateway.protocol import ApiError
-from gateway.routing import Decision, Eligible
+from depo_gateway.gateway import budgets, config
+from depo_gateway.gateway.budgets import BURST, Account, Budgets
+from depo_gateway.gateway.config import Config, Key
+from depo_gateway.gateway.control import Control, Ruling
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.protocol import ApiError
+from depo_gateway.gateway.routing import Decision, Eligible
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import Running, StartGateway, running, settings
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from estimator import checkpoint
-from estimator.runtime import Runtime
-from gateway import __version__, candidate, scoring
-from gateway.candidate import Candidate, Offer
-from gateway.metrics import Metrics
-from gateway.routing import Eligible
+from depo_gateway import __version__
+from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.gateway import candidate, scoring
+from depo_gateway.gateway.candidate import Candidate, Offer
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.routing import Eligible
 from tests.gateway.backend import FakeVllm
 from tests.gateway.checkpoints import version
 from tests.gateway.conftest import StartGateway
@@ -115,9 +116,9 @@ def test_a_closed_one_ends_with_prompts_in_its_queue(tiny_checkpoint: Path, gate
 async def test_live_traffic_is_scored_and_nothing_else_changes(
     start: StartGateway, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gateway import watch
+    from depo_gateway.gateway import checkpoint_watcher
 
-    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoint_watcher, "WATCH_SECONDS", 0.05)
     home = tmp_path / "candidates"
     first = version(tiny_checkpoint, home / "1", -9.0)  # to which everything is hard
     checkpoint.publish(home / "1")
@@ -163,14 +164,14 @@ async def test_a_candidate_that_can_not_be_loaded_keeps_nobody_from_serving(
 async def test_a_candidate_that_hangs_delays_no_request(
     start: StartGateway, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
 ) -> None:
-    from gateway import watch
+    from depo_gateway.gateway import checkpoint_watcher
 
     async def hanging(settings: Any, path: str, metrics: Metrics) -> Candidate:
         runtime, columns = scoring.load(path, ("small", "large"), "gain")
         gated: Runtime = replace(runtime, session=Gated(runtime.session, gate))  # type: ignore[arg-type]
         return Candidate(gated, columns, "gain", None, metrics)
 
-    monkeypatch.setattr(watch, "open_candidate", hanging)
+    monkeypatch.setattr(checkpoint_watcher, "open_candidate", hanging)
     live = {"path": str(tiny_checkpoint), "deadline_ms": 5000, "candidate": str(tiny_checkpoint)}
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large], estimator=live) as gateway:
         count = candidate.QUEUE + 30

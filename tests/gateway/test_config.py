@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway import config
+from depo_gateway.gateway import config
 
 SHA = config.key_digest("sk-depo-test")
 

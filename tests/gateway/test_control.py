@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import yaml
 
-from estimator import calibration, checkpoint, standing
-from estimator.calibration import Curve
-from estimator.runtime import Runtime
-from estimator.standing import Standing
-from gateway import config, watch
-from gateway.control import Control, Ruling
-from gateway.metrics import Metrics
-from gateway.routing import Decision, Eligible
-from gateway.target import WINDOW
+from depo_gateway.estimator import calibration, checkpoint, standing
+from depo_gateway.estimator.calibration import Curve
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.estimator.standing import Standing
+from depo_gateway.gateway import checkpoint_watcher, config
+from depo_gateway.gateway.control import Control, Ruling
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.routing import Decision, Eligible
+from depo_gateway.gateway.threshold_controller import WINDOW
 from tests.conftest import WORDS
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.checkpoints import version
@@ -148,7 +148,7 @@ async def test_a_cost_is_kept_too(start: StartGateway) -> None:
 async def test_a_quality_is_the_checkpoints_to_say(
     start: StartGateway, calibrated: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoint_watcher, "WATCH_SECONDS", 0.05)
     home = tmp_path / "checkpoints"
     shutil.copytree(calibrated, home / "1")
     checkpoint.publish(home / "1")
@@ -227,7 +227,7 @@ async def test_a_router_no_better_than_a_coin_becomes_one(
     caplog: pytest.LogCaptureFixture,
     target: dict[str, float] | None,
 ) -> None:
-    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoint_watcher, "WATCH_SECONDS", 0.05)
     home = tmp_path / "checkpoints"
     first = version(tiny_checkpoint, home / "1", 9.0)  # the small pool can do everything, it says
     checkpoint.publish(home / "1")
@@ -288,7 +288,7 @@ async def test_drift_tells_other_traffic_from_the_calibrations(start: StartGatew
 async def test_fifty_streams_see_checkpoints_and_configs_come_and_go(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoint_watcher, "WATCH_SECONDS", 0.05)
     home, path = tmp_path / "checkpoints", tmp_path / "gateway.yaml"
     version(tiny_checkpoint, home / "0", 9.0)
     checkpoint.publish(home / "0")
@@ -342,7 +342,7 @@ async def test_what_is_half_published_is_never_loaded(
     start: StartGateway, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A writer that dies at any moment, and files that are cut off at any length."""
-    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(checkpoint_watcher, "WATCH_SECONDS", 0.02)
     home = tmp_path / "checkpoints"
     first = version(tiny_checkpoint, home / "1", 9.0)
     checkpoint.publish(home / "1")

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from gateway.conversations import AnswerHead, Conversations, in_tool_loop
-from gateway.protocol import answer_of
+from depo_gateway.gateway.conversations import AnswerHead, Conversations, in_tool_loop
+from depo_gateway.gateway.protocol import answer_of
 from tests.gateway.backend import FakeVllm
 from tests.gateway.conftest import Running, StartGateway
 

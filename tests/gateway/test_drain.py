@@ -40,7 +40,12 @@ class Started:
 
 async def command(*arguments: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway", *arguments, stderr=asyncio.subprocess.PIPE, env={**os.environ, "NO_COLOR": "1"}
+        sys.executable,
+        "-m",
+        "depo_gateway.gateway",
+        *arguments,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "NO_COLOR": "1"},
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway import pools
+from depo_gateway.gateway import pools
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import StartGateway
 

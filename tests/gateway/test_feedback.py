@@ -10,9 +10,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from estimator.records import FEEDBACK, Labelled
-from estimator.store import Store
-from gateway import config
+from depo_gateway.estimator.records.store import Store
+from depo_gateway.estimator.records.types import FEEDBACK, Labelled
+from depo_gateway.gateway import config
 from tests.gateway.backend import FakeVllm
 from tests.gateway.conftest import Running, StartGateway, settings
 from tests.gateway.test_drain import serving

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway import __main__, __version__, config
+from depo_gateway import __version__
+from depo_gateway.gateway import __main__, config
 
-COMMAND = [sys.executable, "-m", "gateway"]
+COMMAND = [sys.executable, "-m", "depo_gateway.gateway"]
 
 
 def run(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -84,7 +85,8 @@ def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], 
 
 
 def test_a_demo_without_its_extra_says_what_to_install() -> None:
-    program = "import sys; sys.modules['aiohttp'] = None; from gateway.__main__ import main; sys.exit(main(['demo']))"
+    main = "from depo_gateway.gateway.__main__ import main; sys.exit(main(['demo']))"
+    program = f"import sys; sys.modules['aiohttp'] = None; {main}"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr == "depo-gateway: the demo needs aiohttp: pip install 'depo-gateway[demo]'\n"

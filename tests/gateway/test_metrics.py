@@ -9,8 +9,8 @@ from typing import Any
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway import __version__
-from gateway.metrics import Metrics
+from depo_gateway import __version__
+from depo_gateway.gateway.metrics import Metrics
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import Running, StartGateway
 

@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from gateway import pools
-from gateway.config import BackendConfig, PoolConfig
-from gateway.metrics import Metrics
-from gateway.pools import Backend, NoSlotError, Pool, RetryBudget
-from gateway.upstream import Upstream
+from depo_gateway.gateway import pools
+from depo_gateway.gateway.config import BackendConfig, PoolConfig
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.pools import Backend, NoSlotError, Pool, RetryBudget
+from depo_gateway.gateway.upstream import Upstream
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import StartGateway
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estimator.text import TextConfig, read
-from gateway import protocol
-from gateway.protocol import ApiError, Query, UsageTap
+from depo_gateway.estimator.text import TextConfig, read
+from depo_gateway.gateway import protocol
+from depo_gateway.gateway.protocol import ApiError, Query, UsageTap
 
 CHAT = b'"messages":[{"role":"user","content":"hi"}]'
 ASKED = b'"stream_options":{"include_usage":true},'

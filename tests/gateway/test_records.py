@@ -14,13 +14,13 @@ import aiohttp
 import pytest
 import yaml
 
-from estimator.records import Record
-from estimator.store import Feedback, Store
-from gateway import config, notes, protocol, records
-from gateway.metrics import Metrics
-from gateway.notes import Answer, Notes, record_of, reference_text
-from gateway.records import Recorder
-from gateway.routing import Decision
+from depo_gateway.estimator.records.store import Feedback, Store
+from depo_gateway.estimator.records.types import Record
+from depo_gateway.gateway import config, protocol, records, request_notes
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.records import Recorder
+from depo_gateway.gateway.request_notes import Answer, Notes, record_of, reference_text
+from depo_gateway.gateway.routing import Decision
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import Running, StartGateway, running, settings
 from tests.gateway.test_drain import serving
@@ -268,13 +268,13 @@ async def test_a_conversation_is_one_through_all_its_turns(start: StartGateway, 
 
 
 def test_a_long_stream_is_not_kept_but_its_end_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notes, "ANSWER_BYTES", 2000)
+    monkeypatch.setattr(request_notes, "ANSWER_BYTES", 2000)
     answer = Answer(whole=True)
     for index in range(100):
         choice = {"index": 0, "delta": {"content": "word "}, "finish_reason": "stop" if index == 99 else None}
         answer.add(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
     answer.add(b"data: [DONE]\n\n")
-    assert len(answer.chunks) == notes.TAIL_CHUNKS
+    assert len(answer.chunks) == request_notes.TAIL_CHUNKS
     record = record_of(Notes("req-1", key="", stream=answer, status=200), "full", b"key")
     assert (record.answer, record.finish_reason) == (None, "stop")
 
@@ -317,7 +317,7 @@ def test_a_full_queue_drops_and_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(records, "QUEUE_RECORDS", 10)
-    monkeypatch.setattr("estimator.store.WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("depo_gateway.estimator.records.store.WAIT_SECONDS", 0.05)
     path, metrics = tmp_path / "records.db", Metrics("0")
     section = config.Records(f"sqlite:///{path}")
     recorder = Recorder(section, metrics)
@@ -341,7 +341,7 @@ def test_a_full_queue_drops_and_counts(
 
 def test_so_does_one_with_too_much_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "QUEUE_BYTES", 1000)
-    monkeypatch.setattr("estimator.store.WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("depo_gateway.estimator.records.store.WAIT_SECONDS", 0.05)
     path, metrics = tmp_path / "records.db", Metrics("0")
     recorder = Recorder(config.Records(f"sqlite:///{path}", prompts="full"), metrics)
     recorder.add(notes_of(0))
@@ -419,7 +419,7 @@ async def test_feedback_that_nobody_waits_for_any_more_is_not_written(
 
 
 def test_closing_gives_up_after_a_while_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("estimator.store.WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("depo_gateway.estimator.records.store.WAIT_SECONDS", 0.05)
     path, metrics = tmp_path / "records.db", Metrics("0")
     recorder = Recorder(config.Records(f"sqlite:///{path}"), metrics)
     recorder.add(notes_of(0))

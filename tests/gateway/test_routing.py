@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import routing
-from gateway.config import BackendConfig, Modality, PoolConfig
-from gateway.routing import Decision, Eligible, eligible
+from depo_gateway.gateway import routing
+from depo_gateway.gateway.config import BackendConfig, Modality, PoolConfig
+from depo_gateway.gateway.routing import Decision, Eligible, eligible
 
 POOLS = ("small", "middle", "large")
 ALL = Eligible(POOLS)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper
 
-import gateway
-from estimator import checkpoint
-from estimator.runtime import Runtime
-from estimator.text import read
-from gateway import __version__, scoring
-from gateway.metrics import Metrics
-from gateway.scoring import Scorer
+from depo_gateway import __version__, gateway
+from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.estimator.text import read
+from depo_gateway.gateway import scoring
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.scoring import Scorer
 from tests.gateway.backend import FakeVllm
 from tests.gateway.checkpoints import version
 from tests.gateway.conftest import StartGateway
@@ -394,9 +394,9 @@ def test_an_encoder_that_loads_and_cannot_run_is_refused(tiny_checkpoint: Path, 
 async def test_a_new_checkpoint_is_taken_while_requests_run_and_a_bad_one_is_not(
     start: StartGateway, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gateway import watch
+    from depo_gateway.gateway import checkpoint_watcher
 
-    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoint_watcher, "WATCH_SECONDS", 0.05)
     home = tmp_path / "checkpoints"
     first = version(tiny_checkpoint, home / "1", 9.0)  # the small pool can do everything
     checkpoint.publish(home / "1")
@@ -443,17 +443,17 @@ async def test_a_new_checkpoint_is_taken_while_requests_run_and_a_bad_one_is_not
 
 
 async def test_on_overload_decides_when_no_stage_answers(start: StartGateway, tiny_checkpoint: Path) -> None:
-    from gateway import watch
+    from depo_gateway.gateway import checkpoint_watcher
 
     for setting, expected in (("large", {"large"}), ("share", {"small", "large"})):
         loaded = Runtime.load(tiny_checkpoint)
         broken = replace(loaded, session=Broken(), wide=Broken())
-        original = watch.open_scorer
+        original = checkpoint_watcher.open_scorer
 
         async def scorer(_: Any, metrics: Metrics, of: Runtime = broken) -> Scorer:
             return Scorer(of, COLUMNS, 1.0, metrics, 1)
 
-        watch.open_scorer = scorer
+        checkpoint_watcher.open_scorer = scorer
         try:
             async with (
                 FakeVllm() as small,
@@ -462,7 +462,7 @@ async def test_on_overload_decides_when_no_stage_answers(start: StartGateway, ti
             ):
                 answers = [await gateway.chat(f"easy {index}") for index in range(24)]
         finally:
-            watch.open_scorer = original
+            checkpoint_watcher.open_scorer = original
         assert {answer.status for answer in answers} == {200}
         assert {answer.headers["x-depo-reason"] for answer in answers} == {"overload"}
         assert {answer.headers["x-depo-pool"] for answer in answers} == expected
@@ -470,7 +470,7 @@ async def test_on_overload_decides_when_no_stage_answers(start: StartGateway, ti
 
 
 def test_the_overload_coin_starts_at_the_calibrations_share() -> None:
-    runtime = Runtime.load(Path(gateway.__file__).parent / "demo_data" / "estimator")
+    runtime = Runtime.load(Path(gateway.__file__).parent / "demo" / "data" / "estimator")
     low = scoring.usual_shares(runtime, ("a", "b"), "gain", 0.3)
     high = scoring.usual_shares(runtime, ("a", "b"), "gain", 0.95)
     assert 0 < low["b"] < high["b"] < 1

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from estimator import checkpoint
-from estimator.runtime import Runtime
-from gateway import __main__, scoring
-from gateway.seed import seed
+from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.gateway import __main__, scoring
+from depo_gateway.gateway.seed import seed
 
 POOLS = ("qwen-1-5b", "qwen-7b")
-COMMAND = [sys.executable, "-m", "gateway", "seed"]
+COMMAND = [sys.executable, "-m", "depo_gateway.gateway", "seed"]
 TURN = {"role": "user", "content": "Prove that there are infinitely many primes of the form 4k + 3."}
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from estimator import checkpoint
-from gateway import config, scoring, server, watch
-from gateway.records import Recorder
+from depo_gateway.estimator import checkpoint
+from depo_gateway.gateway import checkpoint_watcher, config, scoring, server
+from depo_gateway.gateway.records import Recorder
 from tests.gateway.backend import FakeVllm
 from tests.gateway.checkpoints import version
 from tests.gateway.conftest import Running, running, settings
@@ -94,7 +94,7 @@ async def test_a_reload_that_no_file_can_be_read_for_is_refused(tiny_checkpoint:
 async def test_a_new_checkpoint_does_not_undo_a_reload(
     tiny_checkpoint: Path, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(checkpoint_watcher, "WATCH_SECONDS", 0.02)
     close = Recorder.close
     monkeypatch.setattr(Recorder, "close", lambda recorder, seconds=1.0: close(recorder, min(seconds, 1.0)))
     home, path, database = tmp_path / "checkpoints", tmp_path / "gateway.yaml", tmp_path / "records.db"

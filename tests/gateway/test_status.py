@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from estimator.calibration import Curve
-from gateway import config, status
-from gateway.recent import KEPT, SLICE_SECONDS, SLICES, Recent
-from gateway.routing import Decision
+from depo_gateway.estimator.calibration import Curve
+from depo_gateway.gateway import config, status
+from depo_gateway.gateway.recent_requests import KEPT, SLICE_SECONDS, SLICES, Recent
+from depo_gateway.gateway.routing import Decision
 from tests.gateway import checkpoints
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import Running, StartGateway, running, settings

@@ -15,8 +15,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from estimator import calibration, checkpoint
-from estimator.calibration import Calibration, Curve
+from depo_gateway.estimator import calibration, checkpoint
+from depo_gateway.estimator.calibration import Calibration, Curve
 from tests import chromium as browsers
 from tests.chromium import chromium
 from tests.gateway import checkpoints

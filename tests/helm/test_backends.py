@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway.upstream import KEPT_SECONDS
+from depo_gateway.gateway.upstream import KEPT_SECONDS
 from tests.helm.chart import CHART, Manifest, Values, file_of, named, of_kind, pod_of, pods, refusal, rendered
 
 FULL = "depo-depo-gateway"

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gateway.config import key_digest
+from depo_gateway.gateway.config import key_digest
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import running, settings
 from tests.helm.chart import CHART, Values, pod_of, rendered

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from gateway.config import key_digest
+from depo_gateway.gateway.config import key_digest
 from tests.gateway.backend import FakeVllm
 from tests.helm.chart import Manifest, Pod, Values, named, pod_of, rendered
 

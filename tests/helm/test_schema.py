@@ -11,9 +11,9 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from gateway import config
+from depo_gateway.gateway import config
+from depo_gateway.training.online import settings as learner_settings
 from tests.helm.chart import CHART, merged, nested
-from training import learner_settings
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())

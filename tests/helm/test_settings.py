@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway import config
+from depo_gateway.gateway import config
+from depo_gateway.training.online import settings as learner_settings
 from tests.helm import chart
 from tests.helm.cases import CASES, EVERY_LEARNER_SETTING, EVERY_SETTING
 from tests.helm.chart import Manifest, Pod
-from training import learner_settings
 
 KEYS_FILE = "/etc/depo-gateway/keys/keys.yaml"
 case = pytest.mark.parametrize("values", CASES.values(), ids=CASES)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from aiohttp import web
 
-from gateway.config import key_digest
+from depo_gateway.gateway.config import key_digest
 from tests.gateway.backend import FakeVllm
 from tests.gateway.conftest import running, settings
 from tests.monitoring import servers

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from estimator import checkpoint
-from gateway.config import key_digest
+from depo_gateway.estimator import checkpoint
+from depo_gateway.gateway.config import key_digest
 from tests.gateway.backend import FakeVllm
 from tests.gateway.checkpoints import version
 from tests.gateway.conftest import Running, running, settings

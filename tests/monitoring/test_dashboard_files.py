@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from dashboards.__main__ import BOARDS, PLACE, main
-from gateway.metrics import Metrics
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.training.online.metrics import LearnerMetrics
+from depo_gateway.training.rl.metrics import RunMetrics
 from tests.monitoring.panels import PANELS, RULES, metrics_in, recorded
-from training.learner_metrics import LearnerMetrics
-from training.run_metrics import RunMetrics
 
 
 def test_the_json_is_what_the_code_writes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from gateway.metrics import Metrics
+from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.training.online.metrics import LearnerMetrics
 from tests.monitoring import servers
-from training.learner_metrics import LearnerMetrics
 
 ROOT = Path(__file__).parents[2]
 CASES = sorted((Path(__file__).parent / "rules").glob("*.yaml"))

@@ -10,7 +10,7 @@ import yaml
 from tests.monitoring import servers, traffic
 from tests.monitoring.panels import PANELS, Panel, several, shows
 from tests.monitoring.servers import Prometheus, prometheus
-from tests.training import policy
+from tests.training.rl import policy
 
 pytestmark = pytest.mark.slow
 RUN = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from gateway import config
+from depo_gateway.gateway import config
 from tests.gateway.backend import FakeVllm
 from tests.gateway.conftest import running, settings
 

@@ -24,12 +24,12 @@ from typing import Any
 import aiohttp
 import yaml
 
-from estimator import checkpoint
-from gateway.config import key_digest
+from depo_gateway.estimator import checkpoint
+from depo_gateway.gateway.config import key_digest
 from tests.conftest import WORDS
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.checkpoints import version
-from tests.training.vllm import Served, chat, vllm
+from tests.training.fake_vllm import Served, chat, vllm
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"team-a": "sk-depo-a", "team-b": "sk-depo-b", "admin": "sk-depo-admin"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = "from training.__main__ import main; sys.exit(main())"
+RUN = "from depo_gateway.training.__main__ import main; sys.exit(main())"
 
 
 def depo_train(program: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

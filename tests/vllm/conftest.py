@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import gateway
+from depo_gateway import gateway
 from tests.vllm.servers import VllmServer
 
 PYTHON = "DEPO_VLLM_PYTHON"
-DEMO_DATA = Path(gateway.__file__).parent / "demo_data"
+DEMO_DATA = Path(gateway.__file__).parent / "demo" / "data"
 CONTEXTS = {"small": 512, "large": 2048}  # tokens
 _servers: dict[str, VllmServer] = {}
 

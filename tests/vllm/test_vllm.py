@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-import estimator
+from depo_gateway import estimator
 from tests.gateway.conftest import running
 from tests.vllm.conftest import DEMO_DATA, PYTHON
 from tests.vllm.front import PATHS, Message, settings, watched

@@ -8,17 +8,17 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from estimator.records import Label
-from estimator.store import Store
+from depo_gateway.estimator.records.store import Store
+from depo_gateway.estimator.records.types import Label
+from depo_gateway.training.judging.judges import open_judge
+from depo_gateway.training.judging.pool_client import PoolClient
+from depo_gateway.training.online.metrics import LearnerMetrics
+from depo_gateway.training.online.settings import BackendConfig, JudgeConfig, PoolConfig, ShadowConfig
+from depo_gateway.training.online.shadowing import Shadow
 from tests.gateway.conftest import running
 from tests.vllm.conftest import PYTHON
 from tests.vllm.front import settings
 from tests.vllm.servers import VllmServer
-from training.judges import open_judge
-from training.learner_metrics import LearnerMetrics
-from training.learner_settings import BackendConfig, JudgeConfig, PoolConfig, ShadowConfig
-from training.pool_client import PoolClient
-from training.shadow import Shadow
 
 pytestmark = [
     pytest.mark.vllm,

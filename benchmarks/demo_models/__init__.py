@@ -1,0 +1,1 @@
+"""How the demo's two language models were made."""

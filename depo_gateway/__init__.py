@@ -1,0 +1,36 @@
+"""DEPO Gateway: routing by a learned difficulty estimator (gateway), the estimator, and its training.
+
+The names below are the public API. Each is imported when it is first used: importing this package loads no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from depo_gateway.estimator.records.types import Example as Example
+    from depo_gateway.estimator.records.types import Record as Record
+    from depo_gateway.estimator.runtime import Runtime as Runtime
+    from depo_gateway.training.rl.config import DepoConfig as DepoConfig
+    from depo_gateway.training.rl.trainer import DepoTrainer as DepoTrainer
+
+_MODULES = {
+    "DepoConfig": "depo_gateway.training.rl.config",
+    "DepoTrainer": "depo_gateway.training.rl.trainer",
+    "Example": "depo_gateway.estimator.records.types",
+    "Record": "depo_gateway.estimator.records.types",
+    "Runtime": "depo_gateway.estimator.runtime",
+}
+
+__all__ = ["DepoConfig", "DepoTrainer", "Example", "Record", "Runtime", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Reading YAML settings into typed, closed dataclasses; settings that both programs share."""

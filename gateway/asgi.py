@@ -1,0 +1,103 @@
+"""ASGI types and the steps that every endpoint shares: authenticate, read the body, common headers."""
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from depo_gateway.gateway.config import Config, key_digest
+from depo_gateway.gateway.protocol import ApiError
+from depo_gateway.gateway.routing import Decision
+from depo_gateway.gateway.state import Gateway, Live, Request
+
+Scope = MutableMapping[str, Any]
+
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+HeaderList = list[tuple[bytes, bytes]]
+
+
+CLIENT_GONE = 499  # nginx's status for a client that hung up; no client ever sees it
+
+
+def authenticate(live: Live, headers: Mapping[bytes, bytes]) -> str:
+    """The name of the caller's key, "" where the gateway is open."""
+    if not live.keys:
+        return ""
+    key = bearer_key(headers)
+    if not key:
+        raise ApiError(401, "No API key: send it as 'Authorization: Bearer KEY'.", "missing_api_key")
+    name = live.keys.get(key_digest(key))
+    if name is None:
+        raise ApiError(401, "The API key is not known here.", "invalid_api_key")
+    return name
+
+
+def bearer_key(headers: Mapping[bytes, bytes]) -> str:
+    """The key of `Authorization: Bearer KEY`, "" without one."""
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+async def read_body(receive: Receive, headers: Mapping[bytes, bytes], config: Config) -> bytes:
+    limit = config.limits.body_bytes
+    close = ((b"connection", b"close"),)
+    too_large = ApiError(413, f"The body is larger than limits.body_bytes ({limit}).", "body_too_large", headers=close)
+    if int(headers.get(b"content-length", b"0")) > limit:
+        raise too_large
+    parts, size = [], 0
+    limits = config.timeouts
+    until = time.monotonic() + limits.total_s
+    while True:
+        try:
+            async with asyncio.timeout(min(limits.idle_s, until - time.monotonic())):
+                message = await receive()
+        except TimeoutError:
+            why = f"The body stopped coming for {limits.idle_s:g} s, or took longer than {limits.total_s:g} s."
+            raise ApiError(408, why, "body_timeout", headers=close) from None
+        if message["type"] == "http.disconnect":
+            raise ApiError(CLIENT_GONE, "The client hung up.", "client_gone")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+        if not message.get("more_body"):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def request_id(headers: Mapping[bytes, bytes]) -> str:
+    """The client's x-request-id if it is a plain short word, or a new one."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else "req-" + secrets.token_hex(12)
+
+
+def decision_headers(config: Config, decision: Decision) -> HeaderList:
+    headers = [
+        (b"x-depo-pool", decision.pool.encode()),
+        (b"x-depo-reason", decision.reason.encode()),
+        (b"x-depo-estimator", decision.estimator.encode()),
+    ]
+    if config.routing.expose_scores:
+        if decision.confidence is not None:
+            headers.append((b"x-depo-confidence", b"%.4f" % decision.confidence))
+        if decision.threshold is not None:
+            headers.append((b"x-depo-threshold", b"%.4f" % decision.threshold))
+    return headers
+
+
+def common_headers(gateway: Gateway, request: Request) -> HeaderList:
+    headers = [(b"x-request-id", request.id.encode())]
+    if gateway.draining:
+        headers.append((b"connection", b"close"))  # the client's next request finds another replica
+    return headers

@@ -1,0 +1,1 @@
+"""The demo: two small real language models, a gateway, sample queries and where each went."""

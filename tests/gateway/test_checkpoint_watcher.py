@@ -1,0 +1,42 @@
+"""What is looked for beside the requests."""
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from depo_gateway.estimator import checkpoint
+from depo_gateway.gateway import checkpoint_watcher, scoring
+from tests.gateway.backend import FakeVllm
+from tests.gateway.checkpoints import version
+from tests.gateway.conftest import StartGateway
+
+
+async def test_what_was_refused_is_loaded_again_only_when_it_changes(
+    start: StartGateway, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_watcher, "WATCH_SECONDS", 0.02)
+    load, loads = scoring.load, list[str]()
+
+    def counted(path: str, *arguments: Any) -> Any:
+        loads.append(path)
+        return load(path, *arguments)
+
+    monkeypatch.setattr(scoring, "load", counted)
+    home = tmp_path / "checkpoints"
+    version(tiny_checkpoint, home / "1", 9.0)
+    checkpoint.publish(home / "1")
+    sections = {"estimator": {"path": str(home), "deadline_ms": 5000}}
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], **sections) as gateway:
+        second = version(tiny_checkpoint, tmp_path / "2", -9.0)
+        shutil.copytree(tmp_path / "2", home / "2")
+        whole = (home / "2" / checkpoint.WEIGHTS).read_bytes()
+        (home / "2" / checkpoint.WEIGHTS).write_bytes(b"damaged")
+        checkpoint.publish(home / "2")
+        assert await gateway.settles("gateway_estimator_loads_total", 1, 15, result="refused")
+        await asyncio.sleep(0.4)
+        assert len(loads) == 2
+        (home / "2" / checkpoint.WEIGHTS).write_bytes(whole)  # mended: the same manifest
+        assert await gateway.settles("gateway_estimator_info", 1, 15, version=second)

@@ -1,0 +1,229 @@
+"""Estimates from logs against a world whose truth is known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from depo_gateway.estimator.calibration import Array, route
+from depo_gateway.training.evaluation.off_policy import (
+    Integers,
+    Logs,
+    Values,
+    by_length,
+    coin,
+    difference,
+    estimate,
+    interval,
+    label_rates,
+    subset,
+    usable,
+    weights,
+)
+
+THRESHOLDS = (0.75, 0.95)  # of the policies to be valued; the one that logged has 0.85
+SEEDS = 150
+
+
+def world(generator: np.random.Generator, n: int) -> tuple[Array, Array, Array]:
+    """Predicted quality (N, 2), off by noise and for the large pool by a bias too; the true one; outcomes."""
+    true = np.stack([generator.uniform(0.2, 0.95, n), generator.uniform(0.6, 0.95, n)], 1)
+    predicted = (true + generator.normal(0, 0.1, true.shape) - np.array([0.0, 0.15])).clip(0.01, 0.99)
+    return predicted, true, (generator.uniform(size=true.shape) < true).astype(float)
+
+
+def policies(predicted: Array) -> Integers:
+    routed = [route(predicted, "gain", threshold) for threshold in THRESHOLDS]
+    constants = [np.full(len(predicted), k) for k in range(2)]
+    return np.stack([*routed, *constants], 1)
+
+
+def logged(
+    generator: np.random.Generator, n: int, explore: float, rates: tuple[float, float] = (1.0, 1.0), shadowed: float = 0
+) -> tuple[Logs, Array]:
+    """Logs of a router with threshold 0.85, labels of a share of each pool's records; and the outcomes."""
+    predicted, _, outcomes = world(generator, n)
+    greedy = route(predicted, "gain", 0.85)
+    pool = np.where(generator.uniform(size=n) < explore, generator.integers(0, 2, n), greedy)
+    propensity = explore / 2 + (1 - explore) * (pool == greedy)
+    observed = np.full((n, 2), np.nan)
+    labelled = generator.uniform(size=n) < np.array(rates)[pool]
+    observed[labelled, pool[labelled]] = outcomes[labelled, pool[labelled]]
+    complete = generator.uniform(size=n) < shadowed
+    observed[complete] = outcomes[complete]
+    return Logs(pool, propensity, observed, predicted, np.arange(n)), outcomes
+
+
+@pytest.fixture(scope="module")
+def truth() -> Array:
+    predicted, true, _ = world(np.random.default_rng(99), 400_000)
+    return np.array([true[np.arange(len(true)), chosen].mean() for chosen in policies(predicted).T])
+
+
+def covered(values: Values, truth: Array) -> np.ndarray:
+    low, high = interval(values)
+    return (low <= truth) & (truth <= high)
+
+
+@pytest.mark.parametrize(
+    ("rates", "shadowed"), [((1.0, 1.0), 0.0), ((0.8, 0.3), 0.0), ((0.6, 0.6), 0.15)], ids=["all", "uneven", "shadowed"]
+)
+def test_both_estimates_cover_the_truth_as_often_as_they_say_and_the_naive_mean_does_not(
+    truth: Array, rates: tuple[float, float], shadowed: float
+) -> None:
+    snips, robust, naive, points = [], [], [], []
+    for seed in range(SEEDS):
+        logs, _ = logged(np.random.default_rng(seed), 1500, 0.3, rates, shadowed)
+        chosen = policies(logs.predicted)
+        found = estimate(logs, chosen, resamples=200)
+        snips.append(covered(found.snips, truth))
+        robust.append(covered(found.doubly_robust, truth))
+        points.append([found.snips.point, found.doubly_robust.point])
+        agrees = (chosen == logs.pool[:, None]) & ~np.isnan(logs.observed[np.arange(1500), logs.pool])[:, None]
+        for t in range(len(truth)):
+            label = logs.observed[agrees[:, t], logs.pool[agrees[:, t]]]
+            error = label.std() / np.sqrt(len(label))
+            naive.append((t, abs(label.mean() - truth[t]) < 1.96 * error))
+    margin = 2.5 * np.sqrt(0.95 * 0.05 / SEEDS)
+    for hits in (snips, robust):
+        rate = np.mean(hits, 0)
+        assert (rate > 0.95 - margin - 0.01).all(), rate
+        assert (rate < 1.0).any(), rate
+    assert np.mean(points, 0) == pytest.approx(np.tile(truth, (2, 1)), abs=0.008)  # unbiased, whatever is predicted
+    if not shadowed:
+        assert min(np.mean([hit for t, hit in naive if t == k]) for k in range(4)) < 0.6
+
+
+def test_good_predictions_narrow_the_interval() -> None:
+    logs, outcomes = logged(np.random.default_rng(0), 3000, 0.1)
+    sharp = dataclasses.replace(logs, predicted=outcomes * 0.9 + 0.05)
+    chosen = policies(logs.predicted)
+    widths = {}
+    for name, values in (("snips", estimate(sharp, chosen).snips), ("robust", estimate(sharp, chosen).doubly_robust)):
+        low, high = interval(values)
+        widths[name] = high - low
+    assert (widths["robust"] < 0.6 * widths["snips"]).all()
+
+
+def test_complete_records_are_the_outcome_itself() -> None:
+    logs, outcomes = logged(np.random.default_rng(0), 500, 0.0, shadowed=1.0)
+    chosen = policies(logs.predicted)
+    found = estimate(logs, chosen)
+    direct = [outcomes[np.arange(500), column].mean() for column in chosen.T]
+    assert found.snips.point == pytest.approx(direct)
+    assert found.doubly_robust.point == pytest.approx(direct)
+    assert found.effective == pytest.approx(500)
+    assert not found.unsupported.any()
+
+
+def test_deterministic_logs_support_only_what_was_done() -> None:
+    logs, outcomes = logged(np.random.default_rng(0), 2000, 0.0)
+    assert usable(logs)[1] == {}
+    done = route(logs.predicted, "gain", 0.85)
+    chosen = np.stack([done, route(logs.predicted, "gain", 0.5), np.ones(2000, np.int64)], 1)
+    found = estimate(logs, chosen)
+    assert found.snips.point[0] == pytest.approx(outcomes[np.arange(2000), done].mean())
+    assert found.unsupported[0] == 0
+    assert (found.unsupported[1:] > 0.05).all()
+    for values in (found.snips, found.doubly_robust):
+        assert np.isnan(values.point[1:]).all()
+        low, high = interval(values)
+        assert np.isnan([low[1:], high[1:]]).all()
+
+
+def test_a_pool_without_labels_is_not_supported() -> None:
+    logs, _ = logged(np.random.default_rng(0), 1000, 0.3, rates=(1.0, 0.0))
+    found = estimate(logs, policies(logs.predicted))
+    assert label_rates(logs).tolist() == [1.0, 0.0]
+    assert np.isnan(found.snips.point).tolist() == [True, True, False, True]
+
+
+def test_what_is_left_out_and_why() -> None:
+    generator = np.random.default_rng(0)
+    explored, _ = logged(generator, 300, 0.2)
+    fixed, _ = logged(generator, 200, 0.0)
+    both = Logs(
+        *(
+            np.concatenate([getattr(part, name) for part in (explored, fixed)])
+            for name in ("pool", "propensity", "observed", "predicted")
+        ),
+        np.arange(500),
+    )
+    kept, left_out = usable(both)
+    assert kept.tolist() == [True] * 300 + [False] * 200
+    assert left_out == {"without a chance for another pool (explore: 0)": 200}
+    unlabelled, _ = logged(generator, 300, 0.2, rates=(0.0, 0.0), shadowed=0.1)
+    kept, left_out = usable(unlabelled)
+    assert subset(unlabelled, kept).complete.all()
+    assert left_out == {"without label": 300 - kept.sum()}
+
+
+def test_weights_and_effective_size_by_hand() -> None:
+    logs = Logs(
+        np.array([0, 0, 1, 1, 0]),
+        np.array([0.9, 0.9, 0.1, 0.001, 0.9]),
+        np.array([[1, np.nan], [np.nan, np.nan], [np.nan, 1], [np.nan, 0], [1, 1]]),
+        np.full((5, 2), 0.5),
+        np.arange(5),
+    )
+    assert label_rates(logs).tolist() == [0.5, 1.0]
+    assert weights(logs, clip=50).tolist() == pytest.approx([1 / 0.9 / 0.5, 0, 10, 50, 1])
+    found = estimate(logs, np.ones((5, 1), np.int64), clip=50, least=0)
+    assert found.snips.point[0] == pytest.approx((10 * 1 + 50 * 0 + 1) / 61)
+    assert found.doubly_robust.point[0] == pytest.approx((4 * 0.5 + 1 + 10 * 0.5 - 50 * 0.5) / 5)
+    assert found.effective[0] == pytest.approx(61**2 / (100 + 2500 + 1))
+    assert found.clipped == pytest.approx(1 / 3)
+
+
+def test_what_was_hardly_explored_is_not_estimated_however_well_the_weights_look() -> None:
+    """No record that the router would have sent to the large pool was seen on the small one, by bad luck."""
+    logs, _ = logged(np.random.default_rng(0), 400, 0.02)
+    done = route(logs.predicted, "gain", 0.85)
+    seen = (logs.pool == done) | (done == 0)
+    unlucky = subset(logs, seen)
+    chosen = np.concatenate([policies(unlucky.predicted), done[seen, None]], 1)
+    found = estimate(unlucky, chosen)
+    assert found.effective[2] > 150
+    assert found.expected[2] < 15
+    for values in (found.snips, found.doubly_robust):
+        assert np.isnan(values.point[2])
+    assert found.expected[4] > 350
+    assert not np.isnan(found.snips.point[4])  # what was done anyway
+
+
+def test_whole_conversations_are_resampled() -> None:
+    generator = np.random.default_rng(0)
+    alone, _ = logged(generator, 100, 0.3)
+    copies = np.repeat(np.arange(100), 20)
+    parts = [getattr(alone, name)[copies] for name in ("pool", "propensity", "observed", "predicted")]
+    widths = []
+    for conversation in (np.arange(2000), copies):
+        low, high = interval(estimate(Logs(*parts, conversation), policies(parts[3])).snips)
+        widths.append(high - low)
+    assert (widths[1] > 3 * widths[0]).all()
+
+
+def test_the_coin_and_differences_are_paired() -> None:
+    logs, _ = logged(np.random.default_rng(0), 2000, 0.3)
+    chosen = policies(logs.predicted)
+    found = estimate(logs, chosen)
+    constants = Values(found.snips.point[2:], found.snips.draws[:, 2:])
+    by_coin = coin(constants, found.shares, found.share_draws)
+    assert by_coin.point[0] == pytest.approx(found.shares[0] @ constants.point)
+    ahead = difference(found.snips, by_coin)
+    assert ahead.point[2:] == pytest.approx([0.0, 0.0], abs=1e-12)
+    low, high = interval(ahead)
+    assert low[0] > 0  # the rule knows something
+    assert np.ptp([low[2:], high[2:]]) < 1e-9
+    assert not np.isnan(coin(Values(np.array([0.5, np.nan]), np.full((3, 2), np.nan)), *zero_large()).point).any()
+
+
+def zero_large() -> tuple[Array, Array]:
+    return np.array([[1.0, 0.0]]), np.tile([[[1.0, 0.0]]], (3, 1, 1))
+
+
+def test_length_takes_the_same_shares() -> None:
+    chosen = by_length(np.array([5.0, 1, 4, 2, 3, 6, 7, 8, 9, 10]), np.array([[0.7, 0.3], [0.0, 1.0], [1.0, 0.0]]))
+    assert chosen[:, 0].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
+    assert chosen[:, 1].all()
+    assert not chosen[:, 2].any()

@@ -1,0 +1,1 @@
+"""Measuring routing: metrics, intervals, off-policy estimates, risk control, reports."""

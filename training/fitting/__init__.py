@@ -1,0 +1,1 @@
+"""Fitting an estimator to outcome tables: cross-fitting and calibration."""

@@ -1,0 +1,1 @@
+"""Judges, which score answers without a reference, and the client that asks the pools."""

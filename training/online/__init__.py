@@ -1,0 +1,1 @@
+"""Learning from served traffic: the daemon, refreshes, the publish gate, shadowing."""

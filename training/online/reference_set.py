@@ -1,0 +1,39 @@
+"""The fixed reference set that no refresh may do worse on: an outcome table, its models taken for the pools."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from depo_gateway.estimator import checkpoint
+from depo_gateway.training.online.settings import LearnerSettings
+from depo_gateway.training.outcomes import table
+
+
+def reference_rows(settings: LearnerSettings, base: Path, out: Path) -> list[table.Row]:
+    """The reference table's rows, their labels by pool; none where the settings name no table.
+
+    A table names models. A pool's are `pools.NAME.model`, those that the checkpoint served (`out`'s `current`, else
+    `base`) was fitted on, and the pool's own name; where a row has several of them, their mean.
+    """
+    if settings.reference is None:
+        return []
+    manifest = checkpoint.load_manifest(checkpoint.resolve(out if (out / "current").exists() else base))
+    fitted = manifest.metrics.get("models", {})
+    names = {model: pool for pool in manifest.pools for model in fitted.get(pool, ())}
+    names |= {pool: pool for pool in (*manifest.pools, *settings.pools)}
+    names |= {config.model: pool for pool, config in settings.pools.items()}
+
+    def by_pool(labels: Mapping[str, float]) -> dict[str, float]:
+        found: dict[str, list[float]] = {}
+        for model, value in labels.items():
+            if model in names:
+                found.setdefault(names[model], []).append(value)
+        return {pool: sum(values) / len(values) for pool, values in found.items()}
+
+    rows = [
+        replace(row, correct=by_pool(row.correct), token_confidence=by_pool(row.token_confidence))
+        for row in table.read_tables([Path(settings.reference)])
+    ]
+    if not any(row.correct for row in rows):
+        raise ValueError(f"reference: {settings.reference} names none of the models {', '.join(names)}")
+    return [row for row in rows if row.correct]

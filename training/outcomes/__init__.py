@@ -1,0 +1,1 @@
+"""Outcome tables and labels: reading, collecting, and turning served records into examples."""

@@ -1,0 +1,206 @@
+"""Outcome tables: JSON lines of prompts and what each model made of them -> Examples."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from depo_gateway.estimator.records.types import Example
+from depo_gateway.estimator.text import prompt_of_messages
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of an outcome table."""
+
+    question: str
+    context: str
+    correct: Mapping[str, float]
+    token_confidence: Mapping[str, float]
+    group: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Pools cheapest first, each with the models whose outcomes stand for it."""
+
+    names: tuple[str, ...]
+    models: tuple[tuple[str, ...], ...]
+
+
+def parse_pools(specifications: Sequence[str]) -> Pools:
+    """["small=MODEL", "large=MODEL,MODEL"] -> Pools."""
+    names, models = [], []
+    for specification in specifications:
+        name, equals, listed = specification.partition("=")
+        members = tuple(part for part in (part.strip() for part in listed.split(",")) if part)
+        if not equals or not name or not members:
+            raise ValueError(f"pool {specification!r} is not of the form name=MODEL or name=MODEL,MODEL")
+        if name in names:
+            raise ValueError(f"pool {name!r} is given twice")
+        if name == "auto" or name.startswith("auto-"):
+            raise ValueError(f"a pool can't be called {name!r}: the gateway keeps that name for routing")
+        names.append(name)
+        models.append(members)
+    return Pools(tuple(names), tuple(models))
+
+
+def read_table(path: Path) -> Iterator[Row]:
+    """Rows of one file. Raises ValueError naming file and line of the first bad one."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _row(line, f"{path}:{number}", path.stem)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
+
+
+def _row(line: str, place: str, stem: str) -> Row:
+    try:
+        raw = json.loads(line)
+    except RecursionError:
+        raise ValueError(f"{place}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{place}: a row is an object with question and correct")
+    if isinstance(raw.get("question"), str):
+        question, context = raw["question"], ""
+    elif isinstance(raw.get("messages"), list):
+        question, context = prompt_of_messages(raw["messages"])
+    else:
+        raise ValueError(f"{place}: a row needs question (text) or messages (a list)")
+    if not question.strip():
+        raise ValueError(f"{place}: the question is empty")
+    correct = _labels(raw.get("correct"), place, "correct")
+    if not correct:
+        raise ValueError(f"{place}: correct must name at least one model")
+    token_confidence = _labels(raw.get("token_confidence", {}), place, "token_confidence")
+    group, source = (_name(raw.get(name), place, name) for name in ("group", "source"))
+    return Row(_clean(question), _clean(context), correct, token_confidence, group, source or stem)
+
+
+def _clean(text: str) -> str:
+    """Without lone surrogates, which would crash the tokenizer."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _name(raw: Any, place: str, field: str) -> str:
+    """A group's or source's name; "" where there is none."""
+    if raw is None:
+        return ""
+    if not isinstance(raw, str | int | float):
+        raise ValueError(f"{place}: {field} must be a text or a number")
+    return _clean(str(raw))
+
+
+def _labels(raw: Any, place: str, name: str) -> dict[str, float]:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{place}: {name} must be an object, model -> number between 0 and 1")
+    labels = {}
+    for model, value in raw.items():
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or not 0 <= value <= 1:  # NaN is not, either
+            said = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+            raise ValueError(f"{place}: {name} of {model!r} is {said}, not a number between 0 and 1")
+        labels[model] = float(value)
+    return labels
+
+
+def read_tables(paths: Sequence[Path]) -> list[Row]:
+    """All files' rows, in order. Raises ValueError if there are none."""
+    rows = [row for path in paths for row in read_table(path)]
+    if not rows:
+        raise ValueError(f"no rows in {', '.join(map(str, paths))}")
+    return rows
+
+
+def key_of(question: str) -> str:
+    """Questions alike up to case and spacing are the same question, and stay on one side of a split."""
+    return " ".join(question.lower().split())
+
+
+def examples_of(rows: Sequence[Row], pools: Pools, balance: float = 0.0) -> list[Example]:
+    """One Example a distinct question: rows of the same question are merged, a model's label their mean, a pool's label
+    the mean over its models that have one.
+
+    Questions without a label for any pool are left out. A source of n questions weighs each n ** -balance, so that 0
+    lets every question count alike and 1 every source; the mean weight is 1. Raises ValueError for a model that no row
+    names.
+    """
+    known = {model for row in rows for model in row.correct}
+    for model in (model for models in pools.models for model in models):
+        if model not in known:
+            raise ValueError(f"no row has an outcome of {model!r}; the table knows {_some(sorted(known))}")
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        kinds.setdefault(row.source, set()).add(row.group)
+    merged: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        merged.setdefault((key_of(row.question), row.context), []).append(row)
+    examples, sources = [], []
+    for same in merged.values():
+        quality = {n: _mean(m, [row.correct for row in same]) for n, m in zip(pools.names, pools.models, strict=True)}
+        if all(value is None for value in quality.values()):
+            continue
+        tokens = {
+            n: _mean(m, [row.token_confidence for row in same]) for n, m in zip(pools.names, pools.models, strict=True)
+        }
+        # a source's only group tells nothing of its own: its questions are not kept together
+        group = f"{same[0].source}/{same[0].group}" if len(kinds[same[0].source]) > 1 and same[0].group else ""
+        sources.append(same[0].source)
+        examples.append(Example(same[0].question, quality, tokens, 1.0, group, same[0].context))
+    if not examples:
+        raise ValueError(f"no row has an outcome of any model of the pools {', '.join(pools.names)}")
+    sizes = Counter(sources)
+    weights = [sizes[source] ** -balance for source in sources]
+    mean = sum(weights) / len(weights)
+    return [replace(example, weight=weight / mean) for example, weight in zip(examples, weights, strict=True)]
+
+
+def labels(examples: Sequence[Example], pools: tuple[str, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Observed quality and token confidence, (N, K) each, NaN where there is no label."""
+
+    def table(of: str) -> NDArray[np.float64]:
+        rows = [[getattr(example, of).get(pool) for pool in pools] for example in examples]
+        return np.array([[np.nan if value is None else value for value in row] for row in rows], float)
+
+    return table("quality"), table("token_confidence")
+
+
+def _mean(models: Sequence[str], labels: Sequence[Mapping[str, float]]) -> float | None:
+    means = []
+    for model in models:
+        values = [label[model] for label in labels if model in label]
+        if values:
+            means.append(sum(values) / len(values))
+    return sum(means) / len(means) if means else None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def folds_of(groups: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
+    """A fold number for each example (N,): groups are shuffled, then each goes to the fold with the fewest examples."""
+    names, sizes = np.unique(np.array(groups, dtype=object).astype(str), return_counts=True)
+    if len(names) < count:
+        raise ValueError(f"{len(names)} groups can't make {count} folds; give more rows or fewer --folds")
+    order = np.random.default_rng(seed).permutation(len(names))
+    filled = np.zeros(count, np.int64)
+    fold_of_group = {}
+    for index in order[np.argsort(-sizes[order], kind="stable")]:
+        fold = int(filled.argmin())
+        fold_of_group[str(names[index])] = fold
+        filled[fold] += sizes[index]
+    return np.array([fold_of_group[group] for group in groups], np.int64)

@@ -1,0 +1,114 @@
+"""What is believed of a prompt's pass rate, from the estimator's prediction and the prompt's own past rollouts.
+
+The belief is a Beta(a, b). Its mean starts at the prediction, calibrated on recent labels; its strength (a + b, in
+rollouts) is what recent predictions proved to be worth; the prompt's own rollouts are added, fading as the policy moves
+on. How likely G rollouts are to differ, which is what GRPO can learn from, follows in closed form.
+
+Shapes: P prompts, N recent labels. G rollouts a group.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from depo_gateway.estimator.calibration import Platt, enough, fit_platt, sigmoid
+
+Array = NDArray[np.float64]
+WINDOW = 512  # recent labels, about the last few dozen steps: older ones speak of an older policy
+STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # in rollouts
+
+
+def nonzero_advantage(p_P: Array, group_size: int) -> Array:
+    """1 - p^G - (1-p)^G (P,): the probability that G rollouts of pass rate p neither all pass nor all fail."""
+    return np.asarray(1.0 - p_P**group_size - (1.0 - p_P) ** group_size)
+
+
+def nonzero_advantage_of_beta(a_P: Array, b_P: Array, group_size: int) -> Array:
+    """The mean (P,) of nonzero_advantage over pass rates drawn from Beta(a, b).
+
+    E[p^G] is the product over i < G of (a + i) / (a + b + i); E[(1-p)^G] the same with b.
+    """
+    steps_G = np.arange(group_size)
+    total_PG = (a_P + b_P)[:, None] + steps_G
+    passed_P = np.prod((a_P[:, None] + steps_G) / total_PG, axis=1)
+    failed_P = np.prod((b_P[:, None] + steps_G) / total_PG, axis=1)
+    return np.asarray(1.0 - passed_P - failed_P)
+
+
+def strength_of(predicted_N: Array, rates_N: Array, counts_N: Array, weights_N: Array) -> float:
+    """The strength out of STRENGTHS under which the observed pass rates are likeliest (beta-binomial likelihood)."""
+    mean, passed, count = (torch.from_numpy(x) for x in (predicted_N.clip(0.005, 0.995), rates_N * counts_N, counts_N))
+    weights = torch.from_numpy(weights_N)
+    likelihoods = []
+    for strength in STRENGTHS:
+        a, b = strength * mean, strength * (1.0 - mean)
+        seen = torch.lgamma(a + passed) + torch.lgamma(b + count - passed) - torch.lgamma(a + b + count)
+        before = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+        likelihoods.append(float((weights * (seen - before)).sum()))
+    return STRENGTHS[int(np.argmax(likelihoods))]
+
+
+class Beliefs:
+    """Recent labels and each prompt's own outcomes. `half_life` in policy steps; 0: the prompt's own are forgotten."""
+
+    def __init__(self, calibrate: bool, half_life: float) -> None:
+        self.calibrate, self.half_life = calibrate, half_life
+        self.recent: deque[tuple[float, float, float, float]] = deque(maxlen=WINDOW)  # logit, pass rate, count, weight
+        self.platt, self.strength = Platt(), float("inf")
+        self._own: dict[int, tuple[float, float, int]] = {}  # row -> passed, failed, step
+
+    def predicted(self, logits_P: Array) -> Array:
+        """The estimator's pass rate (P,), calibrated if there are labels enough."""
+        return sigmoid(self.platt.slope * logits_P + self.platt.offset)
+
+    def nonzero_advantage(self, rows: Sequence[int], logits_P: Array, group_size: int, step: int) -> Array:
+        """The probability (P,) that a group of each prompt has a non-zero advantage."""
+        p_P = self.predicted(logits_P).clip(1e-6, 1.0 - 1e-6)
+        own = np.array([self._faded(row, step) for row in rows]).reshape(-1, 2)
+        if np.isinf(self.strength) and not own.any():
+            return nonzero_advantage(p_P, group_size)
+        strength = min(self.strength, STRENGTHS[-1])
+        return nonzero_advantage_of_beta(strength * p_P + own[:, 0], strength * (1.0 - p_P) + own[:, 1], group_size)
+
+    def learn(self, row: int, logit: float, rate: float, count: int, weight: float, step: int) -> None:
+        """One group's outcome: `count` rollouts of mean reward `rate` in [0, 1]. `logit`: NaN if not predicted."""
+        if self.half_life:
+            passed, failed = self._faded(row, step)
+            self._own[row] = (passed + rate * count, failed + (1.0 - rate) * count, step)
+        if not np.isnan(logit):
+            self.recent.append((logit, rate, float(count), weight))
+
+    def refit(self) -> None:
+        """Calibrate on the recent labels, if that is wanted and there are enough of them."""
+        if not self.calibrate or not self.recent:
+            return
+        logits, rates, counts, weights = np.array(self.recent).T
+        if not enough(rates, weights):  # all alike, say: nothing is known of how predictions fare, as at the start
+            self.platt, self.strength = Platt(), float("inf")
+            return
+        self.platt = fit_platt(logits, rates, weights)
+        self.strength = strength_of(self.predicted(logits), rates, counts, weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "recent": [list(label) for label in self.recent],
+            "own": [[row, *own] for row, own in self._own.items()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.recent = deque((tuple(label) for label in state["recent"]), maxlen=WINDOW)
+        self._own = {int(row): (passed, failed, int(step)) for row, passed, failed, step in state["own"]}
+        self.platt, self.strength = Platt(), float("inf")
+        self.refit()
+
+    def _faded(self, row: int, step: int) -> tuple[float, float]:
+        passed, failed, then = self._own.get(row, (0.0, 0.0, step))
+        left = 0.5 ** ((step - then) / self.half_life) if self.half_life else 0.0
+        return passed * left, failed * left

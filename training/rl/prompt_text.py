@@ -1,0 +1,40 @@
+"""A data set's prompts as the estimator reads them: text for text what the gateway makes of a request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+from depo_gateway.estimator.text import CHAT, TextConfig, read, with_tokens
+
+
+def text_config(tokenizer: Any, chat_options: Mapping[str, Any] | None, max_tokens: int) -> TextConfig:
+    """Prompts through the policy's chat template, where it has one; else plain. `chat_options`: its variables."""
+    chat = tokenizer.chat_template
+    if not isinstance(chat, str) or not chat:
+        return TextConfig(pooling="cls", max_tokens=max_tokens)
+    plain = {name: value for name, value in (chat_options or {}).items() if isinstance(value, str | bool | int | float)}
+    settings = "".join(f"{{% set {name} = {json.dumps(value)} %}}\n" for name, value in plain.items())
+    chat = with_tokens(settings + chat, tokenizer.special_tokens_map)
+    return TextConfig(CHAT, "cls", max_tokens, chat)
+
+
+class Prompts(Sequence[str]):
+    """The column `prompt`, read when asked for: a large data set's texts would fill the memory of every process."""
+
+    def __init__(self, rows: Any, text: TextConfig) -> None:
+        self.column, self.text = rows["prompt"], text
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        text, _ = read(self.text, self.column[row])  # a chat template leaves nothing for a context
+        return text

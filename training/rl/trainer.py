@@ -1,0 +1,358 @@
+"""DepoTrainer: TRL's GRPOTrainer with prompts chosen before they are rolled out (DEPO) and DAPO's dynamic sampling.
+
+TRL's sampler only sets the pace: when a generation is due, the rows it brings are replaced by the rows the selector
+chooses at that moment. So a choice is never stale, the number of steps and the learning rate's schedule stay TRL's, and
+a resumed run needs nothing of the data loader. What happens is one generation after another:
+
+    choose -> generate and score (TRL), with dynamic sampling again for more -> losses (TRL), whose log-probabilities
+    are noted in passing -> the estimator learns from the generation's groups -> next
+
+Every rank decides from the same numbers: each scores its share of the candidates and all are gathered, the selector's
+random numbers follow from one seed, and a digest of each choice is compared.
+
+Shapes: B rows of a micro-batch, R rows of this rank in a generation, P prompts, G rollouts a group, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from trl import GRPOTrainer
+
+from depo_gateway.training.rewards.worker_pool import RewardError
+from depo_gateway.training.rl import dynamic_sampling, estimator_replica, run_state
+from depo_gateway.training.rl.config import DepoConfig, refuse
+from depo_gateway.training.rl.dynamic_sampling import Round
+from depo_gateway.training.rl.group_labels import Group
+from depo_gateway.training.rl.missing_rewards import Guarded, for_trl, guarded
+from depo_gateway.training.rl.prompt_text import Prompts, text_config
+from depo_gateway.training.rl.selection_config import Choice
+from depo_gateway.training.rl.selector import Selector
+
+# as they stand at the end of a logging window, where TRL logs the mean of all else
+TOTALS = frozenset({"depo/completions", "depo/epoch", "depo/rollouts_saved_estimate", "depo/false_reject_rate"})
+
+
+class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
+    """GRPOTrainer's arguments; `args` is a DepoConfig, `train_dataset` one with rows. Ours is public:
+
+    `selector`, `learner` (None with depo off), `stopping` (set it to stop and save at the next generation's end),
+    `stopped` and `noted` (called with what is logged of each generation). Raises ValueError for settings and data
+    that can't be.
+    """
+
+    args: DepoConfig
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: DepoConfig | None = None,
+        train_dataset: Dataset | None = None,
+        **others: Any,
+    ) -> None:
+        args = DepoConfig(output_dir="depo") if args is None else args
+        refuse(args, train_dataset, others)
+        super().__init__(
+            model=model, reward_funcs=guarded(reward_funcs), args=args, train_dataset=train_dataset, **others
+        )
+        if args.dynamic_sampling and self.tools:
+            raise ValueError("dynamic_sampling can't merge generations with tools; turn it off")
+        text = text_config(self._tokenizer, self.chat_template_kwargs, args.depo_max_tokens)
+        prompts = Prompts(self.train_dataset, text)
+        self.learner = estimator_replica.new(args, text, prompts, self.accelerator) if args.depo != "off" else None
+        self.selector = Selector(prompts, args.selection(), self.learner, args.seed, score=self._scores)
+        self.completions = 0  # generated so far, by all ranks
+        self.stopping = self.stopped = False
+        self.noted: Callable[[Mapping[str, float]], None] | None = None
+        self._rounds: list[Round] = []  # of the generation under way
+        self._trained: list[int] = []  # which of their groups are trained on
+        self._log_probs_R = torch.empty(0)  # mean token log-probability; NaN: not known yet
+        self._rewards: tuple[tuple[float, ...], ...] = ()  # of the last generation, all ranks' groups
+        self._seconds = 0.0  # that the last generation took, the choice of its prompts included
+        self._captured: Tensor | None = None
+        self._said = False
+        self._saved = -1  # step of the newest checkpoint
+        self._stepped = 0  # _step when the policy last took a step
+        self._exported = -1
+        self.add_callback(Boundaries(self))
+
+    # --- choosing, generating ---
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's, for the chosen prompts in place of `inputs`; evaluation is untouched."""
+        if not self.model.training:
+            evaluated: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            self._counts()  # they are not the next generation's
+            return evaluated
+        need, ranks = self.args.prompts_per_generation, self.accelerator.num_processes
+        if len(inputs) * ranks != self.args.generation_batch_size:
+            raise ValueError(
+                f"a generation takes {self.args.generation_batch_size} rows, but the data loader brought {len(inputs)} "
+                f"to each of {ranks} processes; leave accelerator_config as it is"
+            )
+        columns = list(inputs[0])
+        before = self._moment()
+        try:
+            output = self._generation(need, columns)
+        except RewardError:
+            self._go_back(before)  # so that a checkpoint of this moment can be written
+            raise
+        self._log_generation()
+        output["depo_row"] = torch.arange(len(inputs), device=self.accelerator.device)  # TRL shuffles it along
+        self._log_probs_R = torch.full((len(inputs),), float("nan"), device=self.accelerator.device)
+        return output
+
+    def _generation(self, need: int, columns: Sequence[str]) -> dict[str, Any]:
+        """TRL's output for `need` groups, out of as many rounds as it takes."""
+        group_size, ranks = self.args.num_generations, self.accelerator.num_processes
+        began = time.perf_counter()
+        self._rounds = [self._round(need, columns)]
+        while self.args.dynamic_sampling and len(self._rounds) < self.args.dynamic_sampling_rounds:
+            good = sum(sum(each.informative()) for each in self._rounds)
+            drawn = sum(len(each.choice.indices) for each in self._rounds)
+            size = dynamic_sampling.next_size(need - good, len(self.train_dataset) - drawn, group_size, ranks)
+            if size <= 0:
+                break
+            self._rounds.append(self._round(size, columns))
+        self._trained = dynamic_sampling.trained(self._rounds, need)
+        output = self._rounds[0].output
+        if self._trained != list(range(need)) or len(self._rounds) > 1:
+            outputs = [each.output for each in self._rounds]
+            pad_token = self._tokenizer.pad_token_id
+            output = dynamic_sampling.merge(outputs, self._trained, group_size, pad_token, self.accelerator)
+        self._seconds = time.perf_counter() - began
+        return output
+
+    def _moment(self) -> tuple[Any, ...]:
+        """What a generation moves."""
+        numbers = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return self.selector.state_dict(), self.completions, self.state.num_input_tokens_seen, *numbers
+
+    def _go_back(self, moment: tuple[Any, ...]) -> None:
+        state, self.completions, self.state.num_input_tokens_seen, numbers, of_gpus = moment
+        self.selector.load_state_dict(state)
+        torch.set_rng_state(numbers)
+        if of_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
+
+    def _round(self, count: int, columns: Sequence[str]) -> Round:
+        choice = self.selector.choose(count)
+        self._compare(choice)
+        rows = [row for row in choice.indices for _ in range(self.args.num_generations)]
+        share = len(rows) // self.accelerator.num_processes
+        mine = rows[self.accelerator.process_index * share :][:share]
+        examples = {row: self.train_dataset[row] for row in dict.fromkeys(mine)}
+        inputs = [{name: examples[row][name] for name in columns} for row in mine]
+        output = super()._generate_and_score_completions(inputs)
+        self.completions += len(rows)
+        return Round(choice, self._rewards, output)
+
+    def _compare(self, choice: Choice) -> None:
+        """Raises ValueError on every rank if any chose other prompts, or has other text in their rows."""
+        text = "\0".join(self.selector.prompts[row] for row in choice.indices)
+        digests = gather_object([hashlib.sha256(f"{choice.digest()}{text}".encode()).hexdigest()[:16]])
+        if len(set(digests)) > 1:
+            raise ValueError(
+                f"the processes chose different prompts ({', '.join(digests)}): they must see the same data set in the "
+                "same order, the same seed and the same settings"
+            )
+
+    def _scores(self, prompts: Sequence[str]) -> NDArray[np.float64]:
+        """The estimator's logits (P, K, 2), the work shared out over the ranks."""
+        assert self.learner is not None
+        ranks = self.accelerator.num_processes
+        parts = gather_object([self.learner.score(prompts[self.accelerator.process_index :: ranks])])
+        logits = np.empty((len(prompts), *parts[0].shape[1:]))
+        for rank, part in enumerate(parts):
+            logits[rank::ranks] = part
+        return logits
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """TRL's (all ranks' rows, functions). A completion without any reward has an advantage of 0."""
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        errors = [f.error for f in self.reward_funcs if isinstance(f, Guarded) and f.error]
+        if said := [error for error in gather_object(errors[:1] or [""]) if error]:
+            raise RewardError(said[0])
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        if self.model.training:
+            weights = self.reward_weights.to(rewards.device)
+            total = torch.where(rewards.isnan().all(1), torch.nan, (rewards * weights).nansum(1))
+            self._rewards = tuple(tuple(group) for group in total.view(-1, group_size).tolist())
+            missing = float(total.isnan().float().mean())
+            self._metrics["train"]["depo/missing_rewards"].append(missing)
+        return for_trl(rewards, group_size)
+
+    # --- learning ---
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._captured = result[0].detach()
+        return result
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss. The generating policy's log-probabilities are noted: where the policy has moved on since, TRL has
+        kept them; else they are those of this very forward.
+        """
+        self._captured = None
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        log_probs_BT = inputs.get("old_per_token_logps")
+        log_probs_BT = self._captured if log_probs_BT is None else log_probs_BT
+        if self.model.training and log_probs_BT is not None:
+            mask_BT = inputs["completion_mask"].bool()
+            if inputs.get("tool_mask") is not None:
+                mask_BT = mask_BT & inputs["tool_mask"].bool()
+            sums_B = torch.where(mask_BT, log_probs_BT.float(), 0.0).sum(1)
+            self._log_probs_R[inputs["depo_row"]] = sums_B / mask_BT.sum(1)  # NaN where every token is masked
+        elif self.model.training and self.learner is not None and not self._said:
+            self._said = True
+            run_state.log.warning("use_liger_kernel hides log-probabilities: the estimator learns without them")
+        self._captured = None
+        return loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """TRL's; after the last micro-batch of a generation's first pass the estimator learns."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        every = self.args.generate_every
+        if self._rounds and self._step % every == self.args.steps_per_generation % every:
+            self._observe()
+        return loss
+
+    def _observe(self) -> None:
+        group_size = self.args.num_generations
+        log_probs = self.accelerator.gather(self._log_probs_R).view(-1, group_size).tolist()
+        by_number = dict(zip(self._trained, log_probs, strict=True))
+        indices = [row for each in self._rounds for row in each.choice.indices]
+        rewards = [group for each in self._rounds for group in each.rewards]
+        metrics = self.selector.observe(
+            [
+                Group(index, group, tuple(by_number.get(number, ())))
+                for number, (index, group) in enumerate(zip(indices, rewards, strict=True))
+            ]
+        )
+        if self.learner is not None:
+            estimator_replica.share(self.learner, self.accelerator)
+        metrics.pop("depo/zero_advantage_share", None)  # it was told with the generation, whatever the mode
+        self._note(metrics)
+        self._rounds, self._trained = [], []
+
+    def _log_generation(self) -> None:
+        flags = [flag for each in self._rounds for flag in each.informative()]
+        metrics = dict(self._rounds[0].choice.metrics)
+        for each in self._rounds[1:]:  # counts and seconds add up; shares are the first round's
+            for name in ("depo/scored", "depo/explored", "depo/seconds_scoring"):
+                if name in metrics:
+                    metrics[name] += each.choice.metrics[name]
+        counted = self._counts()
+        for name in ("timeouts", "failures"):
+            lost = torch.tensor([float(sum(c.get(name, 0) for c in counted))], device=self.accelerator.device)
+            metrics[f"depo/reward_{name}"] = float(self.accelerator.reduce(lost, "sum"))
+        self._note(
+            {
+                **metrics,
+                "depo/zero_advantage_share": 1.0 - sum(flags) / len(flags),  # of all that was generated
+                "depo/zero_advantage_trained": 1.0 - sum(flags[n] for n in self._trained) / len(self._trained),
+                "depo/rounds": float(len(self._rounds)),
+                "depo/seconds_rollout": self._seconds - metrics.get("depo/seconds_scoring", 0.0),
+                "depo/completions": float(self.completions),
+            }
+        )
+
+    def _counts(self) -> list[dict[str, int]]:
+        return [f.counts() for f in self.reward_funcs if isinstance(f, Guarded)]
+
+    def _note(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            before = [] if name in TOTALS else self._metrics["train"][name]
+            self._metrics["train"][name] = [*before, value]
+        if self.noted is not None:
+            self.noted(metrics)
+
+    # --- beginning, saving, resuming ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trainer.train, and at its end the estimator's export. True: from the newest whole checkpoint;
+        a run that was at its end already is loaded, and no step is taken.
+        """
+        place = None
+        if resume_from_checkpoint:
+            where = resume_from_checkpoint
+            place = run_state.newest(Path(self.args.output_dir)) if where is True else Path(where)
+            self.completions = run_state.load(place, self.selector, self.learner)
+        try:
+            result = super().train(resume_from_checkpoint=None if place is None else str(place), **kwargs)
+        except run_state.FinishedError:
+            result = TrainOutput(self.state.global_step, 0.0, {})
+        except RewardError:
+            if self._step == self._stepped and self.state.global_step not in (0, self._saved):
+                self._save_checkpoint(self.model_wrapped, None)
+            raise
+        self.export()
+        return result
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer's, with the selector's and the estimator's state in depo/. Raises OSError if it can't be written."""
+        place = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with run_state.writing(place, self.args.should_save):
+            if self.args.should_save:
+                whole = self._step % self.args.generate_every == 0
+                run_state.save(place, self.selector, self.learner, self.completions, whole)
+            super()._save_checkpoint(model, trial)
+            self.export()
+        self._saved = self.state.global_step
+
+    def export(self) -> Path | None:
+        """Write the estimator as a gateway's checkpoint under output_dir/estimator and publish it; rank 0 alone.
+
+        Returns its place; None where there is no estimator or another rank writes.
+        """
+        if self.learner is None or not self.accelerator.is_main_process:
+            return None
+        step, place = self.state.global_step, Path(self.args.output_dir) / "estimator"
+        if step != self._exported:
+            with torch.random.fork_rng(devices=[]):  # the exporter draws numbers; the policy must not notice
+                run_state.export(place, step, self.learner, self.selector, self.args.save_total_limit)
+            self._exported = step
+        return place
+
+
+class Boundaries(TrainerCallback):
+    """Saves where a run can go on exactly, between two generations; stops there when told to."""
+
+    def __init__(self, trainer: DepoTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        micro_batches = state.save_steps * args.gradient_accumulation_steps
+        if args.save_strategy == "steps" and micro_batches % args.generate_every:
+            steps = args.generate_every // np.gcd(args.generate_every, args.gradient_accumulation_steps)
+            raise ValueError(
+                f"save_steps is {state.save_steps}, in the middle of a generation, from where no run can be resumed; "
+                f"use a multiple of {steps}"
+            )
+        self.trainer._saved = state.global_step  # resumed from
+        if state.global_step >= state.max_steps:  # the policy is loaded; Trainer would take another step
+            raise run_state.FinishedError
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer._stepped = trainer._step
+        if trainer._step % args.generate_every:
+            return
+        told = torch.tensor([float(trainer.stopping)], device=trainer.accelerator.device)
+        if float(trainer.accelerator.reduce(told, "sum")):
+            trainer.stopped = control.should_save = control.should_training_stop = True
