@@ -321,9 +321,6 @@ def test_load_finds_files_and_modules(path: str, tmp_path: Path, monkeypatch: py
             "depo_gateway.training.rewards.verifiers:MATH",
             "'depo_gateway.training.rewards.verifiers:MATH' is not callable",
         ),
-            "depo_gateway.training.rewards.verifiers:MATH",
-            "'depo_gateway.training.rewards.verifiers:MATH' is not callable",
-        ),
     ],
 )
 def test_a_path_that_leads_nowhere_is_one_sentence(path: str, words: str) -> None:
