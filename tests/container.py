@@ -119,7 +119,7 @@ def build(dockerfile: Path, work: Path) -> Image:
     for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
         if name and (ROOT / name).exists():
             (context / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, context / name)
+            shutil.copy(ROOT / name, context / name, follow_symlinks=False)  # depo_gateway/ holds links to folders
     script, kind, *_ = recipe.install
     built = subprocess.run(
         [script, kind, str(directory), str(sbom)],

@@ -18,6 +18,7 @@ FORBIDDEN = {
     "gateway": {"torch", "transformers", "trl", "vllm"},
 }
 HEAVY = {"torch", "transformers", "onnx", "matplotlib"}
+COMMAND_PROTOCOL = {"add_arguments", "main", "run"}
 SERVING = ("gateway.__main__", "gateway.server", "gateway.demo.run")
 LEARNER_SETTINGS = ("training.online.settings", "training.online.daemon", "training.commands.collect")
 
@@ -46,6 +47,16 @@ def imports(path: Path) -> set[str]:
                 full = f"{node.module}.{alias.name}"
                 names.add(full if full.removeprefix("depo_gateway.") in known else node.module)
     return {name.removeprefix("depo_gateway.") for name in names}
+
+
+def test_our_packages_are_imported_by_their_installed_names() -> None:
+    """`import gateway` finds the folder in a checkout, as a second copy of the package, and nothing where it is installed."""
+    for path in sorted(ROOT.glob("*/**/*.py")):
+        if path.relative_to(ROOT).parts[0] in {*PACKAGES, "benchmarks", "dashboards", "docker", "examples", "tests"}:
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not {name.split(".")[0] for name in names} & set(PACKAGES), f"{path}: {names}"
 
 
 def test_packages_import_in_one_direction() -> None:
@@ -90,11 +101,13 @@ def test_there_are_no_import_cycles() -> None:
 
 
 def test_public_names_are_unique_within_a_package() -> None:
+    """Classes and functions; each command has its own `run`, `add_arguments` and `main`."""
     homes = defaultdict(set)
     for name, path in modules().items():
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                homes[name.split(".")[0], node.name].add(name)
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+                if node.name not in COMMAND_PROTOCOL:
+                    homes[name.split(".")[0], node.name].add(name)
     assert not {key: sorted(places) for key, places in homes.items() if len(places) > 1}
 
 

@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 import yaml
 
+from depo_gateway import __version__
 from depo_gateway.estimator import checkpoint
 from tests import container
 from tests.container import ROOT, USER, Image
@@ -44,7 +45,7 @@ def test_a_dockerfile_says_what_the_rest_of_the_repository_says(kind: str) -> No
     assert f"Programming Language :: Python :: {base}" in PROJECT["classifiers"]
     assert set(re.findall(r"^FROM (\S+)", recipe.text, re.M)) == {"${PYTHON_IMAGE}"}
     chart = yaml.safe_load((ROOT / "helm/Chart.yaml").read_text())
-    assert re.findall(r"^ARG VERSION=(.+)$", recipe.text, re.M) == [PROJECT["version"]] == [chart["appVersion"]]
+    assert re.findall(r"^ARG VERSION=(.+)$", recipe.text, re.M) == [__version__] == [chart["appVersion"]]
     assert re.findall(r"^USER (.+)$", recipe.text, re.M) == [f"{USER}:{USER}"]  # by number: runAsNonRoot asks for it
     (entry,) = re.findall(r"^ENTRYPOINT (.+)$", recipe.text, re.M)
     assert json.loads(entry)[0] in PROJECT["scripts"]
@@ -115,7 +116,7 @@ def test_an_image_holds_the_pinned_versions_and_its_bill_lists_them(kind: str, r
     }
     bill = json.loads(image.sbom.read_text())
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
-    assert bill["metadata"]["component"]["version"] == PROJECT["version"]
+    assert bill["metadata"]["component"]["version"] == __version__
     kinds = {item["purl"].split("/")[0] for item in bill["components"] if "purl" in item}
     assert kinds == {"pkg:pypi", "pkg:generic"} | ({"pkg:deb"} if shutil.which("dpkg-query") else set())
     listed = {
