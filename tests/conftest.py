@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.postgres import postgres, postgres_server, records_url
+from tests.stored import stored
 
 __all__ = ["postgres", "postgres_server", "records_url"]  # fixtures
 
@@ -18,6 +19,7 @@ WORDS = re.findall(
 
 
 @pytest.fixture(scope="session")
+@stored
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a random two-layer BERT and a word-level WordPiece tokenizer."""
     import torch
@@ -52,6 +54,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+@stored
 def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real checkpoint of the pools small and large: prompts with the word "hard" need the large one."""
     import torch
@@ -94,6 +97,7 @@ POLICY_CHAT = (
 
 
 @pytest.fixture(scope="session")
+@stored
 def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real checkpoint as depo-train rl leaves it: one pool, the policy's chat template, DEPO's trunk, no wide part.
 

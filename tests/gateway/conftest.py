@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from depo_gateway.gateway import config, server
 from tests.gateway.backend import FakeVllm
+from tests.stored import stored
 
 
 @dataclass
@@ -97,6 +98,7 @@ def start(tiny_checkpoint: Path) -> StartGateway:
 
 
 @pytest.fixture(scope="session")
+@stored
 def slow_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real checkpoint that takes its time: thousands of tokens through full attention."""
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
