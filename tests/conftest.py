@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.container import serving_image, training_image
 from tests.postgres import postgres, postgres_server, records_url
 from tests.stored import stored
 
-__all__ = ["postgres", "postgres_server", "records_url"]  # fixtures
+__all__ = ["postgres", "postgres_server", "records_url", "serving_image", "training_image"]  # fixtures
 
 WORDS = re.findall(
     r"\w+",

@@ -1,4 +1,4 @@
-"""Models that one test run builds and another only reads: .ci/newest tests serving where there is no torch to build them.
+"""Models that one test run builds and another reads: .ci/newest tests serving where there is no torch to build them.
 
 DEPO_TEST_MODELS names the directory; without it each run builds its own.
 """

@@ -50,7 +50,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_our_packages_are_imported_by_their_installed_names() -> None:
-    """`import gateway` finds the folder in a checkout, as a second copy of the package, and nothing where it is installed."""
+    """`import gateway` would find the folder in a checkout, a second copy of it, and nothing once installed."""
     for path in sorted(ROOT.glob("*/**/*.py")):
         if path.relative_to(ROOT).parts[0] in {*PACKAGES, "benchmarks", "dashboards", "docker", "examples", "tests"}:
             for node in ast.walk(ast.parse(path.read_text())):
@@ -105,9 +105,9 @@ def test_public_names_are_unique_within_a_package() -> None:
     homes = defaultdict(set)
     for name, path in modules().items():
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
-                if node.name not in COMMAND_PROTOCOL:
-                    homes[name.split(".")[0], node.name].add(name)
+            named = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            if named and not node.name.startswith("_") and node.name not in COMMAND_PROTOCOL:
+                homes[name.split(".")[0], node.name].add(name)
     assert not {key: sorted(places) for key, places in homes.items() if len(places) > 1}
 
 
