@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from depo_gateway import NAMES
 
 config: DepoConfig = DepoConfig(output_dir="out", depo="plus")
-share: float = config.depo_explore
+method: str = config.depo
 
 
 def trained(policy: str, prompts: Sequence[str]) -> DepoTrainer:
@@ -33,7 +34,7 @@ def qualities(runtime: Runtime, prompt: str) -> tuple[float, ...]:
 
 
 def learned(record: Record) -> Example:
-    return Example(record.request_id, {"small": 1.0})
+    return Example(record.id, {"small": 1.0})
 """
 WRONG = """
 from depo_gateway import DepoConfig, DepoTrainer, Example, Record, Runtime
@@ -72,8 +73,9 @@ def test_every_command_has_a_help_text(training_image: Image, project: Path) -> 
     listed = run(training_image, project, "depo-train", "--help").stdout
     commands = re.findall(r"^    ([a-z]+)(?:  |$)", listed, re.MULTILINE)
     assert {"calibrate", "collect", "evaluate", "fit", "refresh", "rl"} <= set(commands)
-    for command in commands:
-        done = run(training_image, project, "depo-train", command, "--help")
+    with ThreadPoolExecutor(2) as several:
+        helps = several.map(lambda command: run(training_image, project, "depo-train", command, "--help"), commands)
+    for command, done in zip(commands, helps, strict=True):
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(f"usage: depo-train {command} ")
     version = run(training_image, project, "depo-train", "--version")
