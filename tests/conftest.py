@@ -19,6 +19,18 @@ WORDS = re.findall(
 )
 
 
+IMAGES = ("test_images.py", "test_installed.py")  # what they share takes two minutes to build
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: one process runs all tests of a file, one all that use an image, first."""
+    if config.pluginmanager.hasplugin("xdist"):
+        items.sort(key=lambda item: item.path.name not in IMAGES)
+        for item in items:
+            group = "images" if item.path.name in IMAGES else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 @stored
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,6 +1,7 @@
 """Imports point one way, gateway -> estimator <- training; no cycles; serving needs no torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -51,12 +52,10 @@ def imports(path: Path) -> set[str]:
 
 def test_our_packages_are_imported_by_their_installed_names() -> None:
     """`import gateway` would find the folder in a checkout, a second copy of it, and nothing once installed."""
-    for path in sorted(ROOT.glob("*/**/*.py")):
-        if path.relative_to(ROOT).parts[0] in {*PACKAGES, "benchmarks", "dashboards", "docker", "examples", "tests"}:
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                assert not {name.split(".")[0] for name in names} & set(PACKAGES), f"{path}: {names}"
+    pattern = re.compile(rf"^ *(?:import|from) (?:{'|'.join(PACKAGES)})\b", re.MULTILINE)
+    for folder in (*PACKAGES, "benchmarks", "dashboards", "docker", "examples", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not pattern.findall(path.read_text()), path
 
 
 def test_packages_import_in_one_direction() -> None:

@@ -11,7 +11,7 @@ import pytest
 from depo_gateway.gateway.demo.report import Outcome, interval, longest_first, summary
 from tests.gateway.backend import FakeVllm
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-m", "depo_gateway.gateway", "demo", "--port", "0", "--admin-port", "0"]
 
 
