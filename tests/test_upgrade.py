@@ -99,7 +99,7 @@ def test_a_checkpoint_gives_the_scores_that_version_0_1_recorded() -> None:
     for record in records:
         assert record.asked is not None
         assert record.estimator in (FIRST, "")
-        scores = runtime.score([runtime.prepare(*text.read(runtime.manifest.text, record.asked))])[0]
+        scores = runtime.score([runtime.prepare(*text.extract_text(runtime.manifest.text, record.asked))])[0]
         assert dict(zip(POOLS, scores.quality, strict=True)) == pytest.approx(dict(record.quality), abs=1e-4)
     cheap = runtime.cheap([runtime.prepare("hard prove theorem")])[0]
     assert cheap.quality == pytest.approx((0.15707, 0.93664), abs=1e-4)
@@ -108,7 +108,7 @@ def test_a_checkpoint_gives_the_scores_that_version_0_1_recorded() -> None:
 def test_an_estimator_of_rl_scores_its_policy() -> None:
     runtime = Runtime.load(checkpoint.resolve("run/estimator"))
     asked = [{"role": "user", "content": "m: what 002+10="}]
-    scores = runtime.score([runtime.prepare(*text.read(runtime.manifest.text, asked))])[0]
+    scores = runtime.score([runtime.prepare(*text.extract_text(runtime.manifest.text, asked))])[0]
     assert not runtime.has_cheap
     assert scores.quality == pytest.approx((0.03803,), abs=1e-4)
 
@@ -150,7 +150,7 @@ def holds(tree: Any, raw: Any) -> None:
 
 def test_every_setting_of_gateway_yaml_is_taken(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = yaml.safe_load(Path("gateway.yaml").read_text())
-    settings = config.load(Path("gateway.yaml"))
+    settings = config.load_config(Path("gateway.yaml"))
     assert settings.auth is not None
     assert [key.name for key in settings.auth.keys] == ["team-c", "team-a", "team-b"]
     assert settings.records is not None
@@ -176,7 +176,7 @@ def test_a_target_and_a_policys_estimator_are_taken(capsys: pytest.CaptureFixtur
 @contextlib.asynccontextmanager
 async def serving() -> AsyncIterator[str]:
     """The address of a gateway that runs in this process with gateway.yaml, on free ports."""
-    settings = config.load(Path("gateway.yaml"))
+    settings = config.load_config(Path("gateway.yaml"))
     settings = dataclasses.replace(
         settings,
         listen=dataclasses.replace(settings.listen, port=0),
@@ -292,7 +292,7 @@ def test_every_setting_of_learner_yaml_is_taken(name: str) -> None:
 def test_the_learners_state_is_read() -> None:
     state = read_state(Path("checkpoints"))
     assert (state.seq, state.time) == (189, 1796014601.7874713)
-    stands = standing.read(Path("checkpoints"))
+    stands = standing.read_standing(Path("checkpoints"))
     assert stands is not None
     assert (stands.version, stands.labels, stands.beats_random) == (REFRESHED, 56, True)
     assert stands.advantage == pytest.approx(0.0723453443877551)
@@ -320,7 +320,7 @@ def test_a_refresh_goes_on_in_the_directory_of_version_0_1() -> None:
     assert (line["champion"], line["labels"], len(line["reasons"])) == (REFRESHED, 92, 2)
     assert line["figures"]["reference"]["prompts"] == 160
     assert checkpoint.load_manifest(checkpoint.resolve("checkpoints")).version == REFRESHED
-    stands = standing.read(Path("checkpoints"))
+    stands = standing.read_standing(Path("checkpoints"))
     assert stands is not None
     assert stands.version == REFRESHED
 
