@@ -99,7 +99,7 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 
 def test_every_error_code_is_documented() -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "gateway").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "gateway").rglob("*.py"))
     codes = set(re.findall(r"ApiError\(\s*\d{3},(?:[^()]|\([^()]*\))*?\"([a-z_]+)\"(?:,|\s*\))", sources))
     assert {"invalid_json", "timeout", "missing_api_key"} <= codes
     table = OPERATIONS.split("## Errors")[1].split("\n## ")[0]

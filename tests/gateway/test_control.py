@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator import calibration, checkpoint, standing
 from depo_gateway.estimator.calibration import Curve
 from depo_gateway.estimator.runtime import Runtime
@@ -182,7 +183,7 @@ def test_requests_under_way_over_a_reload_are_put_right_where_they_were_counted(
     }) for share in (0.3, 0.5)]  # fmt: skip
     control.follow(read[0], runtime)
     rulings = [Ruling(decisive=0.5) for _ in range(300)]
-    both, large = Eligible(("small", "large")), Decision("large", "unsure", 0.5, 0.9)
+    both, large = Eligible(("small", "large")), Decision("large", Reason.UNSURE, 0.5, 0.9)
     for ruling in rulings:
         control.commit(ruling, "", "hi", both, large)
     old = control.controller
