@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator import calibration, checkpoint, standing
 from depo_gateway.estimator.calibration import Curve
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.gateway import checkpoint_watcher, config

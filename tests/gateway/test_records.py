@@ -19,9 +19,9 @@ from depo_gateway.estimator.records.store import Feedback, Store
 from depo_gateway.estimator.records.types import Record
 from depo_gateway.gateway import config, records, request_notes
 from depo_gateway.gateway.metrics import Metrics
-from depo_gateway.gateway.records import Recorder
 from depo_gateway.gateway.openai.chat import CHAT
 from depo_gateway.gateway.openai.query import json_object, query_of
+from depo_gateway.gateway.records import Recorder
 from depo_gateway.gateway.request_notes import RequestNotes, StreamCopy, record_of, reference_text
 from depo_gateway.gateway.routing import Decision
 from tests.gateway.backend import FakeVllm, Script
@@ -284,7 +284,8 @@ def test_a_long_stream_is_not_kept_but_its_end_is_read(monkeypatch: pytest.Monke
 
 def test_answers_of_any_shape_make_a_record() -> None:
     for whole in (None, [], {}, {"choices": 1}, {"choices": [1, {"index": 1}]}, {"choices": [{"message": 3}]}):
-        record = record_of(RequestNotes(CHAT, "req-1", key="", whole=whole, usage={"prompt_tokens": "many"}), "full", b"key")
+        notes = RequestNotes(CHAT, "req-1", key="", whole=whole, usage={"prompt_tokens": "many"})
+        record = record_of(notes, "full", b"key")
         assert (record.answer or "", record.finish_reason, record.prompt_tokens) == ("", "", None)
     stream = StreamCopy(whole=True)
     stream.add(b'data: {"choices": [{"index": 1, "delta": {"content": "b"}}, {"delta": {"content": "a"}}]}\n\ndata: {')

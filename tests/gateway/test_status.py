@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.calibration import Curve
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway import config, status
 from depo_gateway.gateway.recent_requests import DECISIONS, SLICE_SECONDS, SLICES, RecentRequests
 from depo_gateway.gateway.routing import Decision
