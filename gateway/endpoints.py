@@ -53,25 +53,7 @@ def create_public(gateway: Gateway) -> FastAPI:
 
     @app.post("/v1/route")
     async def route(request: Request) -> Response:
-        live, headers = gateway.live, dict(request.headers.raw)
-        key = asgi.authenticate(live, bearer_key(headers))
-        gateway.control.admit(key)
-        body = await asgi.read_body(request.receive, headers, live.config)
-        fields = json_object(body)
-        query = query_of(api_of_body(gateway.apis, fields), fields, body)
-        state = RequestState(query.api, live, headers, asgi.request_id(headers), time.perf_counter())
-        _, decision = await decide(gateway, state, query, key)
-        described: dict[str, Any] = {
-            "pool": decision.pool,
-            "model": live.config.pools[decision.pool].model,
-            "reason": decision.reason,
-            "estimator": decision.estimator,
-        }
-        if live.config.routing.expose_scores:
-            described |= {"confidence": decision.confidence, "threshold": decision.threshold}
-        answer = _json(described)
-        answer.raw_headers += asgi.decision_headers(live.config, decision) + asgi.common_headers(gateway, state)
-        return answer
+        return await _decision(gateway, request)
 
     @app.post("/v1/feedback")
     async def add_feedback(request: Request) -> Response:
@@ -117,19 +99,7 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
 
     @app.post("/admin/reload")
     async def reload_config(request: Request) -> Response:
-        expected = gateway.live.config.admin.key_sha256
-        if expected is None:
-            raise ApiError(
-                403,
-                "Reloading requires an admin key: put admin.key_sha256 into the config "
-                "(depo-gateway keys new admin prints one).",
-                "no_admin_key",
-            )
-        key = bearer_key(dict(request.headers.raw))
-        if not hmac.compare_digest(key_digest(key), expected):
-            raise ApiError(
-                401, "The admin key is not valid: send it as 'Authorization: Bearer KEY'.", "invalid_api_key"
-            )
+        _authenticate_admin(gateway, request)
         if reload is None:
             raise ApiError(
                 409, "This gateway was not started from a config file; there is nothing to reload.", "no_config"
@@ -145,6 +115,44 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
         return _json({"status": "reloaded", "estimator": version})
 
     return app
+
+
+async def _decision(gateway: Gateway, request: Request) -> Response:
+    """Decides as for a request with the same body, without calling a backend."""
+    live, headers = gateway.live, dict(request.headers.raw)
+    key = asgi.authenticate(live, bearer_key(headers))
+    gateway.control.admit(key)
+    body = await asgi.read_body(request.receive, headers, live.config)
+    fields = json_object(body)
+    query = query_of(api_of_body(gateway.apis, fields), fields, body)
+    state = RequestState(query.api, live, headers, asgi.request_id(headers), time.perf_counter())
+    _, decision = await decide(gateway, state, query, key)
+    described: dict[str, Any] = {
+        "pool": decision.pool,
+        "model": live.config.pools[decision.pool].model,
+        "reason": decision.reason,
+        "estimator": decision.estimator,
+    }
+    if live.config.routing.expose_scores:
+        described |= {"confidence": decision.confidence, "threshold": decision.threshold}
+    answer = _json(described)
+    answer.raw_headers += asgi.decision_headers(live.config, decision) + asgi.common_headers(gateway, state)
+    return answer
+
+
+def _authenticate_admin(gateway: Gateway, request: Request) -> None:
+    """Raises ApiError, 403 or 401, unless the request carries the admin key."""
+    expected = gateway.live.config.admin.key_sha256
+    if expected is None:
+        raise ApiError(
+            403,
+            "Reloading requires an admin key: put admin.key_sha256 into the config "
+            "(depo-gateway keys new admin prints one).",
+            "no_admin_key",
+        )
+    key = bearer_key(dict(request.headers.raw))
+    if not hmac.compare_digest(key_digest(key), expected):
+        raise ApiError(401, "The admin key is not valid: send it as 'Authorization: Bearer KEY'.", "invalid_api_key")
 
 
 def _new_app(title: str) -> FastAPI:

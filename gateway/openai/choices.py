@@ -15,7 +15,8 @@ def first_choice(answer: Any, streamed: bool) -> AnswerPiece | None:
         message, reason = choice.get("delta" if streamed else "message"), choice.get("finish_reason")
         finish_reason = reason if isinstance(reason, str) else ""
         if isinstance(message, dict):
-            return AnswerPiece(text_of_content(message.get("content")), finish_reason, call_ids(message))
+            calls = call_ids(message) if "tool_calls" in message else ""
+            return AnswerPiece(text_of_content(message.get("content")), finish_reason, calls)
         text = choice.get("text")
         return AnswerPiece(text if isinstance(text, str) else "", finish_reason)
     return None

@@ -1,7 +1,6 @@
 """Server-sent events, as streams carry them (WHATWG HTML 9.2)."""
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -9,9 +8,9 @@ import orjson
 EVENT_END = re.compile(rb"\r?\n\r?\n")
 
 
-def data_lines(events: bytes) -> Iterator[bytes]:
+def data_lines(events: bytes) -> list[bytes]:
     """The data of whole events, line by line."""
-    return (line[5:] for line in events.splitlines() if line.startswith(b"data:"))
+    return [line[5:] for line in events.splitlines() if line.startswith(b"data:")]
 
 
 def json_of(data: bytes) -> Any:
