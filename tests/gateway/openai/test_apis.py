@@ -1,5 +1,6 @@
 """The table of endpoints: a new one is one `Api` and one line, and nothing else knows of it."""
 
+import re
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import orjson
 import pytest
 
 from depo_gateway.estimator.records.store import Store
-from depo_gateway.gateway import config
+from depo_gateway.gateway import app, config
 from depo_gateway.gateway.openai.api import AnswerPiece, Api, Fields, Messages
 from depo_gateway.gateway.openai.apis import APIS, api_of_body, by_path
 from depo_gateway.gateway.openai.chat import CHAT
@@ -184,3 +185,11 @@ def test_a_body_without_a_path_is_recognised_by_its_prompt(fields: dict[str, Any
 def test_paths_and_names_are_unique() -> None:
     assert len({api.name for api in APIS.values()}) == len(APIS) == 3
     assert all(path == api.path for path, api in APIS.items())
+
+
+def test_nothing_but_the_table_knows_an_endpoint() -> None:
+    endpoints = {"chat", "completions", "embeddings"}
+    for path in sorted((Path(app.__file__).parent).rglob("*.py")):
+        if path.name != "apis.py":
+            named = re.findall(r"depo_gateway\.gateway\.openai\.(\w+) import", path.read_text())
+            assert not endpoints & set(named), path
