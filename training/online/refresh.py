@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from depo_gateway.estimator import checkpoint, export, standing
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.learner import Item
-from depo_gateway.estimator.records.types import SCORED, Labelled
+from depo_gateway.estimator.records.reasons import reason_named
+from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.training.evaluation.contamination import fingerprints
 from depo_gateway.training.evaluation.report import finite
@@ -261,7 +262,7 @@ def decided(
 
 def large_share(labelled: Sequence[Labelled], pools: tuple[str, ...]) -> float:
     """The last pool's share of the requests that scores or chance routed; without any, a half."""
-    routed = [item.record.pool for item in labelled if item.record.reason in SCORED]
+    routed = [item.record.pool for item in labelled if (why := reason_named(item.record.reason)) and why.free]
     return sum(pool == pools[-1] for pool in routed) / len(routed) if routed else 0.5
 
 
