@@ -5,7 +5,7 @@ from typing import Any
 import orjson
 import pytest
 
-from depo_gateway.estimator.text import TextConfig, read
+from depo_gateway.estimator.text import TextConfig, extract_text
 from depo_gateway.gateway.openai.chat import CHAT
 from depo_gateway.gateway.openai.query import Query, query_of
 
@@ -17,7 +17,7 @@ def chat(**fields: Any) -> Query:
 def scored(messages: list[Any], **fields: Any) -> tuple[str, str]:
     prompt = chat(model="auto", messages=messages, **fields).prompt
     assert prompt is not None
-    return read(TextConfig(), prompt)
+    return extract_text(TextConfig(), prompt)
 
 
 def test_the_last_user_turn_is_scored_with_the_conversation_before_it() -> None:
