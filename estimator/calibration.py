@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.heads import ORIGINAL, QUALITY
+
 Array = NDArray[np.float64]
 RULES = ("gain", "difficulty")
 STAGES = ("full", "cheap")
@@ -27,12 +29,7 @@ class Platt:
     offset: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One stage's calibration, a Platt per pool."""
-
-    quality: tuple[Platt, ...]
-    token_confidence: tuple[Platt, ...]
+Stage = Mapping[str, tuple[Platt, ...]]  # one stage's calibration: by head, a Platt per pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +113,23 @@ def sigmoid(x: NDArray[np.floating]) -> Array:
     return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -60.0, 60.0))), np.float64)
 
 
-def apply_calibration(stage: Stage, logits_NKH: NDArray[np.floating]) -> tuple[Array, Array]:
-    """Logits (N, K, 2) -> calibrated quality (N, K) and token confidence (N, K)."""
-    quality = [sigmoid(p.slope * logits_NKH[:, k, 0] + p.offset) for k, p in enumerate(stage.quality)]
-    token = [sigmoid(p.slope * logits_NKH[:, k, 1] + p.offset) for k, p in enumerate(stage.token_confidence)]
-    return np.stack(quality, 1), np.stack(token, 1)
+def calibrate_quality(stage: Stage, logits_NKH: NDArray[np.floating]) -> Array:
+    """Logits (N, K, H) -> the calibrated quality (N, K)."""
+    return _calibrate(stage["quality"], logits_NKH[:, :, QUALITY])
+
+
+def calibrate_heads(stage: Stage, logits_NKH: NDArray[np.floating], heads: Sequence[str]) -> dict[str, Array]:
+    """Logits (N, K, H) of these heads -> their calibrated predictions, (N, K) each."""
+    return {head: _calibrate(stage[head], logits_NKH[:, :, index]) for index, head in enumerate(heads)}
+
+
+def _calibrate(platts: Sequence[Platt], logits_NK: NDArray[np.floating]) -> Array:
+    return np.stack([sigmoid(p.slope * logits_NK[:, k] + p.offset) for k, p in enumerate(platts)], 1)
+
+
+def uncalibrated_stage(pools: int, heads: Sequence[str] = ORIGINAL) -> Stage:
+    """The calibration that changes nothing."""
+    return {head: (Platt(),) * pools for head in heads}
 
 
 def enough_labels(targets: NDArray[np.floating], weights: NDArray[np.floating]) -> bool:
@@ -208,9 +217,7 @@ def loads(data: bytes) -> Calibration:
     try:
         raw = json.loads(data)
         stages = {
-            name: Stage(
-                *(tuple(Platt(**p) for p in raw["stages"][name][head]) for head in ("quality", "token_confidence"))
-            )
+            name: {head: tuple(Platt(**p) for p in platts) for head, platts in raw["stages"][name].items()}
             for name in STAGES
         }
         curves = {

@@ -57,7 +57,7 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     import torch
 
     from depo_gateway.estimator import export
-    from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+    from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
     from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
@@ -78,7 +78,7 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     for _ in range(15):
         for start in range(0, len(items), 50):
             learner.step_items(items[start : start + 50])
-    straight = Stage((Platt(), Platt()), (Platt(), Platt()))
+    straight = uncalibrated_stage(2)
     place = tmp_path_factory.mktemp("checkpoints") / "tiny"
     export.export_checkpoint(
         place, model, tokenizer, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {}
@@ -103,7 +103,7 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
     import torch
 
     from depo_gateway.estimator import calibration, export
-    from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+    from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
     from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
@@ -136,7 +136,7 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
     full, _ = learner.predict(items)
     quality = calibration.sigmoid(full[:, :, 0])
     observed = np.array([[example.quality["policy"]] for example in examples])
-    straight = Stage((Platt(),), (Platt(),))
+    straight = uncalibrated_stage(1)
     curves = {"difficulty": calibration.measure_curve(quality, observed, np.ones(len(examples)), "difficulty")}
     place = tmp_path_factory.mktemp("checkpoints") / "policy"
     export.export_checkpoint(
