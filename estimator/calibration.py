@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depo_gateway.estimator.heads import ORIGINAL, QUALITY
+from depo_gateway.estimator.logistic import Array, fit_logistic, sigmoid
 
-Array = NDArray[np.float64]
 RULES = ("gain", "difficulty")
 STAGES = ("full", "cheap")
 GRID = 101
@@ -109,10 +109,6 @@ class Calibration:
         return self.curves[rule]
 
 
-def sigmoid(x: NDArray[np.floating]) -> Array:
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -60.0, 60.0))), np.float64)
-
-
 def calibrate_quality(stage: Stage, logits_NKH: NDArray[np.floating]) -> Array:
     """Logits (N, K, H) -> the calibrated quality (N, K)."""
     return _calibrate(stage["quality"], logits_NKH[:, :, QUALITY])
@@ -139,27 +135,17 @@ def enough_labels(targets: NDArray[np.floating], weights: NDArray[np.floating]) 
 
 
 def fit_platt(logits: NDArray[np.floating], targets: NDArray[np.floating], weights: NDArray[np.floating]) -> Platt:
-    """Weighted maximum likelihood by Newton's method, NaN targets left out. Not enough labels: the identity.
+    """Weighted maximum likelihood; NaN targets are left out. Not enough labels: the identity.
 
-    A slight pull (ridge of one prompt) to slope 1, offset 0 keeps it finite where the labels are separable.
+    A ridge of one prompt towards slope 1, offset 0 keeps it finite where the labels are separable.
     """
     if not enough_labels(targets, weights):
         return Platt()
     seen = ~np.isnan(targets) & (weights > 0)
     x, t, w = np.asarray(logits, float)[seen], targets[seen], weights[seen]
-    w = w / w.mean()
     design = np.stack([x, np.ones_like(x)], 1)
-    start = np.array([1.0, 0.0])
-    beta = start.copy()
-    for _ in range(50):
-        p = sigmoid(design @ beta)
-        slope = design.T @ (w * (t - p)) - (beta - start)
-        curvature = (design * (w * p * (1 - p))[:, None]).T @ design + np.eye(2)
-        step = np.linalg.solve(curvature, slope)
-        beta += step / max(1.0, float(np.abs(step).max()))
-        if np.abs(step).max() < 1e-8:
-            break
-    return Platt(max(float(beta[0]), 0.05), float(beta[1]))
+    slope, offset = fit_logistic(design, t, w / w.mean(), prior=np.array([1.0, 0.0]), ridge=np.ones(2))
+    return Platt(max(float(slope), 0.05), float(offset))
 
 
 def confidence(quality_NK: Array, rule: str) -> Array:

@@ -105,6 +105,7 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
     from depo_gateway.estimator import calibration, export
     from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
+    from depo_gateway.estimator.logistic import sigmoid
     from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
     from depo_gateway.estimator.text import CHAT, TextConfig, extract_text, with_special_tokens
@@ -134,7 +135,7 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
         for start in range(0, len(items), 50):
             learner.step_items(items[start : start + 50])
     full, _ = learner.predict(items)
-    quality = calibration.sigmoid(full[:, :, 0])
+    quality = sigmoid(full[:, :, 0])
     observed = np.array([[example.quality["policy"]] for example in examples])
     straight = uncalibrated_stage(1)
     curves = {"difficulty": calibration.measure_curve(quality, observed, np.ones(len(examples)), "difficulty")}

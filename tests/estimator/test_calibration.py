@@ -7,6 +7,7 @@ import pytest
 
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.calibration import Calibration, Platt, uncalibrated_stage
+from depo_gateway.estimator.logistic import sigmoid
 
 
 def outcomes(seed: int = 0, n: int = 4000) -> tuple[calibration.Array, calibration.Array]:
@@ -29,7 +30,7 @@ def calibrated() -> Calibration:
 def test_platt_recovers_a_known_map() -> None:
     generator = np.random.default_rng(0)
     logits = generator.normal(size=20_000)
-    observed = (generator.uniform(size=20_000) < calibration.sigmoid(0.5 * logits + 0.7)).astype(float)
+    observed = (generator.uniform(size=20_000) < sigmoid(0.5 * logits + 0.7)).astype(float)
     fitted = calibration.fit_platt(logits, observed, np.ones(20_000))
     assert fitted.slope == pytest.approx(0.5, abs=0.05)
     assert fitted.offset == pytest.approx(0.7, abs=0.05)

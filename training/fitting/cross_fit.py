@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from depo_gateway.estimator import calibration
 from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
+from depo_gateway.estimator.logistic import sigmoid
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.routing_metrics import Array
@@ -113,7 +113,7 @@ def held_out_loss(logits: Array, items: Sequence[Item]) -> float:
     """What early stopping watches: squared error of quality differences, or of a single pool's quality."""
     observed = np.array([item.quality for item in items])
     weights = np.array([item.weight for item in items])
-    predicted = calibration.sigmoid(logits[:, :, QUALITY])
+    predicted = sigmoid(logits[:, :, QUALITY])
     if observed.shape[1] > 1 and not np.isnan(np.diff(observed, axis=1)).all():
         predicted, observed = np.diff(predicted, axis=1), np.diff(observed, axis=1)
     error = (predicted - observed) ** 2

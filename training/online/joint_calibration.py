@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import enough_labels, sigmoid
+from depo_gateway.estimator.calibration import enough_labels
 from depo_gateway.estimator.heads import QUALITY
+from depo_gateway.estimator.logistic import fit_logistic
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.training.evaluation.routing_metrics import Array
 
@@ -28,7 +29,6 @@ LEAST_SLOPE = 0.05  # it never turns an order round
 # Where `difference` is drawn to, and how strongly, in prompts: MMLU's usual value. Of a few hundred labels alone it may
 # come out near 0, and then little is left of the order: APGR .537 of 500 labels, where the logits themselves have .640
 DIFFERENCE, DIFFERENCE_WEIGHT = 0.7, 20.0
-PASSES = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def none(pools: int) -> Rotation:
 
 
 def fit(logits_NKH: Array, observed_NK: Array, weights: Array) -> Rotation:
-    """Weighted maximum likelihood by Newton's method; labels that are NaN are left out. A pool without enough labels:
+    """Weighted maximum likelihood; labels that are NaN are left out. A pool without enough labels:
     none at all, for pools are compared. A slight pull (ridge of one prompt, for the difference of more) keeps it finite
     where labels are separable.
     """
@@ -72,15 +72,7 @@ def fit(logits_NKH: Array, observed_NK: Array, weights: Array) -> Rotation:
     design, targets, every = design[seen], targets[seen], every[seen]
     start = np.array([1.0, DIFFERENCE, *[0.0] * count])
     ridge = np.array([1.0, DIFFERENCE_WEIGHT, *[1.0] * count])
-    beta = start.copy()
-    for _ in range(PASSES):
-        p = sigmoid(design @ beta)
-        slope = design.T @ (every * (targets - p)) - ridge * (beta - start)
-        curvature = (design * (every * p * (1 - p))[:, None]).T @ design + np.diag(ridge)
-        step = np.linalg.solve(curvature, slope)
-        beta += step / max(1.0, float(np.abs(step).max()))
-        if np.abs(step).max() < 1e-8:
-            break
+    beta = fit_logistic(design, targets, every, start, ridge)
     common, difference = np.maximum(beta[:2], LEAST_SLOPE)
     return Rotation(float(common), float(difference), tuple(map(float, beta[2:])))
 

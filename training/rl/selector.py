@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import sigmoid
 from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Learner
+from depo_gateway.estimator.logistic import sigmoid
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.routing_metrics import auroc, calibration_error
 from depo_gateway.training.rl.group_labels import (
