@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from depo_gateway.estimator import calibration
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Learner, LearnerConfig
 from depo_gateway.estimator.model import ModelConfig, collate, create_model
 from depo_gateway.estimator.text import TextConfig, prepare
@@ -38,7 +39,7 @@ from depo_gateway.training.evaluation.routing_metrics import (
 )
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.fitting.cross_fit import FitConfig, cross_fit, foldings_of, fresh, groups_of
-from depo_gateway.training.outcomes.table import Row, examples_of, labels, parse_pools, read_table
+from depo_gateway.training.outcomes.table import Row, examples_of, parse_pools, read_table
 
 SOURCES = ("mmlu_mixtral_gpt4", "gsm8k_mixtral_gpt4", "gsm8k_many_models", "math_l5_many_models")
 MIXTRAL_GPT4 = ["small=mistralai/Mixtral-8x7B-Instruct-v0.1", "large=gpt-4-1106-preview"]
@@ -204,18 +205,18 @@ def held_out(
     items = first.items(examples, embeddings=[embedded[example.prompt] for example in examples])
     foldings = foldings_of(examples, config)[:foldings_wanted]
     held, epochs = cross_fit(lambda: fresh(first.model, first.tokenizer, config.learner), items, foldings, config)
-    t_NK, d_NK = labels(examples, parsed.names)
-    calibrated = calibrate(held[0].full, held[0].cheap, t_NK, d_NK, np.ones(len(examples)), parsed.names)
+    labels = labels_by_head(examples, parsed.names)
+    calibrated = calibrate(held[0].full, held[0].cheap, labels, np.ones(len(examples)), parsed.names)
     quality = [
         {
-            stage: calibration.apply_calibration(calibrated.stages[stage], getattr(one, stage))[0]
+            stage: calibration.calibrate_quality(calibrated.stages[stage], getattr(one, stage))
             for stage in calibration.STAGES
         }
         for one in held
     ]
     length = np.array([len(example.prompt) for example in examples], float)
     _, groups = np.unique(groups_of(examples), return_inverse=True)
-    return HeldOut(quality, t_NK, length, epochs, foldings[0], groups)
+    return HeldOut(quality, labels["quality"], length, epochs, foldings[0], groups)
 
 
 def comparison(rows: Sequence[Row], embedded: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:

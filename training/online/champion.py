@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from depo_gateway.estimator import checkpoint, model
-from depo_gateway.estimator.calibration import Calibration, apply_calibration
+from depo_gateway.estimator.calibration import Calibration, calibrate_quality
 from depo_gateway.estimator.calibration import loads as calibration_of
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.learner import Item
@@ -105,7 +105,7 @@ def pools_of_traffic(labelled: Sequence[Labelled]) -> tuple[str, ...]:
 def predicted_by(known: Known, items: Sequence[Item]) -> Array:
     """Calibrated qualities (N, K) as they are served, of items made for this checkpoint."""
     learner = known.start.learner(learner_config(RefreshConfig()))
-    return apply_calibration(known.calibration.stages["full"], learner.predict(items)[0])[0]
+    return calibrate_quality(known.calibration.stages["full"], learner.predict(items)[0])
 
 
 def honest(known: Known, traffic: Traffic) -> NDArray[np.bool_]:
