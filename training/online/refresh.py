@@ -31,8 +31,10 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator import checkpoint, export, standing
 from depo_gateway.estimator.checkpoint import Manifest
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Item
-from depo_gateway.estimator.records.types import SCORED, Labelled
+from depo_gateway.estimator.records.reasons import reason_named
+from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.training.evaluation.contamination import fingerprints
 from depo_gateway.training.evaluation.report import finite
@@ -59,7 +61,7 @@ from depo_gateway.training.online.embedding_cache import EmbeddingCache
 from depo_gateway.training.online.holdout import Learned, calibrated_on, judged, last, on_reference
 from depo_gateway.training.online.publish_gate import Verdict, judge, log_loss, standing_of
 from depo_gateway.training.online.refresh_config import NO_TEXT, REFUSALS, RefreshConfig
-from depo_gateway.training.outcomes.table import Row, folds_of, labels
+from depo_gateway.training.outcomes.table import Row, folds_of
 from depo_gateway.training.outcomes.traffic_examples import Traffic, examples_of_traffic, kept_in_bounds
 from depo_gateway.training.outcomes.untrusted_keys import lying_keys
 
@@ -166,7 +168,7 @@ def learn_from(
     best, items = min(fits, key=lambda fit: fit[0].loss)
     if not np.isfinite(best.loss):
         return "learning diverged; lower learning_rate and wide_learning_rate", notes
-    observed, _ = labels(traffic.examples, at.pools)
+    observed = labels_by_head(traffic.examples, at.pools)["quality"]
     weights = np.array([example.weight for example in traffic.examples]) * like
     clean = np.ones(count, bool) if best.start.fresh else fair
     return Learned(traffic, observed, weights, folds, items, best, clean), notes
@@ -247,19 +249,21 @@ def decided(
         "fitted_on": fingerprints(traffic.examples),
     }
     with learner.averaged() as estimator:
-        manifest = export.write(place, estimator, best.start.tokenizer, calibration, metrics, parent=at.parent)
+        manifest = export.export_checkpoint(
+            place, estimator, best.start.tokenizer, calibration, metrics, parent=at.parent
+        )
     rows = np.flatnonzero(newest)
     now = standing_of(manifest.version, time.time(), quality[rows], learned.observed[rows], learned.folds[rows], share)
     if publish:
         checkpoint.publish(place)
         if now is not None:
-            standing.write(out, now)
+            standing.write_standing(out, now)
     return Outcome(manifest, verdict, count, now, (*notes, *lost), place)
 
 
 def large_share(labelled: Sequence[Labelled], pools: tuple[str, ...]) -> float:
     """The last pool's share of the requests that scores or chance routed; without any, a half."""
-    routed = [item.record.pool for item in labelled if item.record.reason in SCORED]
+    routed = [item.record.pool for item in labelled if (why := reason_named(item.record.reason)) and why.free]
     return sum(pool == pools[-1] for pool in routed) / len(routed) if routed else 0.5
 
 
@@ -281,7 +285,7 @@ def refused(
         file.flush()
         os.fsync(file.fileno())
     if now is not None:
-        standing.write(out, now)
+        standing.write_standing(out, now)
     return Outcome(None, verdict, count, now, notes)
 
 
