@@ -10,5 +10,5 @@ def test_the_small_checkpoints_load(
 ) -> None:
     assert (tiny_encoder / "model.safetensors").exists()
     for place in (tiny_checkpoint, slow_checkpoint):
-        assert scoring.load(str(place), ("small", "large"), "gain")[1] == {"small": 0, "large": 1}
-    assert scoring.load(str(tiny_policy_checkpoint), ("small", "large"), "difficulty")[1] == {"small": 0}
+        assert scoring.load_runtime(str(place), ("small", "large"), "gain")[1] == {"small": 0, "large": 1}
+    assert scoring.load_runtime(str(tiny_policy_checkpoint), ("small", "large"), "difficulty")[1] == {"small": 0}
