@@ -64,7 +64,8 @@ def known() -> dict[str, set[str]]:
 @functools.cache
 def sources() -> str:
     """The code that labels the series: a label's values stand in it."""
-    return "".join(path.read_text() for package in ("estimator", "gateway", "training") for path in (ROOT / package).rglob("*.py"))
+    packages = ("estimator", "gateway", "training")
+    return "".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
 
 
 def promtool(*arguments: str | Path) -> None:
