@@ -8,13 +8,13 @@ of a function of the user's. All but the pure ones run in worker processes under
 import asyncio
 import importlib.util
 import inspect
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from depo_gateway.training.rewards.worker_pool import RewardError, Workers, as_reward, load
+from depo_gateway.training.rewards.import_path import absolute_import_path, import_callable, one_line
+from depo_gateway.training.rewards.worker_pool import RewardError, Workers, as_reward
 
 Verifier = Callable[[str, str], float]  # (completion, reference) -> reward
 
@@ -91,7 +91,7 @@ class Grader:
         elif self._pure is None:
             if not is_pairwise(_callable(name)):
                 raise ValueError(f"{name} does not take (completion, reference), by these names, as a verifier does")
-            self._workers = Workers(_absolute(name), deadline_s)
+            self._workers = Workers(absolute_import_path(name), deadline_s)
 
     def grade(self, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] = ()) -> list[float | None]:
         """Rewards in the order of (completion, reference) pairs, None where there is none. Any thread may call it.
@@ -178,8 +178,7 @@ class BatchReward:
                 self._runner = self._runner or asyncio.Runner()  # one loop for all calls: clients live in it
                 values = self._runner.run(_awaited(values))
         except Exception as error:  # boundary: the user's code; its traceback stays as the cause
-            words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise RewardError(f"the {what} raised {words}, {among}") from error
+            raise RewardError(f"the {what} raised {one_line(error)}, {among}") from error
         sized = hasattr(values, "__len__") and not isinstance(values, str | bytes | Mapping)
         if not sized or len(values) != len(completions):
             size = f"{len(values)} values" if sized else repr(values)[:60]
@@ -252,13 +251,7 @@ def text_of(turns: Any) -> str:
 def _callable(name: str) -> Callable[..., Any]:
     if ":" not in name:
         raise ValueError(f"unknown verifier {name!r}: known are {NAMES}")
-    return load(name)
-
-
-def _absolute(path: str) -> str:
-    """A file's path must mean the same after a chdir."""
-    place, _, function = path.rpartition(":")
-    return f"{os.path.abspath(place)}:{function}" if place.endswith(".py") else path
+    return import_callable(name)
 
 
 def _short(name: str) -> str:

@@ -7,8 +7,6 @@ imports the verifier's module, which for the built-in ones has no torch. Any thr
 """
 
 import ctypes
-import importlib
-import importlib.util
 import json
 import math
 import os
@@ -20,13 +18,14 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from depo_gateway.training.rewards.import_path import import_callable, one_line
 
 START_SECONDS = 120.0  # to import the verifier's module, on a slow disk at that
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -207,26 +206,6 @@ def default_size() -> int:
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks))
 
 
-def load(path: str) -> Callable[..., Any]:
-    """The function at `module:function` or `path/to/file.py:function`; modules are also found in the working directory.
-
-    Raises:
-        ValueError: there is no such module, file or function, it is not callable, or importing it raises.
-    """
-    place, _, name = path.rpartition(":")
-    if not (place and name):
-        raise ValueError(f"{path!r} is not an import path: write module:function or path/to/file.py:function")
-    try:
-        module = _module_of(Path(place)) if place.endswith(".py") else _module_named(place)
-    except Exception as error:  # boundary: whatever the user's module does when it is imported
-        raise ValueError(f"cannot import {place} for {path!r}: {_words(error)}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise ValueError(f"{place} has no {name!r}" if found is None else f"{path!r} is not callable")
-    function: Callable[..., Any] = found
-    return function
-
-
 def as_reward(value: object) -> float | None:
     """A reward function's value as a finite float; None for None and NaN. RewardError for anything else."""
     if value is None:
@@ -249,7 +228,7 @@ def work(descriptor: int, parent: int, path: str) -> None:
         connection.send_bytes(json.dumps(message).encode())
 
     try:
-        function = load(path)
+        function = import_callable(path)
     except ValueError as error:
         say("broken", str(error))
         return
@@ -263,7 +242,7 @@ def work(descriptor: int, parent: int, path: str) -> None:
             except RewardError as error:
                 answer = ("raised", str(error), "")
             except Exception as error:  # noqa: BLE001  boundary: the parent tells the user
-                answer = ("raised", f"raised {_words(error)}", traceback.format_exc(limit=-20)[-4000:])
+                answer = ("raised", f"raised {one_line(error)}", traceback.format_exc(limit=-20)[-4000:])
             say(*answer)
 
 
@@ -284,25 +263,3 @@ def _end_all(workers: set[Worker], owner: int) -> None:
         for worker in workers:
             worker.end()
         workers.clear()
-
-
-def _module_named(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:  # a console script's path has it not
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
-
-
-def _module_of(file: Path) -> ModuleType:
-    name = f"_reward_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None  # of a name that ends in .py
-    assert spec.loader is not None
-    if str(file.parent.resolve()) not in sys.path:  # for what it imports from beside it
-        sys.path.append(str(file.parent.resolve()))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _words(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
