@@ -1,4 +1,4 @@
-"""Calibration of an estimator's logits on labels: probabilities, and the curves that thresholds are found on.
+"""Fits the calibration of an estimator's logits to labels: probabilities, and the curves for finding thresholds.
 
 Shapes: N prompts, K pools cheapest first.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from depo_gateway.estimator import calibration
-from depo_gateway.estimator.calibration import Calibration, Curve, Stage, apply, fit_platt
-from depo_gateway.training.evaluation.routing_metrics import Array
+from depo_gateway.estimator.calibration import Array, Calibration, Curve, Stage, apply, fit_platt
 
 
 def calibrate(
@@ -24,9 +23,9 @@ def calibrate(
 ) -> Calibration:
     """Calibration from logits (N, K, 2) of both stages and labels, NaN where there is none.
 
-    With a parent, what lacks labels keeps the parent's: a pool's token confidence by itself, but the qualities of all
-    pools together, since they are compared with one another. `counts` (N,): what each prompt counts for in shares and
-    in the quality of a curve, if that is not its weight.
+    With a parent, outputs without enough labels keep the parent's calibration: token confidence pool by pool, quality
+    of all pools together, because qualities are compared with each other. `counts` (N,): the weight of each prompt in
+    the shares and quality of a curve, if not `weights`.
     """
     stages = {}
     for name, logits in (("full", full), ("cheap", cheap)):
@@ -36,36 +35,36 @@ def calibrate(
         )
         if parent is not None:
             before = parent.stages[name]
-            if lacking(t_NK, weights, pools):
+            if pools_lacking_labels(t_NK, weights, pools):
                 quality = before.quality
-            short = lacking(d_NK, weights, pools)
+            lacking = pools_lacking_labels(d_NK, weights, pools)
             token = tuple(
-                old if pool in short else new
+                old if pool in lacking else new
                 for pool, old, new in zip(pools, before.token_confidence, token, strict=True)
             )
         stages[name] = Stage(quality, token)
     quality_NK, _ = apply(stages["full"], full)
-    return Calibration(pools, stages, curves(quality_NK, t_NK, weights if counts is None else counts, pools))
+    return Calibration(pools, stages, rule_curves(quality_NK, t_NK, weights if counts is None else counts, pools))
 
 
-def curves(quality_NK: Array, observed_NK: Array, counts: Array, pools: tuple[str, ...]) -> dict[str, Curve]:
-    """Each rule's curve on prompts that count `counts` (N,)."""
+def rule_curves(quality_NK: Array, observed_NK: Array, counts: Array, pools: tuple[str, ...]) -> dict[str, Curve]:
+    """Each rule's curve on prompts of weight `counts` (N,)."""
     rules = calibration.RULES if len(pools) > 1 else ("difficulty",)
     return {rule: calibration.curve(quality_NK, observed_NK, counts, rule) for rule in rules}
 
 
-def lacking(labels_NK: Array, weights: Array, pools: tuple[str, ...]) -> list[str]:
+def pools_lacking_labels(labels_NK: Array, weights: Array, pools: tuple[str, ...]) -> list[str]:
     """The pools without enough labels to calibrate."""
     return [pool for k, pool in enumerate(pools) if not calibration.enough(labels_NK[:, k], weights)]
 
 
-def kept(observed_NK: Array, token_NK: Array, pools: tuple[str, ...], weights: Array | None = None) -> str:
-    """What calibrate() left as it was, and why, a line each."""
+def unchanged_message(observed_NK: Array, token_NK: Array, pools: tuple[str, ...], weights: Array | None = None) -> str:
+    """Which outputs calibrate() left to the parent, and why; one line each."""
     weights = np.ones(len(observed_NK)) if weights is None else weights
-    why = f"fewer than {calibration.LABELS} labels, or all alike"
+    why = f"fewer than {calibration.LABELS} labels, or all labels are equal"
     lines = ""
-    if short := lacking(observed_NK, weights, pools):
-        lines += f"Quality of {', '.join(pools)} stays calibrated as it was: {why}, for {', '.join(short)}\n"
-    if short := lacking(token_NK, weights, pools):
-        lines += f"Token confidence of {', '.join(short)} stays calibrated as it was: {why}\n"
+    if lacking := pools_lacking_labels(observed_NK, weights, pools):
+        lines += f"The calibration of quality of {', '.join(pools)} is unchanged: {why}, for {', '.join(lacking)}\n"
+    if lacking := pools_lacking_labels(token_NK, weights, pools):
+        lines += f"The calibration of token confidence of {', '.join(lacking)} is unchanged: {why}\n"
     return lines

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import enough, sigmoid
+from depo_gateway.estimator.calibration import Array, enough, sigmoid
 from depo_gateway.estimator.model import Estimator
-from depo_gateway.training.evaluation.routing_metrics import Array
 
 LEAST_SLOPE = 0.05  # it never turns an order round
 # Where `difference` is drawn to, and how strongly, in prompts: MMLU's usual value. Of a few hundred labels alone it may

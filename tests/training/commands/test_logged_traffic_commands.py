@@ -119,7 +119,7 @@ def test_deterministic_logs_are_told(fitted: Path, tmp_path: Path) -> None:
     assert rows[0]["quality"]["value"] is None
     assert rows[0]["unsupported"] > 0.3
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "left nothing to chance (routing.explore: 0)" in text
+    assert "were deterministic (routing.explore: 0)" in text
     assert "no support" in text
 
 
