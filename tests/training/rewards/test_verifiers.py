@@ -236,7 +236,7 @@ def test_a_verifier_as_a_reward_function() -> None:
         assert reward(**BATCH) == [1, 0, 0]
 
 
-def test_a_function_of_ones_own_is_told_by_its_arguments(own: Callable[[str], Any]) -> None:
+def test_the_users_function_is_recognised_by_its_parameters(own: Callable[[str], Any]) -> None:
     assert own("length")(**BATCH) == [0.2, 0.4, 0.3]
     assert own("length").__name__ == "length"
     assert own("batch").__name__ == "batch"
@@ -287,7 +287,7 @@ def test_a_verifier_that_fails_names_its_completion_and_prompt(own: Callable[[st
 
 def test_collect_takes_no_batch_function(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
-    with pytest.raises(ValueError, match=r"own\.py:batch does not take \(completion, reference\), by these names"):
+    with pytest.raises(ValueError, match=r"own\.py:batch must take parameters named \(completion, reference\)"):
         Grader(f"{tmp_path}/own.py:batch")
     with pytest.raises(ValueError, match="deadline must be above 0 seconds, not 0"):
         Grader("number", deadline_s=0)
