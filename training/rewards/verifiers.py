@@ -54,7 +54,7 @@ def number(completion: str, reference: str) -> float:
 
 
 def choice(completion: str, reference: str) -> float:
-    """1 if the completion chooses the reference's letter, A to E: the last "answer is X", else the last lone capital."""
+    """1 if the completion chooses the reference's letter, A to E: of the last "answer is X", else the last capital."""
     expected = _chosen(reference.upper())
     return float(expected is not None and _chosen(completion) == expected)
 
@@ -210,9 +210,9 @@ def reward_function(
     """A reward function for TRL's trainers, from a verifier's name or a function's import path.
 
     A function whose first two parameters are named `completion` and `reference`, with defaults for any others, is a
-    verifier: it is called once per completion, in worker processes with the deadline. Any other function must take TRL's
-    keywords (prompts, completions, the dataset's columns and more, so **kwargs) and runs in this process, without a
-    deadline.
+    verifier: it is called once per completion, in worker processes with the deadline. Any other function must take
+    TRL's keywords (prompts, completions, the dataset's columns and more, so **kwargs) and runs in this process, without
+    a deadline.
 
     Raises:
         ValueError: the verifier is unknown, cannot be imported, is not callable, or takes neither kind of arguments.
@@ -242,7 +242,7 @@ def is_pairwise(function: Callable[..., Any]) -> bool:
 
 
 def text_of(turns: Any) -> str:
-    """A completion's text: the string itself, or the last message's content ("" where it has none; text parts joined)."""
+    """A completion's text: the string itself, or the last message's content ("" if none; text parts joined)."""
     if isinstance(turns, str):
         return turns
     content = turns[-1].get("content") if turns else None

@@ -46,7 +46,8 @@ class Worker:
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
         program = (
-            f"import sys; sys.path[:] = {sys.path!r}; from depo_gateway.training.rewards.worker_pool import run_worker; "
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            "from depo_gateway.training.rewards.worker_pool import run_worker; "
             f"run_worker({theirs.fileno()}, {os.getpid()}, {path!r})"
         )
         # Its own process group: Ctrl-C reaches only the parent, and kill includes what a verifier started.

@@ -246,7 +246,9 @@ def test_the_users_function_is_recognised_by_its_parameters(own: Callable[[str],
             ValueError, match=r"a verifier takes \(completion, reference\), a reward function \(prompts"
         ):
             own(wrong)
-    with pytest.raises(ValueError, match="unknown verifier 'maths': known are exact, number, choice, math, or a func"):
+    with pytest.raises(
+        ValueError, match="unknown verifier 'maths': known are exact, number, choice, math, or your own func"
+    ):
         reward_function("maths")
 
 
