@@ -1,4 +1,4 @@
-"""Benchmark of the demo's estimator against random routing and prompt length. `python benchmarks/demo_routing.py`
+"""Benchmark of the demo's estimator against random routing and prompt length. `python -m benchmarks.demo_routing`
 
 It uses chains of the evaluation set, which neither the two models nor the estimator were fitted on: it starts the two
 shipped models on llama.cpp, samples k completions of each chain from both, routes every chain by the estimator, and
@@ -115,7 +115,7 @@ def sample(split: str, count: int, k: int, seed: int, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_routing", description=__doc__.splitlines()[0])
     parser.add_argument("--estimator", type=Path, default=DATA / "estimator", help="a checkpoint (default: the demo's)")
     parser.add_argument("--table", type=Path, help="outcomes of evaluation chains (default: sample them now)")
     parser.add_argument("--collect", type=Path, help="only write the table for fitting the demo's estimator")

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="depo-train", description="Fits the estimators that the gateway routes by.")
     parser.add_argument("--version", action="version", version=f"depo-train {version('depo-gateway')}")
-    requested = next((word for word in arguments if not word.startswith("-")), "")
+    requested = next((argument for argument in arguments if not argument.startswith("-")), "")
     missing = [module for module in NEEDS.get(requested, ()) if importlib.util.find_spec(module) is None]
     if missing:
         names = ", ".join(missing)
