@@ -22,10 +22,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from depo_gateway.estimator import calibration
-from depo_gateway.estimator.calibration import Array
+from depo_gateway.estimator.calibration import STAGES, Array, apply_calibration
 from depo_gateway.estimator.learner import Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, collate, create
+from depo_gateway.estimator.model import ModelConfig, collate, create_model
 from depo_gateway.estimator.text import TextConfig, prepare
 from depo_gateway.training.evaluation.markdown import apgr_table, table, with_interval
 from depo_gateway.training.evaluation.report import scores_by_name
@@ -143,7 +142,9 @@ def start(
 ) -> tuple[Learner, FitConfig]:
     config = FitConfig(LearnerConfig(**terms), patience=2 if trunk else FitConfig().patience)
     torch.manual_seed(config.seed)
-    model, tokenizer = create(ModelConfig(("small", "large"), TextConfig(pooling=pooling), wide=wide, trunk=trunk))
+    model, tokenizer = create_model(
+        ModelConfig(("small", "large"), TextConfig(pooling=pooling), wide=wide, trunk=trunk)
+    )
     return Learner(model, tokenizer, config.learner), config
 
 
@@ -202,7 +203,7 @@ def held_out(
     t_NK, d_NK = labels(examples, parsed.names)
     calibrated = calibrate(predictions[0].full, predictions[0].cheap, t_NK, d_NK, np.ones(len(examples)), parsed.names)
     quality = [
-        {stage: calibration.apply(calibrated.stages[stage], getattr(one, stage))[0] for stage in calibration.STAGES}
+        {stage: apply_calibration(calibrated.stages[stage], getattr(one, stage))[0] for stage in STAGES}
         for one in predictions
     ]
     length = np.array([len(example.prompt) for example in examples], float)

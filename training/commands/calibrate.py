@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from depo_gateway.estimator import calibration, checkpoint
-from depo_gateway.estimator.calibration import Array, Calibration, apply
+from depo_gateway.estimator.calibration import Array, Calibration, apply_calibration
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic
 from depo_gateway.training.evaluation.calibration_data import (
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     calibrated = calibrate(
         full, cheap, data.observed, data.token, weights, runtime.pools, runtime.calibration, np.ones(len(weights))
     )
-    quality, _ = apply(calibrated.stages["full"], full)
+    quality, _ = apply_calibration(calibrated.stages["full"], full)
     by_tokens = dataclasses.replace(calibrated, curves=rule_curves(quality, data.observed, data.tokens, runtime.pools))
     calibrated = with_off_policy_curves(calibrated, data, quality)
     guarantees = {} if split is None else _guarantees(quality, data.observed, split, losses, args.delta)
@@ -109,14 +109,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(place: Path, out: Path, calibrated: Calibration, count: int, guarantees: Guarantees) -> str:
     """Writes the checkpoint at `place` with the new calibration to `out`, as its child; returns the new version."""
-    manifest, files = checkpoint.load(place)
+    manifest, files = checkpoint.load_checkpoint(place)
     files[checkpoint.CALIBRATION] = calibration.dumps(calibrated)
     metrics = {**manifest.metrics, "calibrated_on": {"examples": count}}
     if guarantees:
         metrics["guarantees"] = nan_to_null(
             {name: {rule: dataclasses.asdict(one) for rule, one in by.items()} for name, by in guarantees.items()}
         )
-    written = checkpoint.write(
+    written = checkpoint.write_checkpoint(
         out, files, manifest.base, manifest.pools, manifest.text, metrics, parent=manifest.version
     )
     return written.version

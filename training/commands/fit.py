@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from depo_gateway.estimator import checkpoint, export
 from depo_gateway.estimator.calibration import Calibration
 from depo_gateway.estimator.learner import WHOLE, LearnerConfig
-from depo_gateway.estimator.model import DEFAULT_ENCODER, Estimator, ModelConfig, create
+from depo_gateway.estimator.model import DEFAULT_ENCODER, Estimator, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import POOLINGS, TextConfig
-from depo_gateway.estimator.vocabulary import narrowed
+from depo_gateway.estimator.vocabulary import narrow_tokenizer
 from depo_gateway.training.evaluation.contamination import fingerprints
 from depo_gateway.training.evaluation.report import nan_to_null
 from depo_gateway.training.fitting.calibration import calibrate
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         "fitted_on": fingerprints(examples),
     }
     with learner.averaged() as fitted:
-        manifest = export.write(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
+        manifest = export.export_checkpoint(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
     if args.publish:
         checkpoint.publish(args.out)
     for name, report in reports.items():
@@ -141,14 +141,14 @@ def _fit_config(args: argparse.Namespace) -> FitConfig:
 def _create_model(
     args: argparse.Namespace, pools: tuple[str, ...], examples: Sequence[Example]
 ) -> tuple[Estimator, Tokenizer]:
-    """The untrained model, its vocabulary narrowed to the examples' if --vocabulary says so."""
+    """The untrained model, its vocabulary narrow_tokenizer to the examples' if --vocabulary says so."""
     text = TextConfig(pooling=args.pooling, max_tokens=args.max_tokens)
     config = ModelConfig(pools, text, args.encoder, args.layers, trunk=args.trunk)
     rounded = args.train_layers != WHOLE
-    model, tokenizer = create(config, rounded=rounded, seed=args.seed)
+    model, tokenizer = create_model(config, rounded=rounded, seed=args.seed)
     if args.vocabulary == "used":
         texts = [part for example in examples for part in (example.prompt, example.context)]
-        model, tokenizer = create(config, narrowed(tokenizer, texts), rounded, args.seed)
+        model, tokenizer = create_model(config, narrow_tokenizer(tokenizer, texts), rounded, args.seed)
     return model, tokenizer
 
 

@@ -31,7 +31,7 @@ class CalibrationData:
     """N prompts with their labels. Those of one unit, a conversation, are not independent of one another."""
 
     examples: Sequence[Example]
-    texts: Sequence[tuple[str, str]]  # as estimator.text.read() gives them
+    texts: Sequence[tuple[str, str]]  # as estimator.text.extract_text() gives them
     observed: Array  # (N, K) quality, NaN where there is no label
     token: Array  # (N, K) token confidence
     weights: Array  # (N,) for fitting probabilities; 0: the label's probability of being observed is unknown

@@ -22,7 +22,7 @@ from depo_gateway.estimator.calibration import Array
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Example, Label, Labelled, Record
 from depo_gateway.estimator.text import TextConfig
-from depo_gateway.estimator.text import read as text_of
+from depo_gateway.estimator.text import extract_text as text_of
 from depo_gateway.training.evaluation.off_policy import Integers, Logs
 from depo_gateway.training.outcomes.label_precedence import believed
 

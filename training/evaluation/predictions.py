@@ -18,7 +18,7 @@ from depo_gateway.estimator.calibration import Array
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
-from depo_gateway.estimator.text import read as text_of
+from depo_gateway.estimator.text import extract_text as text_of
 from depo_gateway.training.outcomes.table import Pools, parse_pools
 
 
@@ -39,7 +39,7 @@ def prompt_logits(runtime: Runtime, prompts: Sequence[tuple[str, str]]) -> tuple
 
 
 def text_logits(runtime: Runtime, texts: Sequence[tuple[str, str]], batch_size: int = 32) -> tuple[Array, Array]:
-    """Raw logits of the full and the cheap stage, (N, K, 2) each, of texts from estimator.text.read().
+    """Raw logits of the full and the cheap stage, (N, K, 2) each, of texts from estimator.text.extract_text().
 
     Without a cheap stage both are the full stage's, so that the unused calibration of the cheap stage is valid.
     """
@@ -68,7 +68,8 @@ def served_text(config: TextConfig, prompt: str, context: str) -> tuple[str, str
 def stage_qualities(runtime: Runtime, full: Array, cheap: Array) -> dict[str, Array]:
     """Calibrated quality (N, K) of each stage that the checkpoint has, from the logits of both."""
     stages = {"full": full, "cheap": cheap} if runtime.has_cheap else {"full": full}
-    return {stage: calibration.apply(runtime.calibration.stages[stage], logits)[0] for stage, logits in stages.items()}
+    calibrated = runtime.calibration.stages
+    return {stage: calibration.apply_calibration(calibrated[stage], logits)[0] for stage, logits in stages.items()}
 
 
 def write_scores(path: Path, questions: Sequence[str], quality: Array, pools: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from depo_gateway.estimator.calibration import STAGES, Calibration, apply
+from depo_gateway.estimator.calibration import STAGES, Calibration, apply_calibration
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.markdown import apgr_table
 from depo_gateway.training.evaluation.report import outcome_report
@@ -27,7 +27,7 @@ def held_out_reports(
     length = np.array([len(example.prompt) for example in examples], float)
     reports = {}
     for name, held_out, folds in zip(HELD_OUT, predictions, foldings_of(examples, config), strict=False):
-        quality = {stage: apply(calibrated.stages[stage], getattr(held_out, stage))[0] for stage in STAGES}
+        quality = {stage: apply_calibration(calibrated.stages[stage], getattr(held_out, stage))[0] for stage in STAGES}
         by_group = name == "groups"
         reports[name] = outcome_report(
             quality,
