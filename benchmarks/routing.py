@@ -22,8 +22,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from depo_gateway.estimator.calibration import STAGES, Array, apply_calibration
+from depo_gateway.estimator.calibration import STAGES, calibrate_quality
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Learner, LearnerConfig
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import ModelConfig, collate, create_model
 from depo_gateway.estimator.text import TextConfig, prepare
 from depo_gateway.training.evaluation.markdown import apgr_table, table, with_interval
@@ -31,7 +33,7 @@ from depo_gateway.training.evaluation.report import scores_by_name
 from depo_gateway.training.evaluation.routing_metrics import apgr, at_thresholds, measure_apgr
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.fitting.cross_fit import FitConfig, cross_fit, foldings_of, groups_of, new_learner
-from depo_gateway.training.outcomes.table import Row, examples_of, labels, parse_pools, read_table
+from depo_gateway.training.outcomes.table import Row, examples_of, parse_pools, read_table
 
 SOURCES = ("mmlu_mixtral_gpt4", "gsm8k_mixtral_gpt4", "gsm8k_many_models", "math_l5_many_models")
 MIXTRAL_GPT4 = ["small=mistralai/Mixtral-8x7B-Instruct-v0.1", "large=gpt-4-1106-preview"]
@@ -200,15 +202,15 @@ def held_out(
     predictions, epochs = cross_fit(
         lambda: new_learner(first.model, first.tokenizer, config.learner), items, foldings, config
     )
-    t_NK, d_NK = labels(examples, parsed.names)
-    calibrated = calibrate(predictions[0].full, predictions[0].cheap, t_NK, d_NK, np.ones(len(examples)), parsed.names)
+    labels = labels_by_head(examples, parsed.names)
+    calibrated = calibrate(predictions[0].full, predictions[0].cheap, labels, np.ones(len(examples)), parsed.names)
     quality = [
-        {stage: apply_calibration(calibrated.stages[stage], getattr(one, stage))[0] for stage in STAGES}
+        {stage: calibrate_quality(calibrated.stages[stage], getattr(one, stage)) for stage in STAGES}
         for one in predictions
     ]
     length = np.array([len(example.prompt) for example in examples], float)
     _, groups = np.unique(groups_of(examples), return_inverse=True)
-    return HeldOut(quality, t_NK, length, epochs, foldings[0], groups)
+    return HeldOut(quality, labels["quality"], length, epochs, foldings[0], groups)
 
 
 def comparison(rows: Sequence[Row], embedded: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from depo_gateway.estimator.heads import ORIGINAL
 from depo_gateway.estimator.text import TextConfig
 
 MANIFEST_SCHEMA = 1
@@ -50,6 +51,7 @@ class Manifest:
     metrics: Mapping[str, Any]
     files: Mapping[str, str]  # name -> sha256
     schema: int = MANIFEST_SCHEMA
+    heads: tuple[str, ...] = ORIGINAL  # in the order of the model's outputs; written where they are others
 
 
 def sha256(data: bytes) -> str:
@@ -64,6 +66,7 @@ def write_checkpoint(
     text: TextConfig,
     metrics: Mapping[str, Any],
     parent: str | None = None,
+    heads: tuple[str, ...] = ORIGINAL,
 ) -> Manifest:
     """Write a checkpoint whole: a half-written one never bears its name. Raises ValueError if the place is taken."""
     missing = set(FILES) - set(files)
@@ -72,9 +75,8 @@ def write_checkpoint(
     now = datetime.now(UTC)
     hashes = {name: sha256(data) for name, data in sorted(files.items())}
     version = f"{now:%Y%m%d-%H%M%S}-{sha256(''.join(hashes.values()).encode())[:8]}"
-    manifest = Manifest(
-        version, parent, now.isoformat(timespec="seconds"), base, pools, text, dict(metrics), hashes
-    )  # fmt: skip
+    created = now.isoformat(timespec="seconds")
+    manifest = Manifest(version, parent, created, base, pools, text, dict(metrics), hashes, heads=heads)
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -179,6 +181,7 @@ def load_manifest(path: Path) -> Manifest:
             text=TextConfig(**raw["text"]),
             metrics=raw["metrics"],
             files=dict(raw["files"]),
+            heads=tuple(raw.get("heads", ORIGINAL)),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{place} is not a manifest of schema {MANIFEST_SCHEMA}: {error!r}") from None
@@ -198,7 +201,10 @@ def _read(path: Path, name: str) -> bytes:
 
 
 def _dump(manifest: Manifest) -> bytes:
-    return (json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n").encode()
+    plain = asdict(manifest)
+    if manifest.heads == ORIGINAL:
+        del plain["heads"]
+    return (json.dumps(plain, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _sync_directory(path: Path) -> None:

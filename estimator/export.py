@@ -126,4 +126,4 @@ def export_checkpoint(
     }
     config = model.config
     base = Base(config.encoder, config.layers, changed, config.wide, config.trunk, model.rounded)
-    return checkpoint.write_checkpoint(directory, files, base, config.pools, config.text, metrics, parent)
+    return checkpoint.write_checkpoint(directory, files, base, config.pools, config.text, metrics, parent, config.heads)

@@ -57,7 +57,7 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     import torch
 
     from depo_gateway.estimator import export
-    from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+    from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
     from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
@@ -78,7 +78,7 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     for _ in range(15):
         for start in range(0, len(items), 50):
             learner.step_items(items[start : start + 50])
-    straight = Stage((Platt(), Platt()), (Platt(), Platt()))
+    straight = uncalibrated_stage(2)
     place = tmp_path_factory.mktemp("checkpoints") / "tiny"
     export.export_checkpoint(
         place, model, tokenizer, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {}
@@ -103,8 +103,9 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
     import torch
 
     from depo_gateway.estimator import calibration, export
-    from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+    from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
+    from depo_gateway.estimator.logistic import sigmoid
     from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
     from depo_gateway.estimator.text import CHAT, TextConfig, extract_text, with_special_tokens
@@ -134,9 +135,9 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
         for start in range(0, len(items), 50):
             learner.step_items(items[start : start + 50])
     full, _ = learner.predict(items)
-    quality = calibration.sigmoid(full[:, :, 0])
+    quality = sigmoid(full[:, :, 0])
     observed = np.array([[example.quality["policy"]] for example in examples])
-    straight = Stage((Platt(),), (Platt(),))
+    straight = uncalibrated_stage(1)
     curves = {"difficulty": calibration.measure_curve(quality, observed, np.ones(len(examples)), "difficulty")}
     place = tmp_path_factory.mktemp("checkpoints") / "policy"
     export.export_checkpoint(

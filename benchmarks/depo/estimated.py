@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from benchmarks.depo.encoder import save_encoder
 from benchmarks.depo.methods import RollOut
+from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
 from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.text import TextConfig
@@ -61,4 +62,4 @@ class Depo:
 
     def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
         """Predicted pass rates of prompts that may be of any data set."""
-        return self.selector.beliefs.predicted(self.learner.score(prompts)[:, 0, 0])
+        return self.selector.beliefs.predicted(self.learner.score(prompts)[:, 0, QUALITY])

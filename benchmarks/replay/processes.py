@@ -146,8 +146,8 @@ def untrained(place: Path) -> Path:
         torch.manual_seed(0)
         model, tokenizer = create_model(ModelConfig(POOLS, TextConfig()))
         model.embedding_scale.zero_()
-        nothing, unknown = np.zeros((2, len(POOLS), 2)), np.full((2, len(POOLS)), np.nan)
-        calibrated = calibrate(nothing, nothing, unknown, unknown, np.ones(2), POOLS)
+        nothing, unknown = np.zeros((2, *model.config.shape)), np.full((2, len(POOLS)), np.nan)
+        calibrated = calibrate(nothing, nothing, dict.fromkeys(model.config.heads, unknown), np.ones(2), POOLS)
         export.export_checkpoint(place, model, tokenizer, calibrated, {})
     return place
 

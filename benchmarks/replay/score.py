@@ -44,7 +44,7 @@ class Scorer:
         self._learner.model.load_state_dict(state, strict=False)
         logits, _ = self._learner.predict([self._items[self._row[question.text]] for question in questions])
         stage = calibration.loads(files[checkpoint.CALIBRATION]).stages["full"]
-        return calibration.apply_calibration(stage, logits)[0]
+        return calibration.calibrate_quality(stage, logits)
 
     def _read(self, examples: Sequence[Example], kept: Path) -> list[Item]:
         if kept.exists():

@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 
 from depo_gateway.estimator import checkpoint, export, model
-from depo_gateway.estimator.calibration import STAGES, Calibration, Platt, Stage
+from depo_gateway.estimator.calibration import STAGES, Calibration, uncalibrated_stage
 from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
 from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
@@ -18,7 +18,7 @@ from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
 
 POOLS = ("small", "large")
-STAGE = Stage((Platt(), Platt()), (Platt(), Platt()))
+STAGE = uncalibrated_stage(2)
 CALIBRATED = Calibration(POOLS, dict.fromkeys(STAGES, STAGE), {})
 TEXTS = [
     "what is easy",
@@ -142,7 +142,7 @@ def test_a_policys_estimator_is_served_as_it_predicts_and_loads_to_the_bit(
 ) -> None:
     learner = policy(tiny_encoder, config, wide, rounded)
     expected = learner.score(TEXTS)[:, :1]
-    stage = Stage((Platt(),), (Platt(),))
+    stage = uncalibrated_stage(1)
     calibrated = Calibration(("policy",), dict.fromkeys(STAGES, stage), {})
     with learner.averaged() as fitted:
         part = model.select_pools(fitted, ("policy",))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from depo_gateway.estimator import forward
+from depo_gateway.estimator import forward_context
 from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
 from depo_gateway.estimator.model import ModelConfig, Trunk, create_model
 from depo_gateway.estimator.records.types import Example
@@ -270,7 +270,7 @@ def test_a_large_batch_keeps_less_and_learns_the_same(tiny_encoder: Path, monkey
 
     plain, spared = faithful(tiny_encoder), faithful(tiny_encoder)
     kept = saved(plain)
-    monkeypatch.setattr(forward, "MANY", 10)
+    monkeypatch.setattr(forward_context, "RECOMPUTE_TOKENS", 10)
     assert saved(spared) < kept
     for one, other in zip(plain.model.parameters(), spared.model.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from depo_gateway.estimator import calibration, checkpoint, export, model
-from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
 from depo_gateway.estimator.learner import Learner, LearnerConfig
 from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
@@ -60,7 +60,7 @@ def test_int8_onnx_agrees_with_torch_on_minilm(tmp_path: Path) -> None:
     learner.fit_statistics(learner.items([Example(prompt, {"small": 1.0, "large": 0.0}) for prompt in PROMPTS]))
     with torch.no_grad():
         built.deep_weight.normal_(std=1.5)  # logits spread as a fitted model's are
-    stage = Stage((Platt(), Platt()), (Platt(), Platt()))
+    stage = uncalibrated_stage(2)
     calibrated = Calibration(("small", "large"), {"full": stage, "cheap": stage}, {})
     export.export_checkpoint(tmp_path / "minilm", built, tokenizer, calibrated, {})
     assert sum(path.stat().st_size for path in (tmp_path / "minilm").iterdir()) < 25_000_000
@@ -97,7 +97,7 @@ def test_scores_are_probabilities_in_pool_order(tiny_checkpoint: Path) -> None:
 def test_without_a_wide_part_there_is_no_cheap_stage(tiny_encoder: Path, tmp_path: Path) -> None:
     config = ModelConfig(("policy",), TextConfig(max_tokens=32), str(tiny_encoder), 0, wide=False, trunk=True)
     built, tokenizer = create_model(config)
-    stage = Stage((Platt(),), (Platt(),))
+    stage = uncalibrated_stage(1)
     calibrated = Calibration(("policy",), {"full": stage, "cheap": stage}, {})
     export.export_checkpoint(tmp_path / "policy", built, tokenizer, calibrated, {})
     runtime = Runtime.load(tmp_path / "policy")

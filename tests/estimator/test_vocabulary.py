@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, processors
 
 from depo_gateway.estimator import export
-from depo_gateway.estimator.calibration import STAGES, Calibration, Platt, Stage
+from depo_gateway.estimator.calibration import STAGES, Calibration, uncalibrated_stage
 from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create_model, load_model, locate_encoder
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig, prepare
@@ -68,8 +68,7 @@ def test_a_narrowed_checkpoint_serves_and_trains_on(tmp_path: Path) -> None:
     model, tokenizer = create_model(config, narrow_tokenizer(whole, texts))
     with torch.no_grad():
         model.deep_weight.normal_()
-    platt = (Platt(), Platt())
-    stages = dict.fromkeys(STAGES, Stage(platt, platt))
+    stages = dict.fromkeys(STAGES, uncalibrated_stage(2))
     export.export_checkpoint(tmp_path / "made", model, tokenizer, Calibration(("a", "b"), stages, {}), {})
     assert sum(file.stat().st_size for file in (tmp_path / "made").iterdir()) < 4e6
     again, read, _ = load_model(tmp_path / "made")

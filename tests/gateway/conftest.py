@@ -102,7 +102,7 @@ def slow_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     from depo_gateway.estimator import export
-    from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+    from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
     from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
@@ -117,7 +117,7 @@ def slow_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     model, fast = create_model(ModelConfig(("small", "large"), TextConfig(max_tokens=2048), str(encoder), 0))
     learner = Learner(model, fast, LearnerConfig())
     learner.fit_statistics(learner.items([Example("easy one", {"small": 1.0, "large": 1.0})]))
-    straight = Stage((Platt(), Platt()), (Platt(), Platt()))
+    straight = uncalibrated_stage(2)
     place = tmp_path_factory.mktemp("checkpoints") / "slow"
     export.export_checkpoint(
         place, model, fast, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {}

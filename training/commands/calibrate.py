@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from depo_gateway.estimator import calibration, checkpoint
-from depo_gateway.estimator.calibration import Array, Calibration, apply_calibration
+from depo_gateway.estimator.calibration import Calibration, calibrate_quality
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic
 from depo_gateway.training.evaluation.calibration_data import (
@@ -86,10 +87,8 @@ def run(args: argparse.Namespace) -> int:
     warn_of_contamination("calibrate", fitted_share(data.examples, runtime.manifest))
     full, cheap = text_logits(runtime, data.texts)
     weights = data.weights if split is None else np.where(split.fitting, data.weights, 0.0)
-    calibrated = calibrate(
-        full, cheap, data.observed, data.token, weights, runtime.pools, runtime.calibration, np.ones(len(weights))
-    )
-    quality, _ = apply_calibration(calibrated.stages["full"], full)
+    calibrated = calibrate(full, cheap, data.labels, weights, runtime.pools, runtime.calibration, np.ones(len(weights)))
+    quality = calibrate_quality(calibrated.stages["full"], full)
     by_tokens = dataclasses.replace(calibrated, curves=rule_curves(quality, data.observed, data.tokens, runtime.pools))
     calibrated = with_off_policy_curves(calibrated, data, quality)
     guarantees = {} if split is None else _guarantees(quality, data.observed, split, losses, args.delta)
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     calibrated = dataclasses.replace(calibrated, targets=thresholds)
     version = _write(place, args.out, calibrated, len(data.texts), guarantees)
     sys.stdout.write(
-        unchanged_message(data.observed, data.token, runtime.pools, weights)
+        unchanged_message(data.labels, runtime.pools, weights)
         + target_summary(calibrated, quality, data.observed, by_curve=data.traffic is not None)
         + guarantee_lines(guarantees, runtime.pools[-1])
     )
@@ -117,7 +116,7 @@ def _write(place: Path, out: Path, calibrated: Calibration, count: int, guarante
             {name: {rule: dataclasses.asdict(one) for rule, one in by.items()} for name, by in guarantees.items()}
         )
     written = checkpoint.write_checkpoint(
-        out, files, manifest.base, manifest.pools, manifest.text, metrics, parent=manifest.version
+        out, files, manifest.base, manifest.pools, manifest.text, metrics, manifest.version, manifest.heads
     )
     return written.version
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic
 from depo_gateway.training.evaluation.calibration_data import traffic_calibration_data
@@ -32,7 +33,7 @@ from depo_gateway.training.evaluation.predictions import (
 )
 from depo_gateway.training.evaluation.report import nan_to_null, outcome_report, plot_outcomes, report_markdown
 from depo_gateway.training.evaluation.targets import parse_costs
-from depo_gateway.training.outcomes.table import examples_of, key_of, labels, read_tables
+from depo_gateway.training.outcomes.table import examples_of, key_of, read_tables
 
 REPORT_JSON, REPORT_MD, CURVE, SCORES = "report.json", "report.md", "curve.png", "scores.jsonl"
 
@@ -87,7 +88,7 @@ def _report_on_outcomes(args: argparse.Namespace, runtime: Runtime) -> dict[str,
     write_scores(args.out / SCORES, [row.question for row in rows], stages["full"][of_rows], runtime.pools)
     of_examples = np.array([index_of[example.prompt, example.context] for example in examples])
     quality = {stage: of_prompts[of_examples] for stage, of_prompts in stages.items()}
-    observed, _ = labels(examples, pools.names)
+    observed = labels_by_head(examples, pools.names)["quality"]
     length = np.array([len(example.prompt) for example in examples], float)
     complete = ~np.isnan(observed).any(1)
     plot_outcomes(args.out / CURVE, {s: q[complete] for s, q in quality.items()}, observed[complete], length[complete])

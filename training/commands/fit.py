@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from depo_gateway.estimator import checkpoint, export
 from depo_gateway.estimator.calibration import Calibration
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import WHOLE, LearnerConfig
 from depo_gateway.estimator.model import DEFAULT_ENCODER, Estimator, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
@@ -29,7 +30,7 @@ from depo_gateway.training.evaluation.report import nan_to_null
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.fitting.cross_fit import FitConfig, fit_estimator
 from depo_gateway.training.fitting.held_out_report import held_out_reports, held_out_text
-from depo_gateway.training.outcomes.table import examples_of, labels, parse_pools, read_tables
+from depo_gateway.training.outcomes.table import examples_of, parse_pools, read_tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,9 +98,9 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(config.seed)
     model, tokenizer = _create_model(args, pools.names, examples)
     learner, predictions, epochs = fit_estimator(model, tokenizer, examples, config)
-    t_NK, d_NK = labels(examples, pools.names)
     weights = np.array([example.weight for example in examples])
-    calibrated = calibrate(predictions[0].full, predictions[0].cheap, t_NK, d_NK, weights, pools.names)
+    labels = labels_by_head(examples, pools.names, model.config.heads)
+    calibrated = calibrate(predictions[0].full, predictions[0].cheap, labels, weights, pools.names)
     reports = held_out_reports(examples, predictions, calibrated, config)
     metrics = {
         "models": dict(zip(pools.names, pools.models, strict=True)),

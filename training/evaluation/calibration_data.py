@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import Array, Calibration, Curve, route
+from depo_gateway.estimator.calibration import Calibration, Curve, route
+from depo_gateway.estimator.heads import labels_by_head
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic, off_policy
 from depo_gateway.training.evaluation.logged_traffic import LoggedTraffic
 from depo_gateway.training.evaluation.off_policy import Integers, Logs
 from depo_gateway.training.evaluation.predictions import resolve_pools, served_text
-from depo_gateway.training.outcomes.table import examples_of, labels, read_tables
+from depo_gateway.training.outcomes.table import examples_of, read_tables
 
 FITTING_SHARE = 1 / 3  # of the units, where the others test a guarantee: a Platt fit has only two parameters
 POLICIES_AT_ONCE = 32  # memory of N x POLICIES_AT_ONCE x 11 numbers for two pools
@@ -32,12 +34,16 @@ class CalibrationData:
 
     examples: Sequence[Example]
     texts: Sequence[tuple[str, str]]  # as estimator.text.extract_text() gives them
-    observed: Array  # (N, K) quality, NaN where there is no label
-    token: Array  # (N, K) token confidence
+    labels: Mapping[str, Array]  # by head, (N, K), NaN where there is none
     weights: Array  # (N,) for fitting probabilities; 0: the label's probability of being observed is unknown
     tokens: Array  # (N,) of prompt and answer; 1 each where there is no count
     unit: Integers  # (N,) 0 to U - 1
     traffic: LoggedTraffic | None = None
+
+    @property
+    def observed(self) -> Array:
+        """Labels of quality (N, K)."""
+        return self.labels["quality"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +63,10 @@ def read_calibration_data(args: argparse.Namespace, runtime: Runtime) -> Calibra
         )
         return traffic_calibration_data(traffic)
     examples = examples_of(read_tables(args.outcomes), pools)
-    observed, token = labels(examples, runtime.pools)
+    labels = labels_by_head(examples, runtime.pools, runtime.manifest.heads)
     texts = [served_text(runtime.manifest.text, example.prompt, example.context) for example in examples]
     count = len(examples)
-    return CalibrationData(examples, texts, observed, token, np.ones(count), np.ones(count), np.arange(count))
+    return CalibrationData(examples, texts, labels, np.ones(count), np.ones(count), np.arange(count))
 
 
 def traffic_calibration_data(traffic: LoggedTraffic) -> CalibrationData:
@@ -74,9 +80,8 @@ def traffic_calibration_data(traffic: LoggedTraffic) -> CalibrationData:
     selected = off_policy.select_records(logs, usable)
     weights[np.flatnonzero(traffic.free)[usable]] = off_policy.propensity_weights(selected)
     examples = traffic.examples()
-    return CalibrationData(
-        examples, traffic.texts, traffic.observed, traffic.token, weights, traffic.tokens, traffic.conversation, traffic
-    )
+    labels = {"quality": traffic.observed, "token_confidence": traffic.token}
+    return CalibrationData(examples, traffic.texts, labels, weights, traffic.tokens, traffic.conversation, traffic)
 
 
 def split_for_guarantee(data: CalibrationData, fitted: NDArray[np.bool_], seed: int = 0) -> GuaranteeSplit:

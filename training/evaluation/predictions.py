@@ -1,6 +1,6 @@
 """Predictions of a checkpoint for prompts, computed by the serving runtime.
 
-Shapes: N prompts, K pools cheapest first, H = 2K outputs.
+Shapes: N prompts, K pools cheapest first, H heads, O = K * H outputs.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from depo_gateway.estimator import calibration
-from depo_gateway.estimator.calibration import Array
 from depo_gateway.estimator.checkpoint import Manifest
+from depo_gateway.estimator.heads import split_heads
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.estimator.text import extract_text as text_of
@@ -39,13 +40,13 @@ def prompt_logits(runtime: Runtime, prompts: Sequence[tuple[str, str]]) -> tuple
 
 
 def text_logits(runtime: Runtime, texts: Sequence[tuple[str, str]], batch_size: int = 32) -> tuple[Array, Array]:
-    """Raw logits of the full and the cheap stage, (N, K, 2) each, of texts from estimator.text.extract_text().
+    """Raw logits of the full and the cheap stage, (N, K, H) each, of texts from estimator.text.extract_text().
 
     Without a cheap stage both are the full stage's, so that the unused calibration of the cheap stage is valid.
     """
     prepared = [runtime.prepare(*text) for text in texts]
-    order = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids))
-    full: NDArray[np.float32] = np.zeros((len(prepared), 2 * len(runtime.pools)), np.float32)
+    order, heads = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids)), len(runtime.manifest.heads)
+    full: NDArray[np.float32] = np.zeros((len(prepared), len(runtime.pools) * heads), np.float32)
     cheap = np.zeros_like(full)
     with tqdm(total=len(prepared), desc="score", unit="prompt", disable=None) as progress:
         for start in range(0, len(order), batch_size):
@@ -54,8 +55,7 @@ def text_logits(runtime: Runtime, texts: Sequence[tuple[str, str]], batch_size: 
             full[rows] = runtime.full_logits(batch)
             cheap[rows] = runtime.cheap_logits(batch) if runtime.has_cheap else full[rows]
             progress.update(len(rows))
-    shape = (len(prepared), len(runtime.pools), 2)
-    return full.astype(np.float64).reshape(shape), cheap.astype(np.float64).reshape(shape)
+    return split_heads(full.astype(np.float64), heads), split_heads(cheap.astype(np.float64), heads)
 
 
 def served_text(config: TextConfig, prompt: str, context: str) -> tuple[str, str]:
@@ -69,7 +69,7 @@ def stage_qualities(runtime: Runtime, full: Array, cheap: Array) -> dict[str, Ar
     """Calibrated quality (N, K) of each stage that the checkpoint has, from the logits of both."""
     stages = {"full": full, "cheap": cheap} if runtime.has_cheap else {"full": full}
     calibrated = runtime.calibration.stages
-    return {stage: calibration.apply_calibration(calibrated[stage], logits)[0] for stage, logits in stages.items()}
+    return {stage: calibration.calibrate_quality(calibrated[stage], logits) for stage, logits in stages.items()}
 
 
 def write_scores(path: Path, questions: Sequence[str], quality: Array, pools: tuple[str, ...]) -> None:

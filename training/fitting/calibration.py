@@ -1,50 +1,54 @@
 """Fits the calibration of an estimator's logits to labels: probabilities, and the curves for finding thresholds.
 
-Shapes: N prompts, K pools cheapest first.
+Shapes: N prompts, K pools cheapest first, H heads.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
 
 from depo_gateway.estimator import calibration
-from depo_gateway.estimator.calibration import Array, Calibration, Curve, Stage, apply_calibration, fit_platt
+from depo_gateway.estimator.calibration import Calibration, Curve, Platt, Stage, calibrate_quality, fit_platt
+from depo_gateway.estimator.logistic import Array
 
 
 def calibrate(
     full: Array,
     cheap: Array,
-    t_NK: Array,
-    d_NK: Array,
+    labels: Mapping[str, Array],
     weights: Array,
     pools: tuple[str, ...],
     parent: Calibration | None = None,
     counts: Array | None = None,
 ) -> Calibration:
-    """Calibration from logits (N, K, 2) of both stages and labels, NaN where there is none.
+    """Calibration from logits (N, K, H) of both stages and labels (N, K) by head, in the model's order; NaN: no label.
 
-    With a parent, outputs without enough labels keep the parent's calibration: token confidence pool by pool, quality
-    of all pools together, because qualities are compared with each other. `counts` (N,): the weight of each prompt in
-    the shares and quality of a curve, if not `weights`.
+    With a parent, outputs without enough labels keep the parent's calibration: quality of all pools together, because
+    qualities are compared with each other; the other heads pool by pool; and heads that `labels` does not name.
+    `counts` (N,): the weight of each prompt in the shares and quality of a curve, if not `weights`.
     """
-    stages = {}
+    stages: dict[str, Stage] = {}
     for name, logits in (("full", full), ("cheap", cheap)):
-        quality, token = (
-            tuple(fit_platt(logits[:, k, head], labels_NK[:, k], weights) for k in range(len(pools)))
-            for head, labels_NK in enumerate((t_NK, d_NK))
-        )
-        if parent is not None:
-            before = parent.stages[name]
-            if pools_lacking_labels(t_NK, weights, pools):
-                quality = before.quality
-            lacking = pools_lacking_labels(d_NK, weights, pools)
-            token = tuple(
-                old if pool in lacking else new
-                for pool, old, new in zip(pools, before.token_confidence, token, strict=True)
-            )
-        stages[name] = Stage(quality, token)
-    quality_NK, _ = apply_calibration(stages["full"], full)
-    return Calibration(pools, stages, rule_curves(quality_NK, t_NK, weights if counts is None else counts, pools))
+        stage = {} if parent is None else dict(parent.stages[name])
+        for index, (head, labels_NK) in enumerate(labels.items()):
+            fitted = tuple(fit_platt(logits[:, k, index], labels_NK[:, k], weights) for k in range(len(pools)))
+            if parent is not None:
+                lacking = pools_lacking_labels(labels_NK, weights, pools)
+                fitted = _completed(head, fitted, stage[head], lacking, pools)
+            stage[head] = fitted
+        stages[name] = stage
+    quality_NK = calibrate_quality(stages["full"], full)
+    counts = weights if counts is None else counts
+    return Calibration(pools, stages, rule_curves(quality_NK, labels["quality"], counts, pools))
+
+
+def _completed(
+    head: str, fitted: tuple[Platt, ...], before: tuple[Platt, ...], lacking: list[str], pools: tuple[str, ...]
+) -> tuple[Platt, ...]:
+    """A head's calibration, with the parent's (`before`) for pools that lack labels."""
+    if head == "quality":
+        return before if lacking else fitted
+    return tuple(old if pool in lacking else new for pool, old, new in zip(pools, before, fitted, strict=True))
 
 
 def rule_curves(quality_NK: Array, observed_NK: Array, counts: Array, pools: tuple[str, ...]) -> dict[str, Curve]:
@@ -58,13 +62,13 @@ def pools_lacking_labels(labels_NK: Array, weights: Array, pools: tuple[str, ...
     return [pool for k, pool in enumerate(pools) if not calibration.enough_labels(labels_NK[:, k], weights)]
 
 
-def unchanged_message(observed_NK: Array, token_NK: Array, pools: tuple[str, ...], weights: Array | None = None) -> str:
+def unchanged_message(labels: Mapping[str, Array], pools: tuple[str, ...], weights: Array) -> str:
     """Which outputs calibrate() left to the parent, and why; one line each."""
-    weights = np.ones(len(observed_NK)) if weights is None else weights
     why = f"fewer than {calibration.MIN_LABELS} labels, or all labels are equal"
     lines = ""
-    if lacking := pools_lacking_labels(observed_NK, weights, pools):
-        lines += f"The calibration of quality of {', '.join(pools)} is unchanged: {why}, for {', '.join(lacking)}\n"
-    if lacking := pools_lacking_labels(token_NK, weights, pools):
-        lines += f"The calibration of token confidence of {', '.join(lacking)} is unchanged: {why}\n"
+    for head, labels_NK in labels.items():
+        if lacking := pools_lacking_labels(labels_NK, weights, pools):
+            reason = f"{why}, for {', '.join(lacking)}" if head == "quality" else why
+            of = ", ".join(pools if head == "quality" else lacking)
+            lines += f"The calibration of {head.replace('_', ' ')} of {of} is unchanged: {reason}\n"
     return lines

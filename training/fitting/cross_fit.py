@@ -2,7 +2,7 @@
 
 The held-out predictions decide when to stop, measure the estimator and calibrate it.
 
-Shapes: N examples, K pools, E epochs, F folds.
+Shapes: N examples, K pools, H heads, E epochs, F folds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from depo_gateway.estimator import calibration
-from depo_gateway.estimator.calibration import Array
+from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
+from depo_gateway.estimator.logistic import Array, sigmoid
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.outcomes.table import folds_of, key_of
@@ -39,7 +39,7 @@ class FitConfig:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutLogits:
-    """HeldOutLogits-out logits of every example, (N, K, 2) each, at the chosen epoch."""
+    """HeldOutLogits-out logits of every example, (N, K, H) each, at the chosen epoch."""
 
     full: Array
     cheap: Array
@@ -93,10 +93,10 @@ def cross_fit(
             fits.append((folding, learner, train, np.flatnonzero(folds == fold), order))
     best: tuple[list[HeldOutLogits], int] = ([], 0)
     best_loss = np.inf
-    pools = len(fits[0][1].model.config.pools)
+    shape = fits[0][1].model.config.shape
     with tqdm(total=config.max_epochs, desc="fit", unit="epoch", disable=None) as progress:
         for number in range(1, config.max_epochs + 1):
-            predictions = [HeldOutLogits(*np.zeros((2, len(items), pools, 2))) for _ in foldings]
+            predictions = [HeldOutLogits(*np.zeros((2, len(items), *shape))) for _ in foldings]
             for folding, learner, train, rows, order in fits:
                 train_epoch(learner, train, config.batch_size, order)
                 held_out = predictions[folding]
@@ -115,7 +115,7 @@ def held_out_loss(logits: Array, items: Sequence[Item]) -> float:
     """The criterion of early stopping: squared error of quality differences, or of a single pool's quality."""
     observed = np.array([item.quality for item in items])
     weights = np.array([item.weight for item in items])
-    predicted = calibration.sigmoid(logits[:, :, 0])
+    predicted = sigmoid(logits[:, :, QUALITY])
     if observed.shape[1] > 1 and not np.isnan(np.diff(observed, axis=1)).all():
         predicted, observed = np.diff(predicted, axis=1), np.diff(observed, axis=1)
     error = (predicted - observed) ** 2

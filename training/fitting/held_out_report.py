@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from depo_gateway.estimator.calibration import STAGES, Calibration, apply_calibration
+from depo_gateway.estimator.calibration import STAGES, Calibration, calibrate_quality
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.markdown import apgr_table
 from depo_gateway.training.evaluation.report import outcome_report
 from depo_gateway.training.evaluation.routing_metrics import ApgrEstimate
 from depo_gateway.training.fitting.cross_fit import FitConfig, HeldOutLogits, foldings_of, groups_of
-from depo_gateway.training.outcomes.table import labels
 
 HELD_OUT = ("questions", "groups")  # names of the foldings of foldings_of
 FEW_EXAMPLES, FEW_GROUPS = 50, 10  # below these the text says that the figures are not reliable
@@ -23,11 +23,11 @@ def held_out_reports(
     examples: Sequence[Example], predictions: Sequence[HeldOutLogits], calibrated: Calibration, config: FitConfig
 ) -> dict[str, dict[str, Any]]:
     """Reports by name of the folding. Scores of question folds are centred; intervals of groups resample groups."""
-    observed, _ = labels(examples, calibrated.pools)
+    observed = labels_by_head(examples, calibrated.pools)["quality"]
     length = np.array([len(example.prompt) for example in examples], float)
     reports = {}
     for name, held_out, folds in zip(HELD_OUT, predictions, foldings_of(examples, config), strict=False):
-        quality = {stage: apply_calibration(calibrated.stages[stage], getattr(held_out, stage))[0] for stage in STAGES}
+        quality = {stage: calibrate_quality(calibrated.stages[stage], getattr(held_out, stage)) for stage in STAGES}
         by_group = name == "groups"
         reports[name] = outcome_report(
             quality,

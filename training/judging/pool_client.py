@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
 from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.online.settings import BackendConfig, PoolConfig
 from depo_gateway.training.outcomes.sampling_client import BUSY, error_text, mean, token_confidence
 
 TRIES = 3
@@ -69,7 +69,7 @@ class PoolClient:
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        pools: Mapping[str, PoolConfig],
+        pools: Mapping[str, PoolBackends],
         metrics: LearnerMetrics,
         priority: int | None,
         timeout_s: float,
@@ -156,7 +156,7 @@ class PoolClient:
         else:
             log.warning("%s refuses logprobs: there is no token confidence of pool %s", url, pool)
 
-    def _count(self, config: PoolConfig, asked: Asked, answer: Mapping[str, Any]) -> None:
+    def _count(self, config: PoolBackends, asked: Asked, answer: Mapping[str, Any]) -> None:
         usage = answer.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         tokens = sum(count for count in counts if isinstance(count, int))

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from depo_gateway.estimator import checkpoint, model
-from depo_gateway.estimator.calibration import Array, Calibration, apply_calibration
+from depo_gateway.estimator.calibration import Calibration, calibrate_quality
 from depo_gateway.estimator.calibration import loads as calibration_of
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.learner import Item
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.training.evaluation.contamination import fitted_on
@@ -104,7 +105,7 @@ def pools_of_traffic(labelled: Sequence[Labelled]) -> tuple[str, ...]:
 def predicted_by(known: Known, items: Sequence[Item]) -> Array:
     """Calibrated qualities (N, K) as they are served, of items made for this checkpoint."""
     learner = known.start.learner(learner_config(RefreshConfig()))
-    return apply_calibration(known.calibration.stages["full"], learner.predict(items)[0])[0]
+    return calibrate_quality(known.calibration.stages["full"], learner.predict(items)[0])
 
 
 def honest(known: Known, traffic: Traffic) -> NDArray[np.bool_]:

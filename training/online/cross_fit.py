@@ -1,6 +1,6 @@
 """Where a refresh may start from, the champion's weights or fresh heads on its encoder, and how far each gets. Torch.
 
-Shapes: N examples, K pools.
+Shapes: N examples, K pools, H heads.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from depo_gateway.estimator.calibration import Array, Stage, apply_calibration, fit_platt
+from depo_gateway.estimator.calibration import Stage, calibrate_quality, fit_platt
+from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.training.fitting.cross_fit import HeldOutLogits, train_epoch
 from depo_gateway.training.online import joint_calibration
@@ -43,7 +45,7 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class CrossFit:
     start: Start
-    held: HeldOutLogits  # logits (N, K, 2) of both stages, of examples the models were not fitted on
+    held: HeldOutLogits  # logits (N, K, H) of both stages, of examples the models were not fitted on
     epochs: int
     loss: float
 
@@ -87,7 +89,7 @@ def cross_fit(
         fair: examples (N,) that no start was fitted on before; the loss is theirs.
     """
     stops = [config.epochs] if start.fresh else [0, config.epochs]
-    helds = [HeldOutLogits(*np.zeros((2, len(items), len(items[0].quality), 2))) for _ in stops]
+    helds = [HeldOutLogits(*np.zeros((2, len(items), *start.model.config.shape))) for _ in stops]
     count = int(folds.max()) + 1
     with tqdm(total=count * config.epochs, desc=f"from {start.name}", unit="epoch", disable=None) as progress:
         for fold in range(count):
@@ -142,7 +144,7 @@ def held_out_loss(logits_NKH: Array, items: Sequence[Item], fair: NDArray[np.boo
 def calibrated(logits_NKH: Array, observed: Array, weights: Array) -> Array:
     """Qualities (N, K) by a joint calibration, fitted on the same rows."""
     turned = joint_calibration.fit(logits_NKH, observed, weights).apply(logits_NKH)
-    return apply_calibration(platts(turned, observed, weights), turned)[0]
+    return calibrate_quality(platts(turned, observed, weights), turned)
 
 
 def cross_calibrated(logits_NKH: Array, observed: Array, weights: Array, folds: NDArray[np.int64]) -> Array:
@@ -152,10 +154,11 @@ def cross_calibrated(logits_NKH: Array, observed: Array, weights: Array, folds: 
         rows = folds == fold
         found = joint_calibration.fit(logits_NKH[~rows], observed[~rows], weights[~rows])
         stage = platts(found.apply(logits_NKH[~rows]), observed[~rows], weights[~rows])
-        quality[rows] = apply_calibration(stage, found.apply(logits_NKH[rows]))[0]
+        quality[rows] = calibrate_quality(stage, found.apply(logits_NKH[rows]))
     return quality
 
 
 def platts(logits_NKH: Array, observed: Array, weights: Array) -> Stage:
-    quality = tuple(fit_platt(logits_NKH[:, k, 0], observed[:, k], weights) for k in range(observed.shape[1]))
-    return Stage(quality, quality)
+    """A calibration of the qualities alone."""
+    columns = zip(logits_NKH[:, :, QUALITY].T, observed.T, strict=True)
+    return {"quality": tuple(fit_platt(logits, labels, weights) for logits, labels in columns)}

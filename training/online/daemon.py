@@ -23,6 +23,7 @@ import aiohttp
 
 from depo_gateway import __version__
 from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.estimator.records.store import Store, StoreError
 from depo_gateway.training.judging.judges import open_judge
 from depo_gateway.training.judging.pool_client import PoolClient
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint_retention.clear(out)
         _check_pools(settings, champion(base, out), args.cold)
         reference_rows(settings, base, out)  # a table that can't be read is told now, not at the first training
-        store = Store(learner_settings.database_url(settings.records))
+        store = Store(database_url(settings.records))
         process = RefreshProcess(settings, base, out, args.cold)
         learner = Learner(settings, base, out, store, process, metrics, pulse)
         with MetricsServer(settings.listen.host, settings.listen.port, metrics, pulse) as server:

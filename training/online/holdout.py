@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import Array, Calibration, apply_calibration, measure_curve
+from depo_gateway.estimator.calibration import Calibration, calibrate_quality, measure_curve
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Item, Learner
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.contamination import certainly_unseen
 from depo_gateway.training.fitting.calibration import calibrate
@@ -25,7 +27,7 @@ from depo_gateway.training.online.embedding_cache import EmbeddingCache
 from depo_gateway.training.online.joint_calibration import Rotation
 from depo_gateway.training.online.publish_gate import Judged
 from depo_gateway.training.online.refresh_config import RefreshConfig
-from depo_gateway.training.outcomes.table import Pools, Row, examples_of, key_of, labels
+from depo_gateway.training.outcomes.table import Pools, Row, examples_of, key_of
 from depo_gateway.training.outcomes.traffic_examples import Traffic
 
 
@@ -50,11 +52,12 @@ def calibrated_on(rows: NDArray[np.bool_], learned: Learned, at: Standpoint) -> 
     turned = joint_calibration.fit(raw.full[rows], learned.observed[rows], learned.weights[rows])
     held = HeldOutLogits(turned.apply(raw.full), turned.apply(raw.cheap))
     known = next((known for known in (at.champion, at.base) if known and known.name == learned.best.start.name), None)
-    _, tokens = labels(learned.traffic.examples, at.pools)
+    heads = learned.best.start.model.config.heads
+    labels = {h: of[rows] for h, of in labels_by_head(learned.traffic.examples, at.pools, heads).items()}
     full, cheap, observed, weights = held.full[rows], held.cheap[rows], learned.observed[rows], learned.weights[rows]
     before = None if known is None else known.calibration
-    calibration = calibrate(full, cheap, observed, tokens[rows], weights, at.pools, before)
-    quality, _ = apply_calibration(calibration.stages["full"], held.full)
+    calibration = calibrate(full, cheap, labels, weights, at.pools, before)
+    quality = calibrate_quality(calibration.stages["full"], held.full)
     # where no prompt has every pool's label, what is missing is what is predicted: a quality target needs the curve
     likely = np.where(np.isnan(observed), quality[rows], observed)
     curves = {
@@ -113,10 +116,10 @@ def on_reference(
     asked = {key_of(example.prompt) for example in traffic.examples}
     examples = examples_of(rows, Pools(at.pools, tuple((pool,) for pool in at.pools)))
     examples = [example for example in examples if key_of(example.prompt) not in asked]
-    observed, _ = labels(examples, at.pools)
+    observed = labels_by_head(examples, at.pools)["quality"]
     if (~np.isnan(observed).any(1)).sum() < config.gate.least:
         return None
-    quality, _ = apply_calibration(calibration.stages["full"], learner.predict(cache.items(learner, examples))[0])
+    quality = calibrate_quality(calibration.stages["full"], learner.predict(cache.items(learner, examples))[0])
     served = None
     if at.champion is not None:
         reader = at.champion.start.learner(learner_config(config))

@@ -8,7 +8,7 @@ A Platt a pool scales both alike and leaves the gain too steep. So, with m the m
 by joint maximum likelihood on held-out logits: K + 2 numbers. The heads are linear, so weights can hold it: a
 checkpoint needs nothing new.
 
-Shapes: N examples, K pools, H = 2K outputs, quality at the even ones.
+Shapes: N examples, K pools, H heads.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import Array, enough_labels, sigmoid
+from depo_gateway.estimator.calibration import enough_labels
+from depo_gateway.estimator.heads import QUALITY
+from depo_gateway.estimator.logistic import Array, fit_logistic
 from depo_gateway.estimator.model import Estimator
 
 LEAST_SLOPE = 0.05  # it never turns an order round
 # Where `difference` is drawn to, and how strongly, in prompts: MMLU's usual value. Of a few hundred labels alone it may
 # come out near 0, and then little is left of the order: APGR .537 of 500 labels, where the logits themselves have .640
 DIFFERENCE, DIFFERENCE_WEIGHT = 0.7, 20.0
-PASSES = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,9 @@ class Rotation:
     offsets: tuple[float, ...]  # (K,)
 
     def apply(self, logits_NKH: Array) -> Array:
-        """The same logits (N, K, 2), the qualities' rotated."""
+        """The same logits (N, K, H), the qualities' rotated."""
         mixed = logits_NKH.copy()
-        mixed[:, :, 0] = logits_NKH[:, :, 0] @ self.matrix.T + np.array(self.offsets)
+        mixed[:, :, QUALITY] = logits_NKH[:, :, QUALITY] @ self.matrix.T + np.array(self.offsets)
         return mixed
 
     @property
@@ -53,14 +54,14 @@ def none(pools: int) -> Rotation:
 
 
 def fit(logits_NKH: Array, observed_NK: Array, weights: Array) -> Rotation:
-    """Weighted maximum likelihood by Newton's method; labels that are NaN are left out. A pool without enough labels:
+    """Weighted maximum likelihood; labels that are NaN are left out. A pool without enough labels:
     none at all, for pools are compared. A slight pull (ridge of one prompt, for the difference of more) keeps it finite
     where labels are separable.
     """
     count = observed_NK.shape[1]
     if count < 2 or not all(enough_labels(observed_NK[:, k], weights) for k in range(count)):
         return none(count)
-    z = logits_NKH[:, :, 0]
+    z = logits_NKH[:, :, QUALITY]
     mean = np.repeat(z.mean(1, keepdims=True), count, 1)
     pool = np.broadcast_to(np.eye(count), (len(z), count, count))
     design = np.concatenate([np.stack([mean, z - mean], 2), pool], 2).reshape(-1, count + 2)
@@ -70,15 +71,7 @@ def fit(logits_NKH: Array, observed_NK: Array, weights: Array) -> Rotation:
     design, targets, every = design[seen], targets[seen], every[seen]
     start = np.array([1.0, DIFFERENCE, *[0.0] * count])
     ridge = np.array([1.0, DIFFERENCE_WEIGHT, *[1.0] * count])
-    beta = start.copy()
-    for _ in range(PASSES):
-        p = sigmoid(design @ beta)
-        slope = design.T @ (every * (targets - p)) - ridge * (beta - start)
-        curvature = (design * (every * p * (1 - p))[:, None]).T @ design + np.diag(ridge)
-        step = np.linalg.solve(curvature, slope)
-        beta += step / max(1.0, float(np.abs(step).max()))
-        if np.abs(step).max() < 1e-8:
-            break
+    beta = fit_logistic(design, targets, every, start, ridge)
     common, difference = np.maximum(beta[:2], LEAST_SLOPE)
     return Rotation(float(common), float(difference), tuple(map(float, beta[2:])))
 
@@ -88,6 +81,7 @@ def fold(model: Estimator, rotation: Rotation) -> None:
     matrix = torch.tensor(rotation.matrix, dtype=torch.float32, device=model.device)
     offsets = torch.tensor(rotation.offsets, dtype=torch.float32, device=model.device)
     config = model.config
+    quality = slice(QUALITY, None, len(config.heads))  # of the outputs
     by_output: list[torch.Tensor] = (
         [model.wide_weight, model.surface_weight] if config.wide else []
     )  # outputs are the last dimension
@@ -95,5 +89,5 @@ def fold(model: Estimator, rotation: Rotation) -> None:
     by_output += [model.bias] if config.wide or not config.trunk else []
     with torch.no_grad():
         for weight in by_output:
-            weight[..., 0::2] = weight[..., 0::2] @ matrix
-        by_output[-1][0::2] += offsets  # the one bias, or the trunk's
+            weight[..., quality] = weight[..., quality] @ matrix
+        by_output[-1][quality] += offsets  # the one bias, or the trunk's

@@ -30,9 +30,10 @@ import torch
 from numpy.typing import NDArray
 
 from depo_gateway.estimator import checkpoint, export, standing
-from depo_gateway.estimator.calibration import Array
 from depo_gateway.estimator.checkpoint import Manifest
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Item
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import SCORED, Labelled
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.training.evaluation.contamination import fingerprints
@@ -59,7 +60,7 @@ from depo_gateway.training.online.embedding_cache import EmbeddingCache
 from depo_gateway.training.online.holdout import Learned, calibrated_on, judged, last, on_reference
 from depo_gateway.training.online.publish_gate import Verdict, judge, log_loss, standing_of
 from depo_gateway.training.online.refresh_config import NO_TEXT, REFUSALS, RefreshConfig
-from depo_gateway.training.outcomes.table import Row, folds_of, labels
+from depo_gateway.training.outcomes.table import Row, folds_of
 from depo_gateway.training.outcomes.traffic_examples import Traffic, examples_of_traffic, kept_in_bounds
 from depo_gateway.training.outcomes.untrusted_keys import lying_keys
 
@@ -166,7 +167,7 @@ def learn_from(
     best, items = min(fits, key=lambda fit: fit[0].loss)
     if not np.isfinite(best.loss):
         return "learning diverged; lower learning_rate and wide_learning_rate", notes
-    observed, _ = labels(traffic.examples, at.pools)
+    observed = labels_by_head(traffic.examples, at.pools)["quality"]
     weights = np.array([example.weight for example in traffic.examples]) * like
     clean = np.ones(count, bool) if best.start.fresh else fair
     return Learned(traffic, observed, weights, folds, items, best, clean), notes

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.estimator.records.store import Store, StoreError
 from depo_gateway.training.online import settings as learner_settings
 from depo_gateway.training.online.embedding_cache import EmbeddingCache
@@ -39,7 +40,7 @@ def work(parent: int) -> None:
 def once(settings: LearnerSettings, base: Path, out: Path, cold: bool, cache: EmbeddingCache) -> Mapping[str, Any]:
     """One refresh as plain values: {seq, published, reasons, figures, labels, notes, standing}, or {failed, words}."""
     try:
-        store = Store(learner_settings.database_url(settings.records))
+        store = Store(database_url(settings.records))
         try:
             _, seq = store.count_labels()  # before they are read: a label that comes meanwhile counts as new
             labelled = store.labelled(settings.refresh.learn.newest)

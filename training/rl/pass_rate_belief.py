@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import Platt, enough_labels, fit_platt, sigmoid
+from depo_gateway.estimator.calibration import Platt, enough_labels, fit_platt
+from depo_gateway.estimator.logistic import sigmoid
 
 Array = NDArray[np.float64]
 WINDOW = 512  # recent labels, about the last few dozen steps: older ones speak of an older policy

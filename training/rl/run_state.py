@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator import export as exporting
+from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Learner
 from depo_gateway.estimator.model import select_pools
 from depo_gateway.training.fitting.calibration import calibrate
@@ -110,11 +111,13 @@ def export(root: Path, step: int, learner: Learner, selector: Selector, limit: i
     logits, rates, weights = recent[:, 0], recent[:, 1], recent[:, 3]
     if not len(recent):
         some = selector.prompts[: min(SAMPLE, len(selector.prompts))]
-        logits = learner.score(some)[:, 0, 0]
+        logits = learner.score(some)[:, 0, QUALITY]
         rates, weights = np.full(len(logits), np.nan), np.ones(len(logits))
-    full = np.stack([logits, np.zeros(len(logits))], axis=1)[:, None]
-    unknown = np.full((len(logits), 1), np.nan)
-    calibrated = calibrate(full, full, rates[:, None], unknown, weights, (POLICY,))
+    heads = learner.model.config.heads
+    full = np.zeros((len(logits), 1, len(heads)))
+    full[:, 0, QUALITY] = logits
+    labels = dict.fromkeys(heads, np.full((len(logits), 1), np.nan)) | {"quality": rates[:, None]}
+    calibrated = calibrate(full, full, labels, weights, (POLICY,))
     metrics = {"trained_by": "depo-train rl", "steps": step, "labels": len(recent)}
     with learner.averaged() as model:
         exporting.export_checkpoint(

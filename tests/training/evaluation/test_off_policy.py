@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from depo_gateway.estimator.calibration import Array, route
+from depo_gateway.estimator.calibration import route
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.evaluation.off_policy import (
     Integers,
     Logs,

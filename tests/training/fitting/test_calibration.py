@@ -3,57 +3,59 @@
 import numpy as np
 import pytest
 
-from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+from depo_gateway.estimator.calibration import Calibration, Platt
 from depo_gateway.training.fitting.calibration import calibrate, unchanged_message
 
 POOLS = ("small", "large")
-BEFORE = Stage((Platt(2.0, 0.1), Platt(3.0, 0.2)), (Platt(4.0, 0.3), Platt(5.0, 0.4)))
+BEFORE = {
+    "quality": (Platt(2.0, 0.1), Platt(3.0, 0.2)),
+    "token_confidence": (Platt(4.0, 0.3), Platt(5.0, 0.4)),
+}
 PARENT = Calibration(POOLS, {"full": BEFORE, "cheap": BEFORE}, {})
 
 
-def labelled(*missing: tuple[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits (200, 2, 2) and labels of quality and token confidence, those of (head, pool) in `missing` left out."""
+def labelled(*missing: tuple[str, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits (200, 2, 2) and labels by head, those of (head, pool) in `missing` left out."""
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(200, 2, 2))
     quality = (generator.uniform(size=(200, 2)) < 1 / (1 + np.exp(-logits[:, :, 0]))).astype(float)
     token = 1 / (1 + np.exp(-logits[:, :, 1]))
+    labels = {"quality": quality, "token_confidence": token}
     for head, pool in missing:
-        {"quality": quality, "token": token}[head][19:, pool] = np.nan
-    return logits, quality, token
+        labels[head][19:, pool] = np.nan
+    return logits, labels
 
 
 def test_all_labels_refit_everything() -> None:
-    logits, quality, token = labelled()
-    stage = calibrate(logits, logits, quality, token, np.ones(200), POOLS, PARENT).stages["cheap"]
-    for platt in (*stage.quality, *stage.token_confidence):
+    logits, labels = labelled()
+    stage = calibrate(logits, logits, labels, np.ones(200), POOLS, PARENT).stages["cheap"]
+    for platt in (*stage["quality"], *stage["token_confidence"]):
         assert platt.slope == pytest.approx(1.0, abs=0.5)
-    assert unchanged_message(quality, token, POOLS) == ""
+    assert unchanged_message(labels, POOLS, np.ones(200)) == ""
 
 
 def test_qualities_are_refitted_together_or_not_at_all() -> None:
-    logits, quality, token = labelled(("quality", 1))
-    calibrated = calibrate(logits, logits, quality, token, np.ones(200), POOLS, PARENT)
+    logits, labels = labelled(("quality", 1))
+    calibrated = calibrate(logits, logits, labels, np.ones(200), POOLS, PARENT)
     for stage in calibrated.stages.values():
-        assert stage.quality == BEFORE.quality
-        assert not set(stage.token_confidence) & set(BEFORE.token_confidence)
-    assert unchanged_message(quality, token, POOLS).startswith(
-        "The calibration of quality of small, large is unchanged"
-    )
+        assert stage["quality"] == BEFORE["quality"]
+        assert not set(stage["token_confidence"]) & set(BEFORE["token_confidence"])
+    message = unchanged_message(labels, POOLS, np.ones(200))
+    assert message.startswith("The calibration of quality of small, large is unchanged")
 
 
 def test_a_pools_token_confidence_is_kept_by_itself() -> None:
-    logits, quality, token = labelled(("token", 0))
-    calibrated = calibrate(logits, logits, quality, token, np.ones(200), POOLS, PARENT)
+    logits, labels = labelled(("token_confidence", 0))
+    calibrated = calibrate(logits, logits, labels, np.ones(200), POOLS, PARENT)
     for stage in calibrated.stages.values():
-        assert stage.token_confidence[0] == BEFORE.token_confidence[0]
-        assert stage.token_confidence[1] != BEFORE.token_confidence[1]
-        assert not set(stage.quality) & set(BEFORE.quality)
-    assert unchanged_message(quality, token, POOLS).startswith(
-        "The calibration of token confidence of small is unchanged"
-    )
+        assert stage["token_confidence"][0] == BEFORE["token_confidence"][0]
+        assert stage["token_confidence"][1] != BEFORE["token_confidence"][1]
+        assert not set(stage["quality"]) & set(BEFORE["quality"])
+    message = unchanged_message(labels, POOLS, np.ones(200))
+    assert message.startswith("The calibration of token confidence of small is unchanged")
 
 
 def test_without_a_parent_what_lacks_labels_is_the_identity() -> None:
-    logits, quality, token = labelled(("token", 0), ("token", 1))
-    stage = calibrate(logits, logits, quality, token, np.ones(200), POOLS).stages["full"]
-    assert stage.token_confidence == (Platt(), Platt())
+    logits, labels = labelled(("token_confidence", 0), ("token_confidence", 1))
+    stage = calibrate(logits, logits, labels, np.ones(200), POOLS).stages["full"]
+    assert stage["token_confidence"] == (Platt(), Platt())

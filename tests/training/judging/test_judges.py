@@ -9,12 +9,13 @@ from typing import Any
 import aiohttp
 import pytest
 
+from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
 from depo_gateway.estimator.records.types import Record
 from depo_gateway.training.judging import judges, pool_client
 from depo_gateway.training.judging.judges import grades_of, open_judge, scores_of
 from depo_gateway.training.judging.pool_client import AskFailed, PoolClient
 from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.online.settings import BackendConfig, JudgeConfig, JudgeKind, PoolConfig
+from depo_gateway.training.online.settings import JudgeConfig, JudgeKind
 from tests.training.fake_vllm import Reply, chat, record, says, vllm
 
 ANSWERS = {"large": "It is 42.", "small": "It is 41."}
@@ -30,7 +31,7 @@ async def judged(
     config: JudgeConfig, asked: Record, answers: Mapping[str, str], url: str = "http://127.0.0.1:9"
 ) -> tuple[Mapping[str, float], LearnerMetrics]:
     metrics = LearnerMetrics("0")
-    pools = {"umpire": PoolConfig("org/umpire", (BackendConfig(url),))}
+    pools = {"umpire": PoolBackends("org/umpire", (BackendConfig(url),))}
     async with aiohttp.ClientSession() as session:
         client = PoolClient(session, pools, metrics, 10, 5.0)
         async with open_judge(config, session, client, metrics) as judge:
@@ -211,7 +212,7 @@ async def test_a_judge_that_says_nothing_is_told_once(
     metrics = LearnerMetrics("0")
     with vllm(reply) as server:
         config = JudgeConfig(kind, pool="umpire", url=server.url)
-        pools = {"umpire": PoolConfig("org/umpire", (BackendConfig(server.url),))}
+        pools = {"umpire": PoolBackends("org/umpire", (BackendConfig(server.url),))}
         async with aiohttp.ClientSession() as session:
             client = PoolClient(session, pools, metrics, 10, 5.0)
             async with open_judge(config, session, client, metrics) as judge:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from depo_gateway.estimator.calibration import sigmoid
 from depo_gateway.estimator.learner import Learner, LearnerConfig
+from depo_gateway.estimator.logistic import sigmoid
 from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
