@@ -47,14 +47,14 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
     sticky = config.routing.sticky and query.endpoint == "chat"
     served_by = gateway.conversations.find(key, query.messages) if sticky else None
     threshold = gateway.control.threshold if asked is None else asked
-    coin = gateway.control.coin(gateway.shares) if asked is None else None
+    coin = gateway.control.random_shares(gateway.shares) if asked is None else None
     if scored is None:
         decision = routing.without_scores(
             candidates, config.routing.on_overload, gateway.shares, threshold, random.random()
         )
     else:
         confidence = routing.confidences(scored.quality, config.routing.rule, candidates)
-        request.accounting.scored(confidence, candidates, len(config.pools), scored)
+        request.accounting.note_scores(confidence, candidates, len(config.pools), scored)
         explore, draw = config.routing.explore if served_by is None else 0.0, random.random()
         decision = (
             routing.decide(confidence, candidates, threshold, scored.version, explore, draw)

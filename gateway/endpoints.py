@@ -19,6 +19,7 @@ from depo_gateway.gateway.decide import decide
 from depo_gateway.gateway.protocol import ApiError
 from depo_gateway.gateway.state import Gateway
 from depo_gateway.gateway.state import Request as Bookkeeping
+from depo_gateway.gateway.state_metrics import show_state
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
 
     @surface.get("/metrics")
     async def metrics() -> Response:
-        gateway.control.show_budgets()
+        show_state(gateway)
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @surface.get("/admin/")
