@@ -92,10 +92,10 @@ class Run:
         need = config.need
         for _ in range(config.rounds if method.dynamic else 1):
             with self.clock("choose"):
-                choice = method.choose(need)
-            new = self.roll_out(choice.indices)
+                tickets = method.choose(need)
+            new = self.roll_out([ticket.row for ticket in tickets])
             rollouts += new
-            self.interval.predicted += choice.predicted
+            self.interval.predicted += [ticket.predicted for ticket in tickets]
             self.interval.actual += [float(np.mean(rollout.rewards)) for rollout in new]
             informative = sum(rollout.informative for rollout in rollouts)
             if informative >= config.need or self.completions >= config.budget:

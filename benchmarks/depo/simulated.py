@@ -102,10 +102,12 @@ class Run:
         groups: list[Group] = []
         need, informative = config.need, 0
         for _ in range(config.rounds if method.dynamic else 1):
-            choice = method.choose(need)
-            new = self.roll_out(choice.indices)
-            for group, predicted in zip(new, choice.predicted, strict=True):
-                self.chosen.append((predicted, float(len(self.train.questions[group.index])), is_informative(group)))
+            tickets = method.choose(need)
+            new = self.roll_out([ticket.row for ticket in tickets])
+            for group, ticket in zip(new, tickets, strict=True):
+                self.chosen.append(
+                    (ticket.predicted, float(len(self.train.questions[group.index])), is_informative(group))
+                )
             groups += new
             informative = sum(map(is_informative, groups))
             if informative >= config.need:
@@ -175,10 +177,9 @@ def is_informative(group: Group) -> bool:
     return max(group.rewards) > min(group.rewards)
 
 
-def epoch_of(method: Any) -> int:
+def epoch_of(method: Method) -> int:
     """How many times a method has gone through the training questions."""
-    stream = method.stream if hasattr(method, "stream") else method.selector.stream
-    return int(stream.epoch)
+    return method.selector.stream.epoch
 
 
 def grpo_steps(domain: Domain, config: RunConfig) -> int:

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from benchmarks.depo.catalog import DEPO as CATALOG
 from benchmarks.depo.catalog import depo_of, parse
-from benchmarks.depo.methods import RollOut
+from benchmarks.depo.methods import Method
 from depo_gateway.estimator.learner import FAITHFUL, Item, Learner
 from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
-from depo_gateway.training.rl.group_labels import Group
-from depo_gateway.training.rl.selection_config import Choice
 from depo_gateway.training.rl.selector import Selector
+from depo_gateway.training.rl.selectors.names import rule_of
 
 Items = dict[str, Item]  # prompt -> it, embedded, without labels; runs share them
 DEPO = ("depo", "depo-noranking", "depo-plus")
@@ -58,26 +57,12 @@ class Remembering(Learner):
         return tuple(float("nan") if label is None else label for label in found)
 
 
-class TextDepo:
-    """Prompts as the Selector chooses them."""
-
-    dynamic = False
-    clip_high = 0.2  # nothing is clipped here: no policy is trained
+class TextDepo(Method):
+    """DEPO, with an estimator that reads the questions."""
 
     def __init__(self, selector: Selector, group_size: int) -> None:
-        self.selector, self.group_size = selector, group_size
-
-    def prepare(self, counted: RollOut, free: RollOut) -> None:
-        pass
-
-    def choose(self, need: int) -> Choice:
-        return self.selector.choose(need)
-
-    def refill(self, need: int, missing: int, zero_share: float) -> int:
-        return need
-
-    def observe(self, groups: Sequence[Group]) -> dict[str, float]:
-        return self.selector.observe(groups)
+        super().__init__(selector)
+        self.group_size = group_size
 
     def judge(self, prompts: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(pass rates, probabilities of a non-zero advantage) predicted for prompts that were never rolled out."""
@@ -97,7 +82,7 @@ def text_depo(name: str, prompts: Sequence[str], seed: int, steps: int, group_si
     settings.setdefault("warmup_steps", WARMUP)
     config = depo_of(replace(CATALOG[kind], learner=weights), settings, steps, group_size)
     model, tokenizer = create(
-        ModelConfig(config.selection.pools, TextConfig(), DEFAULT_ENCODER, layers, wide=False, trunk=True),
+        ModelConfig(rule_of(config.selection).heads, TextConfig(), DEFAULT_ENCODER, layers, wide=False, trunk=True),
         rounded=False,
         seed=seed,
     )

@@ -71,7 +71,7 @@ class Selector:
         self._carried: list[int] = []
         self._explored = [0, 0]  # groups, and those of them that had a non-zero advantage
         self._rejected = 0
-        self._metrics: list[dict[str, float]] = []  # of the choices since take_metrics()
+        self._metrics: dict[str, float] = {}  # of the choices since take_metrics()
         self._lock = threading.RLock()
 
     @property
@@ -108,16 +108,19 @@ class Selector:
             return sum(map(self.tickets.release, self.tickets.unreported_before(self.steps - steps)))
 
     def step(self) -> dict[str, float]:
-        """Learn from the groups reported since the last call. Prompts chosen but not taken yet are ranked anew."""
+        """Learn from the groups reported since the last call. Prompts chosen but not taken yet are ranked anew.
+
+        The metrics include those of take_metrics() if they were not asked for.
+        """
         with self._lock:
             began = time.perf_counter()
-            metrics: dict[str, float] = {}
+            metrics = self.take_metrics()
             groups = self.tickets.settle()
             if self.rule.selective:
                 labels = self._labels(groups)
                 terms = self.estimates.learn(labels, self.steps)
                 own = {f"depo/{name}": value for name, value in self.rule.learn(labels).items()}
-                metrics = {**self._step_metrics(labels), **own, **terms}
+                metrics |= {**self._step_metrics(labels), **own, **terms}
                 metrics["depo/seconds_updating"] = time.perf_counter() - began
             self.steps += 1
             waiting, self.tickets.waiting = self.tickets.waiting, []
@@ -131,12 +134,8 @@ class Selector:
     def take_metrics(self) -> dict[str, float]:
         """Metrics of the choices since the last call: counts and seconds are summed, shares are the first choice's."""
         with self._lock:
-            merged = dict(self._metrics[0]) if self._metrics else {}
-            for metrics in self._metrics[1:]:
-                for name in SUMMED:
-                    merged[name] += metrics[name]
-            self._metrics = []
-            return merged
+            metrics, self._metrics = self._metrics, {}
+            return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the learner that decides the next choices, as values for JSON."""
@@ -178,7 +177,7 @@ class Selector:
             self._explored = list(state["explored"])
             self._carried = [row for row, *_ in state["carried"]]
             self.estimates.load_state_dict(state, {row: (*numbers(logits),) for row, *logits in state["carried"]})
-            self.tickets, self._metrics = TicketBook(), []
+            self.tickets, self._metrics = TicketBook(), {}
             if "tickets" in state:
                 self.tickets.load_state_dict(state["tickets"], in_flight)
                 self._rng.bit_generator.state = state["random"]
@@ -211,15 +210,15 @@ class Selector:
             rejects = len(rejected) - len(explored) + skipped
             self._rejected += rejects
             scored = len(candidates.scored) if selection.scored is None else selection.scored
-            self._metrics.append(
-                {
-                    "depo/kept": (need - len(explored)) / (need + rejects),
-                    "depo/scored": float(scored),
-                    "depo/explored": float(len(explored)),
-                    "depo/epoch": self.stream.epoch + self.stream.cursor / self.stream.size,
-                    "depo/seconds_scoring": time.perf_counter() - began,
-                }
-            )
+            metrics = {
+                "depo/kept": (need - len(explored)) / (need + rejects),
+                "depo/scored": float(scored),
+                "depo/explored": float(len(explored)),
+                "depo/epoch": self.stream.epoch + self.stream.cursor / self.stream.size,
+                "depo/seconds_scoring": time.perf_counter() - began,
+            }
+            sums = {name: self._metrics.get(name, 0.0) + metrics[name] for name in SUMMED}
+            self._metrics = {**metrics, **self._metrics, **sums}
 
     def _fill(
         self, need: int, selection: Selection, candidates: Candidates, excluded: set[int]

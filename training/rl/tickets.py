@@ -36,7 +36,7 @@ class PromptSelector(Protocol):
     """Chooses the prompts to roll out and learns from the rewards.
 
     Every method is thread-safe and idempotent by ticket id. A selector may also have `take_metrics() -> Mapping[str,
-    float]`: metrics of the choices since its last call, which DepoTrainer logs with their generation.
+    float]`: metrics of the choices since the last call, which DepoTrainer logs with their generation.
     """
 
     def take(self, count: int) -> Sequence[Ticket]:
