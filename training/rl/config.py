@@ -138,7 +138,7 @@ class DepoConfig(GRPOConfig):  # type: ignore[misc]  # no string annotations: Tr
             raise ValueError(f"selector is {self.selector}, which needs an estimator; set depo to faithful or plus")
         if not scores and self.depo != "off":
             raise ValueError(
-                f"selector is {self.selector}, which uses no estimator, but depo is {self.depo}; remove depo"
+                f"selector is {self.selector}, which uses no estimator, but depo is {self.depo}; set depo to off"
             )
 
     def _refuse_unused(self) -> None:
