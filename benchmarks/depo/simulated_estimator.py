@@ -22,28 +22,28 @@ from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.rl.selector import Selector
 from depo_gateway.training.rl.selectors.names import rule_of
 
-Items = dict[str, Item]  # prompt -> it, embedded, without labels; runs share them
+Items = dict[str, Item]  # prompt -> item, embedded, without labels; shared by all runs
 DEPO = ("depo", "depo-noranking", "depo-plus")
-# The encoder whole, as in the paper, would take most of the benchmark's time; its learning rate is without effect.
+# Training the whole encoder, as in the paper, would take most of the benchmark's time.
 LEARNER = replace(FAITHFUL, train_layers=0)
-WARMUP = 10  # steps: of the questions' first pass, in which nothing but their text tells them apart, much is left
+WARMUP = 10  # steps: short, so that much of the first pass, when only text distinguishes questions, is filtered
 
 
-class Remembering(Learner):
+class CachingLearner(Learner):
     """A learner that tokenises and embeds each prompt once, while the encoder is frozen."""
 
-    remembered: Items
+    cache: Items
 
     def items(
         self, examples: Sequence[Example], batch_size: int = 64, embeddings: Sequence[Tensor] | None = None
     ) -> list[Item]:
         if self.trained:
             return super().items(examples, batch_size)
-        new = [Example(prompt, {}) for prompt in {e.prompt: None for e in examples} if prompt not in self.remembered]
-        self.remembered |= zip((example.prompt for example in new), super().items(new, batch_size), strict=True)
+        new = [Example(prompt, {}) for prompt in {e.prompt: None for e in examples} if prompt not in self.cache]
+        self.cache |= zip((example.prompt for example in new), super().items(new, batch_size), strict=True)
         return [
             replace(
-                self.remembered[example.prompt],
+                self.cache[example.prompt],
                 quality=self.labels(example.quality),
                 token_confidence=self.labels(example.token_confidence),
                 weight=example.weight,
@@ -52,7 +52,7 @@ class Remembering(Learner):
         ]
 
     def labels(self, known: Mapping[str, float | None]) -> tuple[float, ...]:
-        """A label a pool, NaN where there is none."""
+        """A label for each head, NaN where there is none."""
         found = [known.get(pool) for pool in self.model.config.pools]
         return tuple(float("nan") if label is None else label for label in found)
 
@@ -75,7 +75,7 @@ class TextDepo(Method):
 
 
 def text_depo(name: str, prompts: Sequence[str], seed: int, steps: int, group_size: int, items: Items) -> TextDepo:
-    """A DEPO method by its name in the catalog, `steps` long if it were GRPO."""
+    """A DEPO method by its name in the catalog. `steps`: those of GRPO."""
     kind, settings = parse(name)
     weights = replace(LEARNER, ranking_weight=CATALOG[kind].learner.ranking_weight)
     layers = int(settings.pop("layers", 5))
@@ -86,13 +86,13 @@ def text_depo(name: str, prompts: Sequence[str], seed: int, steps: int, group_si
         rounded=False,
         seed=seed,
     )
-    learner = Remembering(model, tokenizer, config.learner, seed)
-    learner.remembered = items
+    learner = CachingLearner(model, tokenizer, config.learner, seed)
+    learner.cache = items
     return TextDepo(Selector(prompts, config.selection, learner, seed), group_size)
 
 
 def embedded(prompts: Sequence[str], items: Items) -> NDArray[np.float64]:
-    """Embeddings (N, D) of prompts by the encoder that the DEPO methods have."""
+    """Embeddings (N, D) of prompts by the encoder of the DEPO methods."""
     learner = text_depo("depo", prompts, 0, 1, 8, items).selector.learner
     assert learner is not None
     made = learner.items([Example(prompt, {}) for prompt in prompts])
