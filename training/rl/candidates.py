@@ -35,12 +35,12 @@ class Candidates:
         self.offered: dict[int, None] = {}  # every row returned so far
         self.scored: set[int] = set()
         self.drawn = 0  # rows read from the stream, repeated ones included
-        self.unread = list(carried)
+        self._carried = carried
         self._estimates, self._stream, self._excluded = estimates, stream, excluded
 
     def carried(self) -> list[int]:
         """Rows accepted by earlier choices that had enough without them."""
-        rows, self.unread = self._new(self.unread), []
+        rows, self._carried = self._new(self._carried), []
         return rows
 
     def draw(self, count: int) -> list[int]:
@@ -49,11 +49,11 @@ class Candidates:
         return self._new(self._stream.draw(count))
 
     def draw_where(self, admits: Callable[[int], bool], count: int) -> list[int]:
-        """The stream's next `count` rows that `admits` accepts; fewer if two passes over the data have no more."""
-        rows: dict[int, None] = {}
+        """`count` rows that `admits` accepts: carried over, then the stream's, of at most two passes over the data."""
+        rows = dict.fromkeys(row for row in self.carried() if admits(row))
         before = self._excluded | set(self.offered)
         for _ in range(2 * self._stream.size):
-            if len(rows) == count:
+            if len(rows) >= count:
                 break
             self.drawn += 1
             (row,) = self._stream.draw(1)

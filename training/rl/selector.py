@@ -200,7 +200,7 @@ class Selector:
         chosen, rejected = self._fill(need, selection, candidates, excluded)
         explored, rate = self._explore(rejected, need // 2)
         chosen = chosen[: need - len(explored)]
-        self._carried = [*selection.accepted[len(chosen) :], *candidates.unread]
+        self._carried = list(selection.accepted[len(chosen) :])
         if self.rule.heads and not self.active:  # to measure the predictions, and to calibrate them
             candidates.logits(chosen)
         self._issue(chosen, 1.0)

@@ -82,6 +82,18 @@ def test_two_generations_in_flight_lose_nothing() -> None:
         assert weights == [1.0, round(min(1 / rate, HEAVIEST), 2)]
 
 
+def test_a_row_in_flight_is_not_chosen_again() -> None:
+    made, _ = selector(rows=24, block=8)
+    first, second, third = made.take(8), made.take(8), made.take(8)
+    assert rows_of([*first, *second, *third]) == set(range(24))
+    for ticket in first:
+        made.report(ticket, MIXED)
+    made.step()
+    assert rows_of(made.take(8)) == rows_of(first)  # the only ones that are free
+    made.release(second[0])
+    assert rows_of(made.take(1)) == {second[0].row}
+
+
 def test_a_ticket_keeps_the_scores_of_its_own_choice() -> None:
     made, estimator = selector(rows=32, explore=0.0)
     (ticket,) = made.take(1)
