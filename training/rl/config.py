@@ -130,6 +130,8 @@ class DepoConfig(GRPOConfig):  # type: ignore[misc]  # no string annotations: Tr
         if self.selector is None:
             if self.selector_options:
                 raise ValueError("selector_options is set, but no selector is named")
+            if self.depo_rule not in (None, "off") and not rule_class(self.depo_rule).heads:
+                raise ValueError(f"depo_rule is {self.depo_rule}, which uses no estimator; use selector with depo off")
             return
         if self.depo_rule is not None:
             raise ValueError(f"selector is {self.selector} and depo_rule is {self.depo_rule}; set only one of them")

@@ -250,6 +250,7 @@ def test_flags_override_the_file() -> None:
         (["--depo", "off", "--selector", "mopps", "--depo_replay", "8"], "but the selector mopps has no estimator"),
         (["--selector", "band", "--depo_rule", "band"], "set only one of them"),
         (["--selector", "band", "--selector_options", "{"], "selector_options is not JSON"),
+        (["--depo_rule", "greso"], "depo_rule is greso, which uses no estimator"),
         (["--selector_options", '{"a": 1}'], "selector_options is set, but no selector is named"),
     ],
 )
