@@ -68,7 +68,7 @@ async def serve_and_read(checkpoint: Path, place: Path) -> dict[str, Any]:
     store = Store(url)
     records = [item.record for item in store.logged(REQUESTS)]
     store.close()
-    traffic = logged_traffic.read(url, None, REQUESTS, ("small", "large"), TextConfig())
+    traffic = logged_traffic.read_traffic(url, None, REQUESTS, ("small", "large"), TextConfig())
     return {
         "header": header,
         "counted": counted,
