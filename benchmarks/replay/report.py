@@ -14,7 +14,7 @@ from benchmarks.overhead import cpu
 from benchmarks.replay.figures import Run, at_labels, by_seed, compact, label_counts, pooled, said, signed, stretch
 from benchmarks.replay.plots import WINDOW, draw
 from benchmarks.replay.questions import POOLS
-from depo_gateway.training.evaluation.routing_metrics import table
+from depo_gateway.training.evaluation.markdown import table
 
 INTRO = """\
 # The online loop, replayed

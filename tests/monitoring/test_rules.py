@@ -63,7 +63,7 @@ def known() -> dict[str, set[str]]:
 
 @functools.cache
 def sources() -> str:
-    """The code that labels the series: a label's values stand in it."""
+    """The code that labels the series: it contains a label's values."""
     packages = ("estimator", "gateway", "training")
     return "".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
 

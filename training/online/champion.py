@@ -20,10 +20,10 @@ from depo_gateway.estimator.calibration import Calibration, calibrate_quality
 from depo_gateway.estimator.calibration import loads as calibration_of
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.learner import Item
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Labelled
-from depo_gateway.training.evaluation.contamination import known_of
-from depo_gateway.training.evaluation.routing_metrics import Array
+from depo_gateway.training.evaluation.contamination import fitted_on
 from depo_gateway.training.evaluation.targets import parse_target, thresholds_of
 from depo_gateway.training.online.cross_fit import Start, learner_config, renamed
 from depo_gateway.training.online.refresh_config import RefreshConfig
@@ -111,7 +111,7 @@ def predicted_by(known: Known, items: Sequence[Item]) -> Array:
 def honest(known: Known, traffic: Traffic) -> NDArray[np.bool_]:
     """Which examples (N,) a checkpoint was not fitted on: their labels are newer, and it remembers no such question."""
     trained_to = known.manifest.metrics.get("trained_to", -1)
-    fair: NDArray[np.bool_] = (traffic.oldest_label > trained_to) & ~known_of(traffic.examples, known.manifest)
+    fair: NDArray[np.bool_] = (traffic.oldest_label > trained_to) & ~fitted_on(traffic.examples, known.manifest)
     return fair
 
 

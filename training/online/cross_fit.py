@@ -17,9 +17,9 @@ from tqdm import tqdm
 from depo_gateway.estimator.calibration import Stage, calibrate_quality, fit_platt
 from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import Estimator
-from depo_gateway.training.evaluation.routing_metrics import Array
-from depo_gateway.training.fitting.cross_fit import Held, epoch
+from depo_gateway.training.fitting.cross_fit import HeldOutLogits, train_epoch
 from depo_gateway.training.online import joint_calibration
 from depo_gateway.training.online.refresh_config import RefreshConfig
 
@@ -45,7 +45,7 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class CrossFit:
     start: Start
-    held: Held  # logits (N, K, H) of both stages, of examples the models were not fitted on
+    held: HeldOutLogits  # logits (N, K, H) of both stages, of examples the models were not fitted on
     epochs: int
     loss: float
 
@@ -89,7 +89,7 @@ def cross_fit(
         fair: examples (N,) that no start was fitted on before; the loss is theirs.
     """
     stops = [config.epochs] if start.fresh else [0, config.epochs]
-    helds = [Held(*np.zeros((2, len(items), *start.model.config.shape))) for _ in stops]
+    helds = [HeldOutLogits(*np.zeros((2, len(items), *start.model.config.shape))) for _ in stops]
     count = int(folds.max()) + 1
     with tqdm(total=count * config.epochs, desc=f"from {start.name}", unit="epoch", disable=None) as progress:
         for fold in range(count):
@@ -103,7 +103,7 @@ def cross_fit(
             done = 0
             for stop, held in zip(stops, helds, strict=True):
                 for _ in range(stop - done):
-                    epoch(learner, train, config.batch_size, order)
+                    train_epoch(learner, train, config.batch_size, order)
                     progress.update()
                 done = stop
                 held.full[rows], held.cheap[rows] = learner.predict(aside)
@@ -119,7 +119,7 @@ def finish(fitted: CrossFit, items: Sequence[Item], config: RefreshConfig) -> Le
         learner.fit_statistics(items)
     order = np.random.default_rng([config.seed, config.folds])
     for _ in range(fitted.epochs):
-        epoch(learner, items, config.batch_size, order)
+        train_epoch(learner, items, config.batch_size, order)
     learner.settle()
     return learner
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from depo_gateway.estimator.calibration import Calibration, calibrate_quality, measure_curve
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Item, Learner
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import Example
-from depo_gateway.training.evaluation.contamination import surely_new_to
-from depo_gateway.training.evaluation.routing_metrics import Array
+from depo_gateway.training.evaluation.contamination import certainly_unseen
 from depo_gateway.training.fitting.calibration import calibrate
-from depo_gateway.training.fitting.cross_fit import Held
+from depo_gateway.training.fitting.cross_fit import HeldOutLogits
 from depo_gateway.training.online import joint_calibration
 from depo_gateway.training.online.champion import Standpoint, predicted_by
 from depo_gateway.training.online.cross_fit import CrossFit, cross_calibrated, learner_config
@@ -50,7 +50,7 @@ def calibrated_on(rows: NDArray[np.bool_], learned: Learned, at: Standpoint) -> 
     """
     raw = learned.best.held
     turned = joint_calibration.fit(raw.full[rows], learned.observed[rows], learned.weights[rows])
-    held = Held(turned.apply(raw.full), turned.apply(raw.cheap))
+    held = HeldOutLogits(turned.apply(raw.full), turned.apply(raw.cheap))
     known = next((known for known in (at.champion, at.base) if known and known.name == learned.best.start.name), None)
     heads = learned.best.start.model.config.heads
     labels = {h: of[rows] for h, of in labels_by_head(learned.traffic.examples, at.pools, heads).items()}
@@ -131,5 +131,5 @@ def on_reference(
 def new_to_all(examples: Sequence[Example], at: Standpoint) -> NDArray[np.bool_]:
     """Which examples (N,) no checkpoint was fitted on that the champion or the candidate may come from."""
     manifests = {known.manifest.version: known.manifest for known in (at.champion, at.base) if known is not None}
-    new: NDArray[np.bool_] = np.all([surely_new_to(examples, manifest) for manifest in manifests.values()], 0)
+    new: NDArray[np.bool_] = np.all([certainly_unseen(examples, manifest) for manifest in manifests.values()], 0)
     return new

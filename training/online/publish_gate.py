@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depo_gateway.estimator.calibration import MIN_LABELS, confidence
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.standing import Standing
-from depo_gateway.training.evaluation.routing_metrics import Array, calibration_error, centred
+from depo_gateway.training.evaluation.bootstrap import draw_count_matrix, percentile_interval
+from depo_gateway.training.evaluation.routing_metrics import calibration_error, centre_by_fold
 from depo_gateway.training.online.refresh_config import GateConfig
 
 BINS = 10
@@ -172,7 +174,7 @@ def compare(
 def score_of(quality_NK: Array, folds: NDArray[np.int64] | None) -> Array:
     """What the rule gain orders prompts by, a cross-fit's centred by fold."""
     score: Array = quality_NK[:, 1:].max(1) - quality_NK[:, 0]
-    return score if folds is None else centred(score, folds)
+    return score if folds is None else centre_by_fold(score, folds)
 
 
 def gains(judged: Judged, rival: Array) -> Array:
@@ -212,14 +214,11 @@ def resampled(count: int, resamples: int, seed: int, units: NDArray[np.int64] | 
     """How often each of `count` prompts is drawn in each resample (R, N); those of one unit (N,) together."""
     unit_N = np.arange(count) if units is None else np.unique(units, return_inverse=True)[1]
     drawn = int(unit_N.max()) + 1
-    generator = np.random.default_rng(seed)
-    times: Array = generator.multinomial(drawn, np.full(drawn, 1 / drawn), resamples).astype(float)[:, unit_N]
-    return times
+    return draw_count_matrix(drawn, resamples, np.random.default_rng(seed))[:, unit_N]
 
 
 def interval(point: float, drawn: Array, level: float = 0.95) -> Interval:
-    low, high = np.percentile(drawn, [50 * (1 - level), 50 * (1 + level)])
-    return Interval(point, float(low), float(high))
+    return Interval(point, *percentile_interval(drawn, 50 * (1 - level)))
 
 
 def log_loss(quality_NK: Array, observed_NK: Array) -> Array:

@@ -33,12 +33,12 @@ from depo_gateway.estimator import checkpoint, export, standing
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Item
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.reasons import reason_named
 from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.training.evaluation.contamination import fingerprints
-from depo_gateway.training.evaluation.report import finite
-from depo_gateway.training.evaluation.routing_metrics import Array
+from depo_gateway.training.evaluation.report import nan_to_null
 from depo_gateway.training.online import joint_calibration
 from depo_gateway.training.online.champion import (
     Standpoint,
@@ -229,7 +229,7 @@ def decided(
         notes = (*notes, "what is served was fitted on the reference's prompts, and looks better there than it is")
     verdict = judge(judged(newest, new, on, quality, served, learned), fixed, config.gate, config.seed)
     figures = {"start": best.start.name, "epochs": best.epochs, "held_out_loss": best.loss, "new": int(new.sum())}
-    verdict = dataclasses.replace(verdict, figures=finite({**verdict.figures, **figures}))
+    verdict = dataclasses.replace(verdict, figures=nan_to_null({**verdict.figures, **figures}))
     if not verdict.publish:
         now = None
         if at.champion is not None and served is not None:
@@ -281,7 +281,7 @@ def refused(
         "notes": notes,
     }
     with open(out / REFUSALS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(line)) + "\n")
+        file.write(json.dumps(nan_to_null(line)) + "\n")
         file.flush()
         os.fsync(file.fileno())
     if now is not None:

@@ -21,12 +21,12 @@ from depo_gateway.training.online.embedding_cache import EmbeddingCache
 from depo_gateway.training.online.reference_set import reference_rows
 from depo_gateway.training.online.refresh import refresh
 from depo_gateway.training.online.settings import LearnerSettings
-from depo_gateway.training.rewards.worker_pool import end_with
+from depo_gateway.training.rewards.worker_pool import exit_with_parent
 
 
 def work(parent: int) -> None:
     """The process's whole life. Its first line holds {settings, base, out, cold}; it ends with its input."""
-    end_with(parent)
+    exit_with_parent(parent)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no result
     wish = json.loads(sys.stdin.readline())

@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import FEEDBACK, Example, Label, Labelled, Record
 from depo_gateway.estimator.text import TextConfig, extract_text
-from depo_gateway.training.evaluation.routing_metrics import Array
 from depo_gateway.training.online.refresh_config import TrafficConfig
 from depo_gateway.training.outcomes.label_precedence import VERIFIERS, _rank
 from depo_gateway.training.outcomes.near_duplicates import clusters

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from depo_gateway.training.evaluation.routing_metrics import Array
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.outcomes.traffic_examples import Told
 
 LEAST = 20  # labels of a key that can be judged
