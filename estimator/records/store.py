@@ -1,8 +1,8 @@
-"""The records store: what serving saw and what was found out about it, in SQLite or PostgreSQL. One code path for both.
+"""The records store: served requests and their labels, in SQLite or PostgreSQL. One code path for both.
 
-Gateways append records and feedback, the learner reads them and adds labels; all open the same database, each from
-processes of its own. What a method has returned is durable: SQLite runs in WAL mode with synchronous=FULL
-(https://www.sqlite.org/pragma.html#pragma_synchronous), PostgreSQL commits as its server is set to.
+Gateways append records and feedback; the learner reads them and adds labels. All open the same database from their own
+processes. Writes are durable when a method returns: SQLite runs in WAL mode with synchronous=FULL
+(https://www.sqlite.org/pragma.html#pragma_synchronous); PostgreSQL commits as its server is configured.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 from depo_gateway.estimator.records.types import FEEDBACK, Label, Labelled, Record
 
 DATABASE_SCHEMA = 1
-WAIT_SECONDS = 5  # for another writer's lock, a connection or a statement of the gateway's size
-READ_SECONDS = 300  # a learner's longest query
+WAIT_SECONDS = 5  # for another writer's lock, or a connection
+READ_SECONDS = 300  # the learner's longest query
 CHUNK = 500  # records that one transaction deletes, so that no writer waits long
-CREATE_LOCK = 0x6465706F  # PostgreSQL's advisory lock while tables are made
+CREATE_LOCK = 0x6465706F  # PostgreSQL's advisory lock while tables are created
 LARGEST = 2**62
 
 _meta = sa.MetaData()
-_number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself under this type alone
+_number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows only under this type
 
 
 def _of_record() -> sa.Column[int]:
@@ -81,16 +81,16 @@ _shadowed = sa.Table(
     sa.PrimaryKeyConstraint("record"),
 )
 _JSON = ("pools", "quality", "asked", "parameters")
-_TEXT = ("finish_reason", "answer", "reference", "endpoint", "key", "id")  # what comes from outside as it is
+_TEXT = ("finish_reason", "answer", "reference", "endpoint", "key", "id")  # from outside, unchecked
 _FIELDS = tuple(item.name for item in fields(Record))
 
 
 class StoreError(OSError):
-    """The database can't be reached or refuses; one sentence that names it, without its password."""
+    """The database is unreachable or refuses; one sentence that names it, without its password."""
 
     def __init__(self, message: str, rejected: bool = False) -> None:
         super().__init__(message)
-        self.rejected = rejected  # the values are at fault: the same again fails again
+        self.rejected = rejected  # because of the values: a retry fails too
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ class Store:
     """One database. Methods may be called from any thread; each is one transaction unless it says otherwise.
 
     Raises:
-        ValueError: the address, or the driver that it needs, can't be; one sentence.
-        StoreError: from every method, where the database is away, full, locked or read-only.
+        ValueError: one sentence: the address is invalid, or its driver is not installed.
+        StoreError: from every method, if the database is unreachable, full, locked or read-only.
     """
 
     def __init__(self, url: str) -> None:
@@ -128,17 +128,17 @@ class Store:
             )
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"the records database {self.name} wants {error.name}: pip install 'depo-gateway[postgres]'"
+                f"the records database {self.name} needs {error.name}: pip install 'depo-gateway[postgres]'"
             ) from None
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
 
     def create(self) -> None:
-        """Makes the tables where they are absent; several processes may do so at once.
+        """Creates missing tables; several processes may do so at once.
 
         Raises:
-            ValueError: another version of this software made the database.
+            ValueError: another version of this software created the database.
         """
         with self._transaction(write=True) as connection:
             if not self._sqlite:
@@ -147,7 +147,7 @@ class Store:
             found = connection.execute(sa.select(_versions.c.version)).scalar() if known else None
             if found not in (None, DATABASE_SCHEMA):
                 raise ValueError(
-                    f"the records database {self.name} was made by another version "
+                    f"the records database {self.name} was created by another version "
                     f"(schema {found}, here {DATABASE_SCHEMA}); "
                     "use that version, or another database"
                 )
@@ -159,7 +159,7 @@ class Store:
         self._engine.dispose()
 
     def append(self, records: Sequence[Record]) -> None:
-        """Adds records; those that are there already are left as they are."""
+        """Adds records; existing ones are not changed."""
         if not records:
             return
         insert = (sqlite if self._sqlite else postgresql).insert(_records).on_conflict_do_nothing()
@@ -171,14 +171,14 @@ class Store:
             connection.execute(insert, rows)
 
     def feedback(self, items: Sequence[Feedback]) -> list[bool]:
-        """Labels the newest answer that each item's key got under its id. False: there is none."""
+        """Labels the newest answer that each item's key got under its id. False: it got none."""
         found: list[bool] = []
         rows = {}
         with self._transaction(write=True) as connection:
             for item in items:
                 newest = (
                     sa.select(_records.c.seq, _records.c.pool)
-                    .where(_records.c.key == _clean(item.key), _records.c.id == _clean(item.id))  # as they are stored
+                    .where(_records.c.key == _clean(item.key), _records.c.id == _clean(item.id))  # as stored
                     .where(_records.c.pool != "")
                     .order_by(_records.c.time.desc())
                     .limit(1)
@@ -192,7 +192,7 @@ class Store:
         return found
 
     def add_labels(self, labels: Sequence[Label]) -> None:
-        """Adds labels, or overwrites those of the same record, pool and source; skips records deleted meanwhile."""
+        """Adds labels, or replaces those of the same record, pool and source; skips records deleted meanwhile."""
         rows = {(label.record, label.pool, label.source): _label_row(label, None) for label in labels}
         if rows:
             with self._transaction(write=True) as connection:
@@ -210,7 +210,7 @@ class Store:
     def count_labels(self, after: int = 0) -> tuple[int, int]:
         """How many records have a label of quality whose seq is above `after`; and the highest seq of any label.
 
-        PostgreSQL may show a transaction's labels after those of a later one: as a count it is close, not exact.
+        PostgreSQL may show a transaction's labels after those of a later one, so the count is approximate.
         """
         fresh = sa.and_(_labels.c.seq > after, _labels.c.quality.is_not(None))
         records = sa.select(sa.func.count(_labels.c.record.distinct())).where(fresh).scalar_subquery()
@@ -219,14 +219,14 @@ class Store:
         return count, highest or 0
 
     def count_records(self) -> tuple[int, int]:
-        """How many records there are, and how many of them hold what was asked (records.prompts: full)."""
+        """How many records there are, and how many of them hold the prompt (records.prompts: full)."""
         query = sa.select(sa.func.count(), sa.func.count(_records.c.asked)).select_from(_records)
         with self._transaction() as connection:
             records, asked = connection.execute(query).one()
         return records, asked
 
     def last_time(self) -> float | None:
-        """When the newest record's request began, in Unix seconds; None: there are no records."""
+        """When the newest record's request began, in Unix seconds; None without records."""
         with self._transaction() as connection:
             found: float | None = connection.execute(sa.select(sa.func.max(_records.c.time))).scalar()
         return found
@@ -244,23 +244,23 @@ class Store:
             return [_record(row) for row in connection.execute(query).mappings()]
 
     def mark_shadowed(self, records: Sequence[int], time: float) -> None:
-        """Marks records, by seq, as shadowed or passed over; again is no harm, and deleted ones are skipped."""
+        """Marks records, by seq, as shadowed or skipped. Idempotent; deleted ones are ignored."""
         insert = (sqlite if self._sqlite else postgresql).insert(_shadowed).on_conflict_do_nothing()
         with self._transaction(write=True) as connection:
             if rows := [{"record": seq, "time": time} for seq in _existing(connection, records)]:
                 connection.execute(insert, rows)
 
     def delete_before(self, time: float, most: int | None = None) -> int:
-        """Deletes older records (Unix seconds), their labels and marks, in small transactions; how many records.
+        """Deletes older records (Unix seconds) with their labels and marks, in small transactions. Returns the number.
 
-        At most `most` of them, None: all.
+        At most `most` of them; None: all.
         """
         deleted = 0
         while most is None or deleted < most:
             size = CHUNK if most is None else min(CHUNK, most - deleted)
             old = sa.select(_records.c.seq).where(_records.c.time < time).order_by(_records.c.seq).limit(size)
             with self._transaction(write=True) as connection:
-                chosen = old.with_for_update(skip_locked=True)  # another gateway may be at it too
+                chosen = old.with_for_update(skip_locked=True)  # another gateway may be deleting too
                 count = connection.execute(_records.delete().where(_records.c.seq.in_(chosen))).rowcount
             deleted += count
             if not count:
@@ -302,42 +302,40 @@ def _address(url: str) -> sa.URL:
     try:
         address = sa.make_url(url)
         kind = address.get_backend_name()
-    except (sa.exc.ArgumentError, ValueError):  # not shown: a password may stand in it
+    except (sa.exc.ArgumentError, ValueError):  # not shown: it may hold a password
         raise ValueError(
             "records.url can't be read; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
         ) from None
-    if kind == "postgresql" and "@" in (address.host or ""):  # part of it would be shown as the host's name
+    if kind == "postgresql" and "@" in (address.host or ""):  # part of the password would be shown as the host's name
         raise ValueError("records.url has an '@' in its password; write it as %40")
     if kind == "postgresql":
         return address.set(drivername="postgresql+psycopg")
     if kind != "sqlite":
         raise ValueError(f"records.url names {kind}; write sqlite:///FILE or postgresql://HOST/DATABASE")
     if not address.database or address.database == ":memory:" or address.host:
-        raise ValueError(
-            "records.url names no file; write sqlite:///FILE, with four slashes where the path is absolute"
-        )
+        raise ValueError("records.url names no file; write sqlite:///FILE, with four slashes if the path is absolute")
     folder = Path(address.database).absolute().parent
-    if not os.path.isdir(folder):  # Path.is_dir raises where a directory above may not be entered
-        raise ValueError(f"records.url: the directory {folder} does not exist; make it or name another")
+    if not os.path.isdir(folder):  # Path.is_dir raises without permission for a parent directory
+        raise ValueError(f"records.url: the directory {folder} does not exist; create it or name another")
     return address
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
-    connection.isolation_level = None  # the driver's own idea of transactions locks too late
+    connection.isolation_level = None  # the driver's own transactions lock too late
     if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA secure_delete = ON")  # what retention deletes is gone from the file's pages too
+    connection.execute("PRAGMA secure_delete = ON")  # deleted records are overwritten in the file too
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    # A transaction that reads first and writes then can't wait for another writer: it must ask for the lock at once.
+    # A transaction that reads before it writes can't wait for another writer, so it must lock from the start.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options()["depo_write"] else "BEGIN")
 
 
 def _existing(connection: sa.Connection, records: Iterable[int]) -> list[int]:
-    """Those that are still there, locked until the transaction's end, always in the same order: no deadlocks."""
+    """Those that still exist, locked until the transaction ends, in a fixed order to avoid deadlocks."""
     found: list[int] = []
     wanted = sorted(set(records))
     for start in range(0, len(wanted), CHUNK):
@@ -347,15 +345,17 @@ def _existing(connection: sa.Connection, records: Iterable[int]) -> list[int]:
 
 
 def _put_labels(connection: sa.Connection, rows: Mapping[tuple[int, str, str], Mapping[str, Any]]) -> None:
-    """Replaces rather than updates, so that every change has a new seq."""
+    """Replaces labels instead of updating them, so that every change has a new seq."""
     existing = set(_existing(connection, (record for record, _, _ in rows)))
-    kept = [row for place, row in sorted(rows.items()) if place[0] in existing]
-    if not kept:
+    found = [row for place, row in sorted(rows.items()) if place[0] in existing]
+    if not found:
         return
     place = [_labels.c[name] == sa.bindparam(f"its_{name}") for name in ("record", "pool", "source")]
     columns = ("record", "pool", "source")
-    connection.execute(_labels.delete().where(*place), [{f"its_{name}": row[name] for name in columns} for row in kept])
-    connection.execute(_labels.insert(), kept)
+    connection.execute(
+        _labels.delete().where(*place), [{f"its_{name}": row[name] for name in columns} for row in found]
+    )
+    connection.execute(_labels.insert(), found)
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -384,5 +384,5 @@ def _label_row(label: Label, comment: str | None) -> dict[str, Any]:
 
 
 def _clean(text: str) -> str:
-    """Without what PostgreSQL's text can't hold: NUL, and halves of surrogate pairs."""
+    """Without what PostgreSQL's text can't hold: NUL and lone surrogates."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()

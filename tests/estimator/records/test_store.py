@@ -214,7 +214,7 @@ def test_a_database_of_another_version_is_refused(store: Store, records_url: str
     with store._transaction(write=True) as connection:
         connection.execute(module._versions.update().values(version=99))
     again = Store(records_url)
-    with pytest.raises(ValueError, match="made by another version \\(schema 99, here 1\\)") as raised:
+    with pytest.raises(ValueError, match="created by another version \\(schema 99, here 1\\)") as raised:
         again.create()
     assert "secret" not in str(raised.value)
     again.close()
@@ -246,7 +246,7 @@ def test_a_missing_driver_names_its_package(tmp_path: Path) -> None:
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert told == (
-        "the records database postgresql+psycopg://user:***@host/base wants psycopg: "
+        "the records database postgresql+psycopg://user:***@host/base needs psycopg: "
         "pip install 'depo-gateway[postgres]'\n"
     )
 
