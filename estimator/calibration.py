@@ -1,4 +1,4 @@
-"""Logits -> probabilities, and thresholds for a wanted share, quality or cost. numpy, no torch.
+"""Logits -> probabilities, and thresholds for a target of share, quality or cost. numpy, no torch.
 
 Shapes: N prompts, K pools cheapest first, G grid points of a curve.
 """
@@ -18,12 +18,12 @@ from depo_gateway.estimator.logistic import Array, fit_logistic, sigmoid
 RULES = ("gain", "difficulty")
 STAGES = ("full", "cheap")
 GRID = 101
-MIN_LABELS = 20  # a Platt of fewer is noise
+MIN_LABELS = 20  # fewer give a noisy Platt scaling
 
 
 @dataclass(frozen=True, slots=True)
 class Platt:
-    """p = sigmoid(slope * logit + offset). slope > 0: it never changes an order."""
+    """Platt scaling: p = sigmoid(slope * logit + offset). slope > 0, so it preserves the order."""
 
     slope: float = 1.0
     offset: float = 0.0
@@ -34,10 +34,10 @@ Stage = Mapping[str, tuple[Platt, ...]]  # one stage's calibration: by head, a P
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What a rule does at each threshold, on the prompts it was measured with. G rows, thresholds rising.
+    """The effect of a rule at each threshold, on the prompts it was measured with. G rows, thresholds rising.
 
-    `shares[g][k]` is pool k's share of the calls; `quality[g]` the mean observed quality (None where no prompt has
-    every pool's label). With one pool `shares[g][0]` is the share that it is not sure of: those go to a dearer one.
+    `shares[g][k]` is pool k's share of the calls; `quality[g]` the mean observed quality (None if no prompt has every
+    pool's label). With one pool `shares[g][0]` is the share below the threshold, which goes to a more expensive pool.
     """
 
     thresholds: tuple[float, ...]  # from 0 to 1
@@ -54,11 +54,11 @@ class Calibration:
     targets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # "large-share=0.3" -> rule -> threshold
 
     def large_share(self, rule: str, threshold: float) -> float:
-        """The usual share of the last, dearest pool at a threshold."""
+        """The usual share of the last, most expensive pool at a threshold."""
         curve = self._curve(rule)
         index = int(np.searchsorted(curve.thresholds, threshold, side="left"))
         if index == len(curve.thresholds):
-            return 1.0  # a threshold above every confidence seen
+            return 1.0  # a threshold above every confidence
         return curve.shares[index][-1]
 
     def threshold(
@@ -73,15 +73,15 @@ class Calibration:
         """The threshold for one target.
 
         `large_share`: this share of the calls goes to the last pool. `quality`: the lowest threshold that keeps this
-        fraction of what sending everything to the last pool would score. `cost`: the highest threshold at which calls
-        cost this fraction of sending everything to the last pool; needs each pool's cost. A share or quality beyond
-        what any threshold does gets 1: under gain, prompts whose first pool is best (confidence 1) always stay there.
-        Raises ValueError for a cost that can't be met, and for what is no target.
+        fraction of the last pool's mean quality. `cost`: the highest threshold at which calls cost this fraction of
+        sending everything to the last pool; requires each pool's cost. A share or quality that no threshold reaches
+        gets 1: under gain, prompts whose first pool is best (confidence 1) always stay there.
+        Raises ValueError for a cost that can't be met, and for an invalid target.
         """
         curve = self._curve(rule)
         thresholds, shares = np.array(curve.thresholds), np.array(curve.shares)
-        wanted = [value for value in (large_share, quality, cost) if value is not None]
-        if len(wanted) != 1 or not 0.0 <= wanted[0] <= 1.0:
+        given = [value for value in (large_share, quality, cost) if value is not None]
+        if len(given) != 1 or not 0.0 <= given[0] <= 1.0:
             raise ValueError("give one target, large_share, quality or cost, between 0 and 1")
         if large_share is not None:
             return min(1.0, float(np.interp(large_share, shares[:, -1], thresholds)))
@@ -89,8 +89,8 @@ class Calibration:
             if curve.quality is None:
                 raise ValueError("a quality target needs prompts with labels of every pool; calibrate on such a table")
             best = curve.quality[-1] if curve.all_large is None else curve.all_large
-            kept = np.flatnonzero(np.array(curve.quality) >= quality * best)
-            return min(1.0, float(thresholds[kept[0]])) if len(kept) else 1.0
+            reaching = np.flatnonzero(np.array(curve.quality) >= quality * best)
+            return min(1.0, float(thresholds[reaching[0]])) if len(reaching) else 1.0
         if len(self.pools) == 1:
             raise ValueError("a cost target needs a checkpoint of two pools or more; this one has one")
         if costs is None or len(costs) != len(self.pools):
@@ -129,7 +129,7 @@ def uncalibrated_stage(pools: int, heads: Sequence[str] = ORIGINAL) -> Stage:
 
 
 def enough_labels(targets: NDArray[np.floating], weights: NDArray[np.floating]) -> bool:
-    """Whether labels (N,), NaN where there is none, can fit a Platt: LABELS of them or more, and not all alike."""
+    """Whether labels (N,), NaN where there is none, suffice for Platt scaling: MIN_LABELS or more, not all equal."""
     labelled = targets[~np.isnan(targets) & (weights > 0)]
     return len(labelled) >= MIN_LABELS and bool(np.ptp(labelled) > 0)
 
@@ -149,7 +149,7 @@ def fit_platt(logits: NDArray[np.floating], targets: NDArray[np.floating], weigh
 
 
 def confidence(quality_NK: Array, rule: str) -> Array:
-    """How little is lost by serving from each pool (N, K): the contract's definition of both rules."""
+    """How little is lost by serving from each pool (N, K), by one of the two rules."""
     if rule == "difficulty":
         return quality_NK
     if rule != "gain":
@@ -167,10 +167,10 @@ def route(quality_NK: Array, rule: str, threshold: float) -> NDArray[np.int64]:
 
 
 def measure_curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: str) -> Curve:
-    """Measure a rule on N prompts. Thresholds stand at 0, 1 and quantiles of confidence.
+    """Measures a rule on N prompts. The thresholds are 0, 1 and quantiles of two confidences.
 
-    That is the first pool's confidence, which what leaves it depends on, and the best of all but the last, which what
-    reaches the last depends on.
+    These are the first pool's, which decides what leaves it, and the best of all pools but the last, which decides what
+    reaches the last.
     """
     confidence_NK = confidence(quality_NK, rule)
     last = max(1, quality_NK.shape[1] - 1)

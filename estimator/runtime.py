@@ -1,4 +1,4 @@
-"""A checkpoint -> scores, without torch: ONNX Runtime, tokenizers, numpy. Safe to call from several threads at once.
+"""A checkpoint -> scores, without torch: ONNX Runtime, tokenizers, numpy. Safe to call from several threads.
 
 Shapes: B prompts, T tokens, K pools, H heads, O = K * H outputs.
 """
@@ -23,7 +23,7 @@ from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.heads import split_heads
 from depo_gateway.estimator.text import Prepared
 
-# ONNX Runtime's errors share no ancestor but Exception
+# ONNX Runtime's errors have no common base class but Exception
 ONNX_ERRORS = (
     onnx_errors.Fail,
     onnx_errors.InvalidArgument,
@@ -62,12 +62,14 @@ class Runtime:
 
     @staticmethod
     def load(path: Path, threads: int = 1) -> Runtime:
-        """Load and check a checkpoint directory. Raises ValueError with one sentence saying what is wrong with it."""
+        """Load and check a checkpoint directory. Raises ValueError: one sentence with what is wrong."""
         manifest, files = checkpoint.load_checkpoint(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or an idle gateway burns a core
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # otherwise an idle gateway keeps a core busy
         options.log_severity_level = 3
         try:
             weights = safetensors.numpy.load(files[checkpoint.WEIGHTS])
@@ -102,25 +104,25 @@ class Runtime:
 
     @property
     def has_cheap(self) -> bool:
-        """Whether the wide part is there, and so cheap() and cheap_logits()."""
+        """Whether there is a wide part, which cheap() and cheap_logits() need."""
         return self.wide is not None
 
     def prepare(self, prompt: str, context: str = "") -> Prepared:
-        """Text -> ids, by the manifest. `context` is the conversation before the prompt, newest last."""
+        """Text -> ids, by the manifest. `context`: the conversation before the prompt, newest last."""
         return text.prepare(self.tokenizer, self.manifest.text, prompt, context)
 
     def cheap(self, batch: Sequence[Prepared]) -> list[Scores]:
-        """Scores of the wide part alone: about 0.1 ms a prompt. Raises ValueError where there is none (has_cheap)."""
+        """Scores of the wide part alone: about 0.1 ms a prompt. Raises ValueError without one (has_cheap)."""
         return self._scores(self.cheap_logits(batch), "cheap")
 
     def score(self, batch: Sequence[Prepared]) -> list[Scores]:
-        """Scores of encoder and, if there is one, wide part together: some ms a prompt."""
+        """Scores of the encoder and, if there is one, the wide part: a few ms a prompt."""
         return self._scores(self.full_logits(batch), "full")
 
     def cheap_logits(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
-        """(B, O) before calibration. Raises ValueError where there is no wide part (has_cheap)."""
+        """(B, O) before calibration. Raises ValueError without a wide part (has_cheap)."""
         if self.wide is None:
-            raise ValueError(f"checkpoint {self.version} has no wide part, and so no cheap stage")
+            raise ValueError(f"checkpoint {self.version} has no wide part, and therefore no cheap stage")
         return np.stack([wide.wide_logits(self.wide, prepared.ids, prepared.surface) for prepared in batch])
 
     def full_logits(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:

@@ -1,8 +1,8 @@
 """How text becomes input, for fitting and serving alike. No torch.
 
-read() takes from a request what the checkpoint reads of it: the last user turn and what came before, or the whole
-conversation as the policy's own chat template writes it. prepare() makes ids of that: text is cut by characters before
-it is tokenised, so 4 MB cost no more than a screenful; then its tokens are cut to head and tail.
+extract_text() takes from a request the text that the checkpoint reads: the last user turn and the turns before it, or
+the whole conversation, rendered by the policy's chat template. prepare() makes ids of it: the text is cut by characters
+before it is tokenised, so 4 MB cost no more than a page; then its tokens are cut to head and tail.
 Shapes: T tokens, S surface features.
 """
 
@@ -25,28 +25,28 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-TEMPLATE = "[CLS] {prompt} [SEP] {context} [SEP]"  # without context the last two are left out
-CHAT = "[CLS] {chat} [SEP]"  # the messages, written by TextConfig.chat
+TEMPLATE = "[CLS] {prompt} [SEP] {context} [SEP]"  # without context it ends at the first [SEP]
+CHAT = "[CLS] {chat} [SEP]"  # the messages, rendered by TextConfig.chat
 POOLINGS = ("mean", "cls")
-CHARS_PER_TOKEN = 8  # kept on each side: prose has 4 to 5, so the seam is far from any token kept
-CONTEXT_MESSAGES = 8  # older turns can't fit beside a prompt
-TURN_CHARS = 4  # what a chat template writes around a turn, at least: so many empty turns are no more than long ones
+CHARS_PER_TOKEN = 8  # retained on each side: prose has 4 to 5, so the cut is far from any token used
+CONTEXT_MESSAGES = 8  # older turns don't fit beside a prompt
+TURN_CHARS = 4  # the least that a chat template adds to a turn: it bounds the number of empty turns
 
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """How a checkpoint reads text; stands in its manifest."""
+    """How a checkpoint reads text, as its manifest says."""
 
     template: str = TEMPLATE
     pooling: str = "cls"
     max_tokens: int = 128
-    chat: str = ""  # with the template CHAT: the policy's chat template, Jinja as Hugging Face tokenizers have it
+    chat: str = ""  # with the template CHAT: the policy's chat template, in the Jinja of Hugging Face tokenizers
 
     def __post_init__(self) -> None:
         if self.template not in (TEMPLATE, CHAT):
             raise ValueError(f"text template {self.template!r} is unknown; this version knows {TEMPLATE!r}, {CHAT!r}")
         if self.chat and self.template == TEMPLATE:
-            raise ValueError(f"a chat template is read with the text template {CHAT!r} alone, not with {TEMPLATE!r}")
+            raise ValueError(f"a chat template needs the text template {CHAT!r}, not {TEMPLATE!r}")
         if self.template == CHAT:
             if not self.chat:
                 raise ValueError(f"the text template {CHAT!r} needs the policy's chat template in `chat`")
@@ -80,7 +80,7 @@ def prompt_of_messages(messages: Sequence[Mapping[str, object]]) -> tuple[str, s
     """(the last user turn, the user and assistant text before it, newest last).
 
     System, developer and tool text is left out: it is the same for every query of an application, and a long tool
-    result says nothing of how hard the user's question is.
+    result does not tell how hard the user's question is.
     """
     turns = [
         (message.get("role"), text)
@@ -95,30 +95,30 @@ def prompt_of_messages(messages: Sequence[Mapping[str, object]]) -> tuple[str, s
     return turns[last][1], "\n".join(text for _, text in turns[max(0, last - CONTEXT_MESSAGES) : last])
 
 
-def extract_text(config: TextConfig, asked: str | Sequence[Mapping[str, object]]) -> tuple[str, str]:
-    """What a checkpoint reads of a request: (prompt, context), for prepare().
+def extract_text(config: TextConfig, request: str | Sequence[Mapping[str, object]]) -> tuple[str, str]:
+    """The text of a request that a checkpoint reads: (prompt, context), for prepare().
 
     Args:
-        asked: a prompt, taken as it is, or a conversation's messages. A chat template sees each message's role and
-            text, without what lies too far from both ends for prepare() to keep; tools and tool calls it does not see.
-            Where it takes no such conversation (roles that don't alternate, say), the bare turns stand in.
+        request: a prompt, taken as it is, or a conversation's messages. A chat template gets each message's role and
+            text, except what is too far from both ends for prepare() to use; it gets no tools or tool calls. If it
+            refuses the conversation (because roles don't alternate, say), the bare turns are used.
     """
-    if isinstance(asked, str):
-        return asked, ""
+    if isinstance(request, str):
+        return request, ""
     if not config.chat:
-        return prompt_of_messages(asked)
-    turns = _both_ends(asked, CHARS_PER_TOKEN * config.max_tokens)
+        return prompt_of_messages(request)
+    turns = _both_ends(request, CHARS_PER_TOKEN * config.max_tokens)
     try:
         return render_chat(config.chat, turns), ""
-    except (jinja2.TemplateError, TypeError, ValueError):  # what a template raises, or provokes by odd messages
+    except (jinja2.TemplateError, TypeError, ValueError):  # raised by a template, or caused by malformed messages
         return "\n".join(turn["content"] for turn in turns), ""
 
 
 def render_chat(chat: str, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
     """Messages as a policy reads them: transformers' apply_chat_template(tokenize=False), without transformers.
 
-    `chat` runs in Jinja's sandbox, but nothing stops one that loops for long: load checkpoints that you trust.
-    Raises jinja2.TemplateError where the template refuses the messages, and whatever their odd types provoke in it.
+    `chat` runs in Jinja's sandbox, which does not bound its running time: only load checkpoints that you trust.
+    Raises jinja2.TemplateError if the template refuses the messages, and whatever malformed ones cause in it.
     """
     return _compiled(chat).render(
         messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt
@@ -126,27 +126,27 @@ def render_chat(chat: str, messages: Sequence[Mapping[str, object]], add_generat
 
 
 def with_special_tokens(chat: str, tokens: Mapping[str, object]) -> str:
-    """A tokenizer's chat template with its special tokens in it, so that it says all by itself.
+    """A self-contained chat template: the tokenizer's, with its special tokens set inside.
 
     Args:
-        tokens: `tokenizer.special_tokens_map`; of it what `chat` mentions: bos_token, eos_token.
+        tokens: `tokenizer.special_tokens_map`; those that `chat` mentions are set, as bos_token and eos_token.
     """
     known = [(name, token) for name, token in tokens.items() if isinstance(token, str) and name in chat]
     return "".join(f"{{% set {name} = {json.dumps(token, ensure_ascii=False)} %}}\n" for name, token in known) + chat
 
 
 def _both_ends(messages: Sequence[Mapping[str, object]], side: int) -> list[dict[str, str]]:
-    """Role and text of the turns that the first and last `side` characters of a rendered conversation can come from."""
+    """Role and text of the turns that can reach the first or last `side` characters of a rendered conversation."""
     head = _turns(messages, side)
     rest = messages[len(head) :]
     tail = _turns(reversed(rest), side)
-    if (len(rest) - len(tail)) % 2:  # roles still alternate when an even number is left out
+    if (len(rest) - len(tail)) % 2:  # leave out an even number, so that roles still alternate
         tail += _turns(rest[-len(tail) - 1 :][:1], side)
     return [*head, *reversed(tail)]
 
 
 def _turns(messages: Iterable[Mapping[str, object]], side: int) -> list[dict[str, str]]:
-    """Role and text of messages, up to the one that makes `side` characters full; a long text keeps its two ends."""
+    """Role and text of messages until `side` characters are reached; a long text keeps its two ends."""
     turns: list[dict[str, str]] = []
     left = side
     for message in messages:
@@ -163,7 +163,7 @@ def _cut(text: str, side: int) -> str:
 
 
 class Generation(Extension):
-    """`{% generation %}` marks what is learnt in training; here it is its content."""
+    """`{% generation %}` marks what training learns; here it renders its content."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2's own declaration
 
@@ -174,7 +174,7 @@ class Generation(Extension):
 
 @functools.lru_cache(maxsize=16)
 def _compiled(chat: str) -> jinja2.Template:
-    """The environment is transformers'. Raises ValueError for what is no template."""
+    """A template in transformers' Jinja environment. Raises ValueError for invalid Jinja."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
@@ -201,12 +201,12 @@ def _refuse(message: str) -> NoReturn:
 
 
 def load_tokenizer(serialized: str) -> Tokenizer:
-    """A tokenizer from the text of a tokenizer.json; its own padding and truncation go: prepare() cuts.
+    """A tokenizer from the text of a tokenizer.json, without its own padding and truncation, since prepare() cuts.
 
-    "[SEP]" in a prompt is read as those five characters: only prepare() sets special tokens.
+    "[SEP]" in a prompt is read as five characters: only prepare() sets special tokens.
     """
-    if "model" not in json.loads(serialized):  # tokenizers itself would raise a bare Exception
-        raise ValueError("its tokenizer.json is no tokenizer")
+    if "model" not in json.loads(serialized):  # tokenizers would raise a bare Exception
+        raise ValueError("its tokenizer.json is not a tokenizer")
     tokenizer = Tokenizer.from_str(serialized)
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -215,15 +215,15 @@ def load_tokenizer(serialized: str) -> Tokenizer:
 
 
 def clean(text: str) -> str:
-    """The text with "?" for lone surrogates, which no tokenizer takes."""
+    """The text with "?" for lone surrogates, which tokenizers reject."""
     return text.encode("utf-8", "replace").decode()
 
 
 def prepare(tokenizer: Tokenizer, config: TextConfig, text: str, context: str = "") -> Prepared:
     """Text -> ids and surface features, by the manifest's template. Cost is bounded by max_tokens, not by len(text).
 
-    The prompt comes first; context fills what room is left, its newest tokens kept. `truncated` speaks of the prompt
-    alone.
+    The prompt comes first; the newest tokens of the context fill the remaining room. `truncated` refers to the prompt
+    only.
     """
     room = config.max_tokens - 2
     side = CHARS_PER_TOKEN * config.max_tokens
@@ -252,7 +252,7 @@ NEGATION = re.compile(r"(?i)\b(?:not|except|never|least|cannot|false|incorrect)\
 
 
 def _classes() -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """Class of each Latin-1 character, for one bincount instead of a scan a feature."""
+    """The class of each Latin-1 character, so that one bincount replaces a scan per feature."""
     table = np.zeros(256, np.uint8)
     for number, characters in enumerate(("0123456789", "\n", "\\", "$", "+-*/=^<>%", "{}[]();_#", "?", ",", " \t"), 1):
         table[[ord(c) for c in characters]] = number
@@ -265,7 +265,7 @@ CLASSES = _classes()
 
 
 def surface_features(text: str, length: int | None = None) -> tuple[float, ...]:
-    """What a glance tells, in the order of SURFACE, not yet standardised. `length` in characters, if text was cut."""
+    """Counts and shares of characters, in the order of SURFACE, not standardised. `length`: before `text` was cut."""
     total = len(text) if length is None else length
     # a character outside Latin-1 becomes byte 255 and counts as another script
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)

@@ -1,8 +1,7 @@
-"""A smaller vocabulary for a narrow domain: most of a small encoder's bytes are embeddings of words it will never see.
+"""A smaller vocabulary for a narrow domain: most bytes of a small encoder are embeddings of words outside the domain.
 
-What stays: special tokens, every piece of one ASCII character (so that nothing Latin becomes unknown), and the pieces
-that the domain's texts use. Other words fall apart into smaller pieces. WordPiece only, as BERT-like encoders have it.
-Torch.
+It keeps special tokens, every piece of one ASCII character (so that nothing Latin becomes unknown), and the pieces
+that the domain's texts use. Other words are split into smaller pieces. WordPiece only, as in BERT-like encoders. Torch.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from depo_gateway.estimator.text import clean
 def narrow_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer with only the pieces that `texts` need.
 
-    Raises ValueError if it is not WordPiece or adds special tokens in a way not known here.
+    Raises ValueError if it is not WordPiece, or adds special tokens in an unsupported way.
     """
     settings = json.loads(tokenizer.to_str())
     model = settings["model"]
@@ -28,14 +27,14 @@ def narrow_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
         raise ValueError(f"only a WordPiece vocabulary can be narrowed, and this encoder's is {model['type']}")
     used = {token for text in texts for token in tokenizer.encode(clean(text)).tokens}
     special = {token["content"] for token in settings["added_tokens"]}
-    special |= {model["unk_token"], *tokenizer.encode("").tokens}  # and the processor's
+    special |= {model["unk_token"], *tokenizer.encode("").tokens}  # and the post-processor's
     prefix = model["continuing_subword_prefix"]
 
-    def stays(token: str) -> bool:
+    def is_needed(token: str) -> bool:
         piece = token.removeprefix(prefix)
         return token in used or token in special or (len(piece) == 1 and piece.isascii())
 
-    kept = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1]) if stays(token)]
+    kept = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1]) if is_needed(token)]
     ids = {token: index for index, token in enumerate(kept)}
     model["vocab"] = ids
     for token in settings["added_tokens"]:
@@ -56,7 +55,9 @@ def renumber(processor: dict[str, Any], ids: Mapping[str, int]) -> None:
                 name = processor[end][0]
                 processor[end] = [name, ids[name]]
         case other:
-            raise ValueError(f"the vocabulary can't be narrowed: this encoder's tokenizer ends with {other}")
+            raise ValueError(
+                f"the vocabulary can't be narrowed: the tokenizer's post-processor {other} is not supported"
+            )
 
 
 def narrow_embeddings(encoder: Any, whole: Tokenizer, kept: Tokenizer) -> None:

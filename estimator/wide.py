@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 BUCKETS = 2**16
-SURFACE_SCALE = 0.1  # of a standardised feature: all of them together weigh about half of the n-grams' unit length
-CLIP = 4.0  # standard deviations: a prompt unlike any seen must not run away with one feature
+SURFACE_SCALE = 0.1  # of a standardised feature: together they have about half of the n-grams' unit length
+CLIP = 4.0  # standard deviations: no single feature of an unusual prompt may dominate
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +24,15 @@ class Wide:
     idf: NDArray[np.float32]
     weight: NDArray[np.float32]
     surface_mean: NDArray[np.float32]
-    surface_scale: NDArray[np.float32]  # 1 / standard deviation, 0 for a feature that never varied
+    surface_scale: NDArray[np.float32]  # 1 / standard deviation; 0 for a constant feature
     surface_weight: NDArray[np.float32]
     bias: NDArray[np.float32]
 
 
 def ngrams(ids: Sequence[int], vocabulary: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Features of a prompt's T token ids and 1 + log of how often each occurs: (indices_F, counts_F)."""
+    """The n-grams of T token ids, and 1 + log of how often each occurs: (indices_F, counts_F)."""
     tokens = np.asarray(ids, np.uint64)
-    # two odd multipliers and a shift (Knuth's multiplicative hashing), the same everywhere, unlike Python's hash()
+    # multiplicative hashing (Knuth): the same in every process, unlike Python's hash()
     mixed = (tokens[:-1] * np.uint64(0x9E3779B1) + tokens[1:]) * np.uint64(0x85EBCA6B) >> np.uint64(13)
     pairs = mixed % np.uint64(BUCKETS) + np.uint64(vocabulary)
     indices, counts = np.unique(np.concatenate([tokens, pairs]).astype(np.int64), return_counts=True)
@@ -57,7 +57,7 @@ def fit_idf(token_ids: Sequence[Sequence[int]], vocabulary: int) -> NDArray[np.f
 def standardise(
     surface: NDArray[np.float32], mean: NDArray[np.float32], scale: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """(..., S) -> (..., S) of mean 0 and deviation SURFACE_SCALE over the fitting prompts, clipped."""
+    """(..., S) -> (..., S) with mean 0 and deviation SURFACE_SCALE over the fitting prompts, clipped."""
     scaled: NDArray[np.float32] = SURFACE_SCALE * np.clip((surface - mean) * scale, -CLIP, CLIP)
     return scaled
 

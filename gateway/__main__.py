@@ -15,7 +15,7 @@ from depo_gateway.gateway import config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, 1 (failed) or 2 (the user's mistake, told in one line on stderr)."""
+    """Exit status 0, 1 (failed) or 2 (the user's mistake, one line on stderr)."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"depo-gateway: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `depo-gateway check gateway.yaml | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the interpreter's last flush fails
         return 1
     except OSError as error:
         print(f"depo-gateway: {error}", file=sys.stderr)
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line, without the usage before it."""
+    """A parser that reports mistakes in one line, without the usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="depo-gateway",
-        description="An OpenAI-compatible gateway that sends each query to the cheapest pool of models that will do.",
+        description="An OpenAI-compatible gateway that sends each query to the cheapest pool that is good enough.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     serve = commands.add_parser(
@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--once", action="store_true", help="exit after the queries instead of staying up")
     demo.add_argument(
-        "--backends", nargs="+", metavar="POOL=URL", help="two OpenAI-compatible servers of your own instead"
+        "--backends", nargs="+", metavar="POOL=URL", help="use two OpenAI-compatible servers of your own instead"
     )
-    demo.add_argument("--queries", type=int, metavar="N", help="how many queries to send (default: all there are)")
+    demo.add_argument("--queries", type=int, metavar="N", help="number of queries to send (default: all)")
     demo.add_argument("--port", type=int, default=8000, help="the gateway's port (default 8000)")
     demo.add_argument("--admin-port", type=int, default=9000, help="the port of /metrics (default 9000)")
     demo.set_defaults(run=_demo)
@@ -77,18 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     actions = keys.add_subparsers(metavar="ACTION", required=True)
     new = actions.add_parser(
         "new",
-        help="print a fresh key once",
-        description="Prints a fresh API key once, and the line that goes into the config.",
+        help="print a new key once",
+        description="Prints a new API key once, and the line for the config.",
     )
-    new.add_argument("name", metavar="NAME", help="whom the key is for")
+    new.add_argument("name", metavar="NAME", help="the key's name: its team or application")
     new.set_defaults(run=_new_key)
     seed = commands.add_parser(
         "seed",
         help="put the shipped estimator into a directory of checkpoints",
-        description="Writes the shipped estimator into DIR/builtin, under the names of your pools, and lets "
-        "DIR/current name it. Where DIR/current is there already, nothing is written.",
+        description="Writes the shipped estimator into DIR/builtin, under the names of your pools, and makes "
+        "DIR/current name it. If DIR/current exists, nothing is written.",
     )
-    seed.add_argument("directory", type=Path, metavar="DIR", help="what estimator.path names")
+    seed.add_argument("directory", type=Path, metavar="DIR", help="the directory that estimator.path names")
     seed.add_argument("--pools", nargs="+", required=True, metavar="POOL", help="as in the config, cheapest first")
     seed.set_defaults(run=_seed)
     return parser
@@ -115,7 +115,7 @@ def _demo(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"the demo needs {error.name}: pip install 'depo-gateway[demo]'") from None
 
-    logging.getLogger().setLevel(logging.WARNING)  # its own lines tell what happens
+    logging.getLogger().setLevel(logging.WARNING)  # the demo prints its own progress
     return demo.run(options)
 
 
@@ -134,7 +134,7 @@ def _check(options: argparse.Namespace) -> int:
         except ValueError as error:
             raise ValueError(f"estimator.candidate: {error}") from None
     if settings.records is not None:
-        Store(database_url(settings.records)).close()  # its address and driver; nobody is asked yet
+        Store(database_url(settings.records)).close()  # checks the address and the driver; does not connect
     print(config.resolved_yaml(settings), end="", flush=True)
     return 0
 
@@ -144,7 +144,7 @@ def _new_key(options: argparse.Namespace) -> int:
     name = options.name
     if not name.strip() or not name.isprintable() or '"' in name or "\\" in name:
         raise ValueError(f"the name {name!r} must be plain text without quotes and backslashes")
-    print(f"The key, shown this once: {key}")
+    print(f"The key, shown only once: {key}")
     print("The line for auth.keys, or for the file that auth.keys_file names:")
     print(f'- {{name: "{name}", sha256: "{config.key_digest(key)}"}}')
     return 0

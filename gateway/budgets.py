@@ -1,9 +1,9 @@
-"""What one API key may use: requests a minute, and the share of them that the last pool serves. Pure: time comes in.
+"""The budgets of an API key: requests a minute, and the share of them that the last pool serves. Pure.
 
-Both are buckets. Each replica of the gateway holds its own, so n replicas let a key make n times the requests.
+Both are token buckets. Each replica of the gateway has its own, so n replicas allow a key n times the requests.
 
-A request earns its share of a call of the last pool when it is answered: one that is refused or given up earns nothing.
-Only a call of the last pool itself has its own share at once.
+An answered request earns its share of a call of the last pool; a refused or abandoned one earns nothing. Only a call of
+the last pool gets its own share in advance.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from depo_gateway.gateway.auth_config import Key
 
-BURST = 10.0  # calls of the last pool beyond the share that a key may have saved up
+BURST = 10.0  # calls of the last pool that a key may save up, beyond its share
 
 
 @dataclass(slots=True, eq=False)
@@ -19,22 +19,22 @@ class Account:
     """One key's buckets."""
 
     key: Key
-    requests: float  # that may come now
-    calls: float  # of the last pool that are left
-    at: float  # seconds, when `requests` was right
+    requests: float  # allowed now
+    calls: float  # of the last pool, saved up
+    at: float  # seconds, when `requests` was last updated
 
     @property
     def at_once(self) -> float:
-        """The most requests that may come together: a minute's."""
+        """The most requests that may come at once: a minute's."""
         return max(1.0, self.key.requests_per_minute or 0.0)
 
     @property
     def most_calls(self) -> float:
-        """The most calls of the last pool that a key may have saved up; its share may be 0, and then it has none."""
+        """The most calls of the last pool that a key may save up; none if its share is 0."""
         return BURST if self.key.large_share else 0.0
 
     def admit(self, now: float) -> float:
-        """Takes one request. 0, or the seconds after which the next one will be let in."""
+        """Takes one request: 0, or the seconds until the next one is allowed."""
         rate = self.key.requests_per_minute
         if rate is None:
             return 0.0
@@ -46,24 +46,24 @@ class Account:
         return 0.0
 
     def earn(self) -> None:
-        """The share of a request that another pool has answered."""
+        """Adds the share of a request that another pool has answered."""
         self._add(self.key.large_share or 0.0)
 
     def pay(self) -> bool:
-        """Takes one call of the last pool, less this request's own share, if there is one.
+        """Whether a call of the last pool is left; if so takes it, less this request's own share.
 
-        So of any n requests that a pool answered at most large_share * n + BURST are the last one's.
+        So the last pool answers at most large_share * n + BURST of any n answered requests.
         """
         price = self._price
         if self.key.large_share is None:
             return True
-        if not self.key.large_share or self.calls < price - 1e-9:  # nine times .1 is a little less than .9
+        if not self.key.large_share or self.calls < price - 1e-9:  # nine times .1 is slightly less than .9
             return False
         self.calls = max(0.0, self.calls - price)
         return True
 
     def refund(self) -> None:
-        """Gives back what was paid for a call that the last pool did not serve."""
+        """Returns the payment for a call that the last pool did not serve."""
         self._add(self._price)
 
     @property
@@ -81,9 +81,9 @@ class Budgets:
         self._accounts: dict[str, Account] = {}
 
     def apply(self, keys: Iterable[Key], now: float) -> None:
-        """Takes the keys of a config. Those that were there keep what they have, within their new bounds.
+        """Takes the keys of a config. Known keys keep their balances, within the new bounds.
 
-        They keep their account, too, for requests under way hold it and settle with it.
+        They also keep their account object, because running requests hold it and settle with it.
         """
         accounts = {}
         for key in keys:
@@ -102,5 +102,5 @@ class Budgets:
         return {name: account.calls for name, account in self._accounts.items() if account.key.large_share}
 
     def account(self, name: str) -> Account | None:
-        """None for the name of no key: an open gateway's."""
+        """A key's account; None if there is no such key, as in an open gateway."""
         return self._accounts.get(name)

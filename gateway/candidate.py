@@ -1,7 +1,7 @@
-"""A second estimator that scores live traffic and decides nothing: what it would have done goes to the metrics.
+"""A second estimator that scores live traffic without deciding: metrics count what it would have decided.
 
-It has one thread of low priority and a short queue. A prompt that finds the queue full is left out and counted, so no
-request ever waits for it, and nothing that goes wrong here reaches one.
+It has one thread of low priority and a short queue. A prompt that finds the queue full is skipped and counted, so no
+request waits for it, and no failure here reaches one.
 """
 
 import logging
@@ -17,22 +17,22 @@ from depo_gateway.gateway import routing
 from depo_gateway.gateway.config import Rule
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.routing import Eligible
+from depo_gateway.gateway.scoring import JOIN_SECONDS
 
 QUEUE = 64
 NICE = 10
-JOIN_SECONDS = 30.0
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One prompt and what was done with it."""
+    """One prompt and where it was routed."""
 
     asked: str | Sequence[Mapping[str, object]]
     candidates: Eligible
     threshold: float
-    pool: str | None  # where the live scores sent it; None: something else than scores decided
+    pool: str | None  # chosen by the live scores; None: they did not decide
 
 
 class Candidate:
@@ -41,7 +41,7 @@ class Candidate:
     def __init__(
         self, runtime: Runtime, columns: Mapping[str, int], rule: Rule, threshold: float | None, metrics: Metrics
     ) -> None:
-        """`threshold`: its own, by its own calibration; None: each request's."""
+        """`threshold`: by its own calibration; None: each request's."""
         self.version = runtime.version
         self._runtime, self._columns, self._rule = runtime, columns, rule
         self._threshold = threshold
@@ -52,26 +52,26 @@ class Candidate:
         self._thread.start()
 
     def offer(self, offer: Offer) -> None:
-        """Returns at once, whatever becomes of it."""
+        """Queues a prompt, or skips it if the queue is full. Never blocks."""
         try:
             self._offers.put_nowait(offer)
         except queue.Full:
             self._metrics.candidate_outcomes.labels("busy").inc()
 
     def close(self) -> None:
-        """Lets the thread end after the prompt it is at."""
+        """Lets the thread end after its current prompt."""
         self._stopped = True
         try:
             self._offers.put_nowait(None)
         except queue.Full:
-            return  # it is awake
+            return  # the thread is awake and sees _stopped
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
     def join(self) -> None:
-        """Waits for the thread. An interpreter that ends while one is inside ONNX Runtime aborts the process."""
+        """Waits for the thread: an interpreter that exits while one is inside ONNX Runtime aborts the process."""
         self._thread.join(JOIN_SECONDS)
 
     def _work(self) -> None:
@@ -82,7 +82,7 @@ class Candidate:
                 return
             try:
                 pool = self._decide(offer)
-            except Exception:  # boundary: whatever a candidate does, requests are served
+            except Exception:  # boundary: a candidate's failure never reaches a request
                 log.exception("the candidate %s failed", self.version)
                 self._metrics.candidate_outcomes.labels("error").inc()
                 continue

@@ -21,14 +21,14 @@ class Metrics:
         )
         self.request_duration = Histogram(
             "gateway_request_duration_seconds",
-            "From the request's first byte to the answer's last",
+            "From the request's first byte to the answer's last byte",
             ["endpoint", "pool"],
             buckets=LATENCY,
             registry=registry,
         )
         self.overhead = Histogram(
             "gateway_overhead_seconds",
-            "From the complete request to its departure for a backend, queueing left out",
+            "From the complete request to its departure for a backend, without queueing",
             ["endpoint"],
             buckets=OVERHEAD,
             registry=registry,
@@ -41,14 +41,16 @@ class Metrics:
             registry=registry,
         )
         self.tokens = Counter(
-            "gateway_tokens_total", "Tokens as the backends count them", ["pool", "type"], registry=registry
+            "gateway_tokens_total", "Tokens, as counted by the backends", ["pool", "type"], registry=registry
         )
         self.cost = Counter("gateway_cost_total", "Cost, in the unit of pools.*.cost", ["pool"], registry=registry)
         self.cost_all_large = Counter(
-            "gateway_cost_all_large_total", "What the same tokens cost in the dearest pool", registry=registry
+            "gateway_cost_all_large_total",
+            "What the same tokens would cost in the most expensive pool",
+            registry=registry,
         )
         self.in_flight = Gauge(
-            "gateway_in_flight_requests", "Requests that hold a pool's slot", ["pool"], registry=registry
+            "gateway_in_flight_requests", "Requests that hold a slot of a pool", ["pool"], registry=registry
         )
         self.queue_wait = Histogram(
             "gateway_queue_wait_seconds",
@@ -59,30 +61,30 @@ class Metrics:
         )
         self.disconnects = Counter(
             "gateway_client_disconnects_total",
-            "Clients that hung up before their answer's end",
+            "Clients that disconnected before the end of their answer",
             ["phase"],
             registry=registry,
         )
         self.attempts = Counter(
-            "gateway_upstream_attempts_total", "Exchanges with a backend", ["backend", "outcome"], registry=registry
+            "gateway_upstream_attempts_total", "Attempts at a backend", ["backend", "outcome"], registry=registry
         )
         self.retries = Counter("gateway_retries_total", "Second attempts", ["reason"], registry=registry)
         self.fallbacks = Counter(
             "gateway_fallbacks_total",
-            "Requests that another pool had to serve",
+            "Requests that another pool than the chosen one served",
             ["from_pool", "to_pool", "reason"],
             registry=registry,
         )
-        self.backend_up = Gauge("gateway_backend_up", "1 while health checks pass", ["backend"], registry=registry)
+        self.backend_up = Gauge("gateway_backend_up", "1 while its health checks pass", ["backend"], registry=registry)
         self.circuit = Gauge("gateway_circuit_state", "0 closed, 1 half open, 2 open", ["backend"], registry=registry)
         self.decisions = Counter("gateway_decisions_total", "Decisions", ["pool", "reason"], registry=registry)
         self.confidence = Histogram(
-            "gateway_confidence", "Confidence of the cheapest eligible pool", buckets=CONFIDENCE, registry=registry
+            "gateway_confidence", "Confidence in the cheapest eligible pool", buckets=CONFIDENCE, registry=registry
         )
         self.threshold = Gauge("gateway_threshold", "Threshold in force", registry=registry)
         self.estimator_duration = Histogram(
             "gateway_estimator_duration_seconds",
-            "Scoring, waiting included",
+            "Time to score a prompt, waiting included",
             ["stage"],
             buckets=OVERHEAD,
             registry=registry,
@@ -91,61 +93,71 @@ class Metrics:
             "gateway_estimator_outcomes_total", "How prompts were scored", ["outcome"], registry=registry
         )
         self.estimator_truncated = Counter(
-            "gateway_estimator_truncated_total", "Prompts cut to head and tail before scoring", registry=registry
+            "gateway_estimator_truncated_total", "Prompts truncated to head and tail before scoring", registry=registry
         )
         self.estimator_info = Gauge("gateway_estimator_info", "The loaded checkpoint", ["version"], registry=registry)
         self.estimator_loads = Counter(
             "gateway_estimator_loads_total", "New checkpoints found while running", ["result"], registry=registry
         )
         self.target_share = Gauge(
-            "gateway_target_share", "What routing.target bounds, over the last 2,000 routed requests", registry=registry
+            "gateway_target_share",
+            "The share that routing.target bounds, over the last 2,000 routed requests",
+            registry=registry,
         )
         self.target_wanted = Gauge(
             "gateway_target_wanted", "The bound of routing.target on gateway_target_share", registry=registry
         )
         self.score_drift = Gauge(
-            "gateway_score_drift", "Distance of live confidences from the calibration's", registry=registry
+            "gateway_score_drift", "Distance between live confidences and the calibration's", registry=registry
         )
         self.router_floor = Gauge(
-            "gateway_router_floor", "1 while requests are routed by share, not by scores", registry=registry
+            "gateway_router_floor",
+            "1 while requests are routed at random by share instead of by scores",
+            registry=registry,
         )
         self.key_large_share_left = Gauge(
             "gateway_key_large_share_left",
-            "Calls of the last pool that a key with a large_share has saved up, 10 at most",
+            "Calls of the last pool that a key with a large_share has saved up, at most 10",
             ["key"],
             registry=registry,
         )
         self.candidate_decisions = Counter(
-            "gateway_candidate_decisions_total", "Where the candidate would have sent", ["pool"], registry=registry
+            "gateway_candidate_decisions_total",
+            "Pools that the candidate would have chosen",
+            ["pool"],
+            registry=registry,
         )
         self.candidate_agreement = Counter(
-            "gateway_candidate_agreement_total", "The candidate's decisions", ["agrees"], registry=registry
+            "gateway_candidate_agreement_total",
+            "The candidate's decisions, by agreement with the live ones",
+            ["agrees"],
+            registry=registry,
         )
         self.candidate_confidence = Histogram(
             "gateway_candidate_confidence",
-            "The candidate's confidence of the cheapest eligible pool",
+            "The candidate's confidence in the cheapest eligible pool",
             buckets=CONFIDENCE,
             registry=registry,
         )
         self.candidate_outcomes = Counter(
-            "gateway_candidate_outcomes_total", "What became of prompts for the candidate", ["outcome"],
+            "gateway_candidate_outcomes_total", "Prompts offered to the candidate", ["outcome"],
             registry=registry,
         )  # fmt: skip
         self.candidate_loads = Counter(
-            "gateway_candidate_loads_total", "Checkpoints of the candidate", ["result"], registry=registry
+            "gateway_candidate_loads_total", "New checkpoints of the candidate", ["result"], registry=registry
         )
-        self.candidate_info = Gauge("gateway_candidate_info", "The candidate", ["version"], registry=registry)
+        self.candidate_info = Gauge("gateway_candidate_info", "The loaded candidate", ["version"], registry=registry)
         for gauge in (self.target_share, self.target_wanted, self.score_drift):
             gauge.set(math.nan)
         self.records = Counter("gateway_records_total", "Records of finished requests", ["outcome"], registry=registry)
         self.records_waiting = Gauge("gateway_records_waiting", "Records not yet in the database", registry=registry)
         self.records_failures = Counter(
-            "gateway_records_failures_total", "Tries that the records database failed", registry=registry
+            "gateway_records_failures_total", "Failed attempts to write to the records database", registry=registry
         )
         self.feedback = Counter("gateway_feedback_total", "Calls of /v1/feedback", ["outcome"], registry=registry)
         self.config_reloads = Counter("gateway_config_reloads_total", "Config reloads", ["result"], registry=registry)
         Gauge("gateway_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
-        # From the start at 0: of a counter that appears with its first event Prometheus knows no increase.
+        # Present at 0 from the start: Prometheus sees no increase in a counter that appears with its first event.
         for counter, results in (
             (self.config_reloads, ("applied", "refused")),
             (self.estimator_loads, ("applied", "refused")),
@@ -154,8 +166,8 @@ class Metrics:
         ):
             for result in results:
                 counter.labels(result)
-        # A request touches a dozen children, and prometheus_client takes a lock to look one up. These are never
-        # cleared, so they can be remembered.
+        # A request touches a dozen children, and prometheus_client takes a lock to look one up. These metrics are never
+        # cleared, so their children can be cached.
         for metric in vars(self).values():
             if isinstance(metric, (Counter, Histogram)) or metric is self.in_flight:
                 vars(metric)["labels"] = cache(metric.labels)

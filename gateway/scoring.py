@@ -1,10 +1,9 @@
-"""Prompts -> scores, off the event loop, with a deadline; swaps in new checkpoints.
+"""Prompts -> scores, off the event loop, with a deadline.
 
-Worker threads, as many as the CPU limit leaves beside the event loop, run the encoder (ONNX Runtime lets go of the
-interpreter's lock), each pinned to a core of its own where there is no limit. The event loop waits for them no longer
-than the deadline: then, and at once when the queue is already longer than the deadline, the cheap stage answers. It
-is a few sparse dot products, so it runs where it is called. A checkpoint without the wide part has no cheap stage:
-nobody answers then, and routing.on_overload decides.
+Worker threads run the encoder (ONNX Runtime releases the interpreter's lock): as many as the CPU limit leaves beside
+the event loop, each pinned to its own core if there is no limit. The event loop waits for them at most until the
+deadline. After it, or immediately if the queue is longer than the deadline, the cheap stage answers: a few sparse dot
+products on the event loop itself. A checkpoint without the wide part has no cheap stage; routing.on_overload decides.
 """
 
 import asyncio
@@ -28,8 +27,8 @@ from depo_gateway.gateway.metrics import Metrics
 CACHE_ENTRIES = 16_384
 CGROUP = Path("/sys/fs/cgroup")
 BATCH = 8
-JOIN_SECONDS = 30.0  # for the batch under way: eight of the longest prompts on a busy machine
-SMOOTHING = 0.05  # of the moving mean of seconds per prompt, from which the queue's length in seconds follows
+JOIN_SECONDS = 30.0  # for the running batch: eight of the longest prompts on a busy machine
+SMOOTHING = 0.05  # of the moving mean of seconds per prompt, which gives the queue's length in seconds
 Stage = Literal["full", "cheap", "cached"]
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Predicted quality by the config's pools, in [0, 1], and which stage of which checkpoint predicted it."""
+    """Predicted quality of the config's pools, in [0, 1], and which stage of which checkpoint predicted it."""
 
     quality: dict[str, float]
     stage: Stage
@@ -51,7 +50,7 @@ class _Job:
 
 
 class Scorer:
-    """One loaded checkpoint, its workers and its cache. Swapping it replaces the whole object."""
+    """One loaded checkpoint, its workers and its cache. A new checkpoint gets a new object."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class Scorer:
         cores = sorted(os.sched_getaffinity(0))
         granted = cores_granted(len(cores), CGROUP)
         count = workers or max(1, granted - 1)
-        pinned = granted == len(cores)  # where others share the cores, the kernel knows better which are free
+        pinned = granted == len(cores)  # otherwise others share the cores, and the kernel knows which are free
         self._seconds_per_prompt = 0.0  # unknown until the first batch
         self._threads = [
             threading.Thread(
@@ -91,7 +90,7 @@ class Scorer:
     async def score(self, asked: str | Sequence[Mapping[str, object]]) -> Scored | None:
         """Scores of a prompt, or of a conversation's messages, read as the checkpoint's manifest says.
 
-        Never later than the deadline plus the cheap stage. None where that fails as well, or is not there.
+        Takes at most the deadline plus the cheap stage. None if the cheap stage fails as well, or does not exist.
         """
         started = time.perf_counter()
         try:
@@ -102,7 +101,7 @@ class Scorer:
                 self._metrics.estimator_outcomes.labels("cached").inc()
                 return self._scored(known, "cached")
             prepared = self.runtime.prepare(text, context)
-        except Exception:  # boundary: whatever a prompt does to template or tokenizer, the request is served
+        except Exception:  # boundary: template or tokenizer may fail on a prompt; the request is served
             log.exception("preparing a prompt failed")
             self._metrics.estimator_outcomes.labels("error").inc()
             return None
@@ -129,7 +128,7 @@ class Scorer:
         return self._scored(scores, "full")
 
     def close(self) -> None:
-        """Lets the workers end after the batch they are at."""
+        """Lets the workers end after their current batch."""
         with self._wake:
             self._stopped = True
             self._wake.notify_all()
@@ -139,21 +138,21 @@ class Scorer:
         return any(thread.is_alive() for thread in self._threads)
 
     def join(self) -> None:
-        """Waits for the workers. An interpreter that ends while one is inside ONNX Runtime aborts the process."""
+        """Waits for the workers: an interpreter that exits while one is inside ONNX Runtime aborts the process."""
         for thread in self._threads:
             thread.join(JOIN_SECONDS)
 
     def _submit(self, name: bytes, prepared: Prepared) -> "asyncio.Future[Scores]":
         answer: asyncio.Future[Scores] = self._loop.create_future()
         self._running[name] = answer
-        answer.add_done_callback(lambda done: self._finished(name, done))
+        answer.add_done_callback(lambda done: self._finish(name, done))
         with self._wake:
             self._jobs.append(_Job(prepared, answer))
             self._wake.notify()
         return answer
 
-    def _finished(self, name: bytes, answer: "asyncio.Future[Scores]") -> None:
-        """Keeps the answer, also one that came too late for its request: the next same prompt finds it."""
+    def _finish(self, name: bytes, answer: "asyncio.Future[Scores]") -> None:
+        """Caches the scores, even if they came too late for their request: the same prompt may come again."""
         del self._running[name]
         if answer.cancelled() or answer.exception() is not None:
             return
@@ -216,9 +215,9 @@ class Scorer:
 
 
 def cores_granted(cores: int, cgroup: Path) -> int:
-    """Of `cores` cores, how many the container's CPU limit lets this process use at once, rounded up; 1 at least.
+    """How many of `cores` cores the container's CPU limit grants, rounded up; at least 1.
 
-    `cgroup` is where control groups are mounted, version 2 or 1 (the kernel's Documentation/admin-guide).
+    `cgroup`: the mount point of control groups, version 2 or 1 (the kernel's Documentation/admin-guide).
     """
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
@@ -235,12 +234,12 @@ def cores_granted(cores: int, cgroup: Path) -> int:
 
 
 def load_runtime(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime, dict[str, int]]:
-    """The checkpoint that a config names, verified and warm, and which of its scores belongs to which pool.
+    """The checkpoint that a config names, verified and warmed up, and which of its scores belongs to which pool.
 
-    Takes a second: call it in a thread.
+    Takes about a second: call it in a thread.
 
     Raises:
-        ValueError: one sentence that says what is wrong with the checkpoint, or how it doesn't fit the config.
+        ValueError: one sentence: what is wrong with the checkpoint, or why it doesn't fit the config.
     """
     runtime = Runtime.load(checkpoint.resolve(path))
     columns = _columns(runtime, pools, by_order=path == "builtin")
@@ -249,7 +248,7 @@ def load_runtime(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime,
             f"the estimator {runtime.version} scores one pool ({runtime.pools[0]}) and can't route by gain; "
             "set routing.rule: difficulty, or fit one with depo-train fit --pools"
         )
-    turn = {"role": "user", "content": "What is 2 + 2?"}  # the first runs allocate: not in a request's time
+    turn = {"role": "user", "content": "What is 2 + 2?"}  # the first runs allocate memory; do it before a request comes
     prepared = runtime.prepare(*extract_text(runtime.manifest.text, [turn]))
     try:
         if runtime.has_cheap:
@@ -261,9 +260,9 @@ def load_runtime(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime,
 
 
 def usual_shares(runtime: Runtime, pools: tuple[str, ...], rule: str, threshold: float) -> dict[str, float]:
-    """Each pool's share of the calls on the prompts that the checkpoint was calibrated with; {} where it can't say.
+    """Each pool's share of the prompts that the checkpoint was calibrated with; {} if its curve can't tell.
 
-    A policy's checkpoint knows how much stays in the cheapest pool; all else goes to the dearest.
+    A policy's checkpoint knows the share that stays in the cheapest pool; the rest counts for the most expensive one.
     """
     fits = len(pools) > 1 if len(runtime.pools) == 1 else len(runtime.pools) == len(pools) == 2
     if not fits or rule not in runtime.calibration.curves:
@@ -273,7 +272,7 @@ def usual_shares(runtime: Runtime, pools: tuple[str, ...], rule: str, threshold:
 
 
 def _columns(runtime: Runtime, pools: tuple[str, ...], by_order: bool) -> dict[str, int]:
-    """By name; the shipped checkpoint, which is nobody's own, by order; a policy's one score is the cheapest pool's."""
+    """Columns by pool name; the shipped checkpoint's by order; a policy's single score is the cheapest pool's."""
     known = runtime.pools
     if len(known) == 1:
         return {pools[0]: 0}
@@ -288,9 +287,9 @@ def _columns(runtime: Runtime, pools: tuple[str, ...], by_order: bool) -> dict[s
 
 
 def has_changed(path: str, version: str) -> bool:
-    """Whether `path` (a checkpoint, or a directory with `current`) now holds another version than `version`.
+    """Whether `path` (a checkpoint, or a directory with `current`) holds another version than `version`.
 
     Raises:
-        ValueError: it holds none that can be read.
+        ValueError: it holds no readable checkpoint.
     """
     return checkpoint.load_manifest(checkpoint.resolve(path)).version != version

@@ -11,8 +11,8 @@ from pathlib import Path
 import uvicorn
 
 from depo_gateway import __version__
-from depo_gateway.gateway import app, config, endpoints, pools, scoring
-from depo_gateway.gateway.checkpoint_watcher import CheckpointWatcher, open_scorer, replace_live
+from depo_gateway.gateway import app, checkpoint_watcher, config, endpoints, pools, scoring
+from depo_gateway.gateway.checkpoint_watcher import CheckpointWatcher, replace_live
 from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.control import Control
 from depo_gateway.gateway.http_protocol import uvicorn_config
@@ -236,7 +236,7 @@ def _recorder(settings: Config, metrics: Metrics, running: Recorder | None = Non
 
 
 async def _live(settings: Config, metrics: Metrics) -> Live:
-    scorer = await open_scorer(settings, metrics)
+    scorer = await checkpoint_watcher.open_scorer(settings, metrics)
     keys = {key.sha256: key.name for key in settings.auth.keys} if settings.auth else {}
     return Live(settings, pools.open_pools(settings, metrics), keys, served_names(settings.pools), scorer)
 

@@ -1,8 +1,8 @@
-"""The records store: what serving saw and what was found out about it, in SQLite or PostgreSQL. One code path for both.
+"""The records store: served requests and their labels, in SQLite or PostgreSQL. One code path for both.
 
-Gateways append records and feedback, the learner reads them and adds labels; all open the same database, each from
-processes of its own. What a method has returned is durable: SQLite runs in WAL mode with synchronous=FULL
-(https://www.sqlite.org/pragma.html#pragma_synchronous), PostgreSQL commits as its server is set to.
+Gateways append records and feedback; the learner reads them and adds labels. All open the same database from their own
+processes. Writes are durable when a method returns: SQLite runs in WAL mode with synchronous=FULL
+(https://www.sqlite.org/pragma.html#pragma_synchronous); PostgreSQL commits as its server is configured.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,78 +19,32 @@ import orjson
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from depo_gateway.estimator.records.tables import (
+    DATABASE_SCHEMA,
+    LABELS,
+    METADATA,
+    RECORDS,
+    SHADOWED,
+    VERSIONS,
+    label_row,
+    record_of,
+    row_of,
+    storable_text,
+)
 from depo_gateway.estimator.records.types import FEEDBACK, Label, Labelled, Record
 
-DATABASE_SCHEMA = 1
-WAIT_SECONDS = 5  # for another writer's lock, a connection or a statement of the gateway's size
-READ_SECONDS = 300  # a learner's longest query
+WAIT_SECONDS = 5  # for another writer's lock, or a connection
+READ_SECONDS = 300  # the learner's longest query
 CHUNK = 500  # records that one transaction deletes, so that no writer waits long
-CREATE_LOCK = 0x6465706F  # PostgreSQL's advisory lock while tables are made
-LARGEST = 2**62
-
-_meta = sa.MetaData()
-_number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself under this type alone
-
-
-def _of_record() -> sa.Column[int]:
-    place = sa.ForeignKey("records.seq", ondelete="CASCADE")
-    return sa.Column("record", _number, place, nullable=False)
-
-
-_versions = sa.Table("depo_schema", _meta, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False))
-_records = sa.Table(
-    "records",
-    _meta,
-    sa.Column("seq", _number, primary_key=True, autoincrement=True),
-    sa.Column("id", sa.Text, nullable=False),
-    sa.Column("time", sa.Double, nullable=False, index=True),
-    *(
-        sa.Column(name, sa.Text, nullable=False)
-        for name in ("key", "endpoint", "conversation", "pool", "reason", "estimator", "stage", "pools", "quality")
-    ),
-    *(sa.Column(name, sa.Double) for name in ("confidence", "threshold", "first_token_seconds")),
-    *(sa.Column(name, sa.Double, nullable=False) for name in ("propensity", "total_seconds")),
-    sa.Column("status", sa.Integer, nullable=False),
-    *(sa.Column(name, sa.BigInteger) for name in ("prompt_tokens", "completion_tokens")),
-    *(sa.Column(name, sa.Text, nullable=False) for name in ("finish_reason", "prompt_hash", "parameters")),
-    *(sa.Column(name, sa.Text) for name in ("asked", "answer", "reference")),
-    # Clients may choose their request ids and use one again. A batch whose commit was cut off can come twice: this
-    # keeps it single.
-    sa.UniqueConstraint("key", "id", "time"),
-    sqlite_autoincrement=True,
-)
-_labels = sa.Table(
-    "labels",
-    _meta,
-    sa.Column("seq", _number, primary_key=True, autoincrement=True),
-    _of_record(),
-    sa.Column("pool", sa.Text, nullable=False),
-    sa.Column("source", sa.Text, nullable=False),
-    sa.Column("quality", sa.Double),
-    sa.Column("token_confidence", sa.Double),
-    sa.Column("comment", sa.Text),
-    sa.Column("time", sa.Double, nullable=False),
-    sa.UniqueConstraint("record", "pool", "source"),
-    sqlite_autoincrement=True,
-)
-_shadowed = sa.Table(
-    "shadowed",
-    _meta,
-    _of_record(),
-    sa.Column("time", sa.Double, nullable=False),
-    sa.PrimaryKeyConstraint("record"),
-)
-_JSON = ("pools", "quality", "asked", "parameters")
-_TEXT = ("finish_reason", "answer", "reference", "endpoint", "key", "id")  # what comes from outside as it is
-_FIELDS = tuple(item.name for item in fields(Record))
+CREATE_LOCK = 0x6465706F  # PostgreSQL's advisory lock while tables are created
 
 
 class StoreError(OSError):
-    """The database can't be reached or refuses; one sentence that names it, without its password."""
+    """The database is unreachable or refuses; one sentence that names it, without its password."""
 
     def __init__(self, message: str, rejected: bool = False) -> None:
         super().__init__(message)
-        self.rejected = rejected  # the values are at fault: the same again fails again
+        self.rejected = rejected  # because of the values: a retry fails too
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +62,8 @@ class Store:
     """One database. Methods may be called from any thread; each is one transaction unless it says otherwise.
 
     Raises:
-        ValueError: the address, or the driver that it needs, can't be; one sentence.
-        StoreError: from every method, where the database is away, full, locked or read-only.
+        ValueError: one sentence: the address is invalid, or its driver is not installed.
+        StoreError: from every method, if the database is unreachable, full, locked or read-only.
     """
 
     def __init__(self, url: str) -> None:
@@ -128,79 +82,79 @@ class Store:
             )
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"the records database {self.name} wants {error.name}: pip install 'depo-gateway[postgres]'"
+                f"the records database {self.name} needs {error.name}: pip install 'depo-gateway[postgres]'"
             ) from None
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
 
     def create(self) -> None:
-        """Makes the tables where they are absent; several processes may do so at once.
+        """Creates missing tables; several processes may do so at once.
 
         Raises:
-            ValueError: another version of this software made the database.
+            ValueError: another version of this software created the database.
         """
         with self._transaction(write=True) as connection:
             if not self._sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CREATE_LOCK)))
-            known = sa.inspect(connection).has_table(_versions.name)
-            found = connection.execute(sa.select(_versions.c.version)).scalar() if known else None
+            known = sa.inspect(connection).has_table(VERSIONS.name)
+            found = connection.execute(sa.select(VERSIONS.c.version)).scalar() if known else None
             if found not in (None, DATABASE_SCHEMA):
                 raise ValueError(
-                    f"the records database {self.name} was made by another version "
+                    f"the records database {self.name} was created by another version "
                     f"(schema {found}, here {DATABASE_SCHEMA}); "
                     "use that version, or another database"
                 )
-            _meta.create_all(connection)
+            METADATA.create_all(connection)
             if found is None:
-                connection.execute(_versions.insert(), {"version": DATABASE_SCHEMA})
+                connection.execute(VERSIONS.insert(), {"version": DATABASE_SCHEMA})
 
     def close(self) -> None:
         self._engine.dispose()
 
     def append(self, records: Sequence[Record]) -> None:
-        """Adds records; those that are there already are left as they are."""
+        """Adds records; existing ones are not changed."""
         if not records:
             return
-        insert = (sqlite if self._sqlite else postgresql).insert(_records).on_conflict_do_nothing()
+        insert = (sqlite if self._sqlite else postgresql).insert(RECORDS).on_conflict_do_nothing()
         try:
-            rows = [_row(record) for record in records]
+            rows = [row_of(record) for record in records]
         except orjson.JSONEncodeError as error:  # deeper than orjson writes: 254 levels
             raise StoreError(f"a record can't be written as JSON: {error}", rejected=True) from None
         with self._transaction(write=True) as connection:
             connection.execute(insert, rows)
 
     def feedback(self, items: Sequence[Feedback]) -> list[bool]:
-        """Labels the newest answer that each item's key got under its id. False: there is none."""
+        """Labels the newest answer that each item's key got under its id. False: it got none."""
         found: list[bool] = []
         rows = {}
         with self._transaction(write=True) as connection:
             for item in items:
                 newest = (
-                    sa.select(_records.c.seq, _records.c.pool)
-                    .where(_records.c.key == _clean(item.key), _records.c.id == _clean(item.id))  # as they are stored
-                    .where(_records.c.pool != "")
-                    .order_by(_records.c.time.desc())
+                    sa.select(RECORDS.c.seq, RECORDS.c.pool)
+                    .where(RECORDS.c.key == storable_text(item.key), RECORDS.c.id == storable_text(item.id))
+                    .where(RECORDS.c.pool != "")
+                    .order_by(RECORDS.c.time.desc())
                     .limit(1)
                 )
                 record = connection.execute(newest).one_or_none()
                 found.append(record is not None)
                 if record is not None:
                     label = Label(record.seq, record.pool, FEEDBACK, item.score, None, item.time)
-                    rows[label.record, label.pool, label.source] = _label_row(label, _clean(item.comment) or None)
+                    rows[label.record, label.pool, label.source] = label_row(label, storable_text(item.comment) or None)
             _put_labels(connection, rows)
         return found
 
     def add_labels(self, labels: Sequence[Label]) -> None:
-        """Adds labels, or overwrites those of the same record, pool and source; skips records deleted meanwhile."""
-        rows = {(label.record, label.pool, label.source): _label_row(label, None) for label in labels}
+        """Adds labels, or replaces those of the same record, pool and source; skips records deleted meanwhile."""
+        rows = {(label.record, label.pool, label.source): label_row(label, None) for label in labels}
         if rows:
             with self._transaction(write=True) as connection:
                 _put_labels(connection, rows)
 
     def labelled(self, limit: int, since: float = 0.0) -> list[Labelled]:
         """The newest `limit` records that have a label, of `since` (Unix seconds) or later, oldest first."""
-        known = sa.exists().where(_labels.c.record == _records.c.seq)
+        known = sa.exists().where(LABELS.c.record == RECORDS.c.seq)
         return [item for item in self._newest(limit, since, known) if item.labels]
 
     def logged(self, limit: int, since: float = 0.0) -> list[Labelled]:
@@ -210,58 +164,58 @@ class Store:
     def count_labels(self, after: int = 0) -> tuple[int, int]:
         """How many records have a label of quality whose seq is above `after`; and the highest seq of any label.
 
-        PostgreSQL may show a transaction's labels after those of a later one: as a count it is close, not exact.
+        PostgreSQL may show a transaction's labels after those of a later one, so the count is approximate.
         """
-        fresh = sa.and_(_labels.c.seq > after, _labels.c.quality.is_not(None))
-        records = sa.select(sa.func.count(_labels.c.record.distinct())).where(fresh).scalar_subquery()
+        fresh = sa.and_(LABELS.c.seq > after, LABELS.c.quality.is_not(None))
+        records = sa.select(sa.func.count(LABELS.c.record.distinct())).where(fresh).scalar_subquery()
         with self._transaction() as connection:
-            count, highest = connection.execute(sa.select(records, sa.func.max(_labels.c.seq))).one()
+            count, highest = connection.execute(sa.select(records, sa.func.max(LABELS.c.seq))).one()
         return count, highest or 0
 
     def count_records(self) -> tuple[int, int]:
-        """How many records there are, and how many of them hold what was asked (records.prompts: full)."""
-        query = sa.select(sa.func.count(), sa.func.count(_records.c.asked)).select_from(_records)
+        """How many records there are, and how many of them hold the prompt (records.prompts: full)."""
+        query = sa.select(sa.func.count(), sa.func.count(RECORDS.c.asked)).select_from(RECORDS)
         with self._transaction() as connection:
             records, asked = connection.execute(query).one()
         return records, asked
 
     def last_time(self) -> float | None:
-        """When the newest record's request began, in Unix seconds; None: there are no records."""
+        """When the newest record's request began, in Unix seconds; None without records."""
         with self._transaction() as connection:
-            found: float | None = connection.execute(sa.select(sa.func.max(_records.c.time))).scalar()
+            found: float | None = connection.execute(sa.select(sa.func.max(RECORDS.c.time))).scalar()
         return found
 
     def unshadowed(self, limit: int, since: float = 0.0) -> list[Record]:
         """Answered records with their prompt, not yet marked as shadowed, oldest first."""
         query = (
-            sa.select(_records)
-            .where(_records.c.asked.is_not(None), _records.c.status == 200, _records.c.pool != "")
-            .where(_records.c.time >= since, ~sa.exists().where(_shadowed.c.record == _records.c.seq))
-            .order_by(_records.c.time, _records.c.seq)
+            sa.select(RECORDS)
+            .where(RECORDS.c.asked.is_not(None), RECORDS.c.status == 200, RECORDS.c.pool != "")
+            .where(RECORDS.c.time >= since, ~sa.exists().where(SHADOWED.c.record == RECORDS.c.seq))
+            .order_by(RECORDS.c.time, RECORDS.c.seq)
             .limit(limit)
         )
         with self._transaction() as connection:
-            return [_record(row) for row in connection.execute(query).mappings()]
+            return [record_of(row) for row in connection.execute(query).mappings()]
 
     def mark_shadowed(self, records: Sequence[int], time: float) -> None:
-        """Marks records, by seq, as shadowed or passed over; again is no harm, and deleted ones are skipped."""
-        insert = (sqlite if self._sqlite else postgresql).insert(_shadowed).on_conflict_do_nothing()
+        """Marks records, by seq, as shadowed or skipped. Idempotent; deleted ones are ignored."""
+        insert = (sqlite if self._sqlite else postgresql).insert(SHADOWED).on_conflict_do_nothing()
         with self._transaction(write=True) as connection:
             if rows := [{"record": seq, "time": time} for seq in _existing(connection, records)]:
                 connection.execute(insert, rows)
 
     def delete_before(self, time: float, most: int | None = None) -> int:
-        """Deletes older records (Unix seconds), their labels and marks, in small transactions; how many records.
+        """Deletes older records (Unix seconds) with their labels and marks, in small transactions. Returns the number.
 
-        At most `most` of them, None: all.
+        At most `most` of them; None: all.
         """
         deleted = 0
         while most is None or deleted < most:
             size = CHUNK if most is None else min(CHUNK, most - deleted)
-            old = sa.select(_records.c.seq).where(_records.c.time < time).order_by(_records.c.seq).limit(size)
+            old = sa.select(RECORDS.c.seq).where(RECORDS.c.time < time).order_by(RECORDS.c.seq).limit(size)
             with self._transaction(write=True) as connection:
-                chosen = old.with_for_update(skip_locked=True)  # another gateway may be at it too
-                count = connection.execute(_records.delete().where(_records.c.seq.in_(chosen))).rowcount
+                chosen = old.with_for_update(skip_locked=True)  # another gateway may be deleting too
+                count = connection.execute(RECORDS.delete().where(RECORDS.c.seq.in_(chosen))).rowcount
             deleted += count
             if not count:
                 break
@@ -269,16 +223,16 @@ class Store:
 
     def _newest(self, limit: int, since: float, where: sa.ColumnElement[bool]) -> list[Labelled]:
         newest = (
-            sa.select(_records.c.seq)
-            .where(_records.c.time >= since, where)
-            .order_by(_records.c.time.desc(), _records.c.seq.desc())
+            sa.select(RECORDS.c.seq)
+            .where(RECORDS.c.time >= since, where)
+            .order_by(RECORDS.c.time.desc(), RECORDS.c.seq.desc())
             .limit(limit)
         )
-        chosen = sa.select(_records).where(_records.c.seq.in_(newest)).order_by(_records.c.time, _records.c.seq)
-        named = [column for column in _labels.c if column.name != "comment"]
-        theirs = sa.select(*named).where(_labels.c.record.in_(newest)).order_by(_labels.c.seq)
+        chosen = sa.select(RECORDS).where(RECORDS.c.seq.in_(newest)).order_by(RECORDS.c.time, RECORDS.c.seq)
+        named = [column for column in LABELS.c if column.name != "comment"]
+        theirs = sa.select(*named).where(LABELS.c.record.in_(newest)).order_by(LABELS.c.seq)
         with self._transaction() as connection:
-            records = [_record(row) for row in connection.execute(chosen).mappings()]
+            records = [record_of(row) for row in connection.execute(chosen).mappings()]
             labels: dict[int, list[Label]] = {record.seq: [] for record in records}
             for row in connection.execute(theirs).mappings():
                 if row["record"] in labels:
@@ -302,87 +256,55 @@ def _address(url: str) -> sa.URL:
     try:
         address = sa.make_url(url)
         kind = address.get_backend_name()
-    except (sa.exc.ArgumentError, ValueError):  # not shown: a password may stand in it
+    except (sa.exc.ArgumentError, ValueError):  # not shown: it may hold a password
         raise ValueError(
             "records.url can't be read; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
         ) from None
-    if kind == "postgresql" and "@" in (address.host or ""):  # part of it would be shown as the host's name
+    if kind == "postgresql" and "@" in (address.host or ""):  # part of the password would be shown as the host's name
         raise ValueError("records.url has an '@' in its password; write it as %40")
     if kind == "postgresql":
         return address.set(drivername="postgresql+psycopg")
     if kind != "sqlite":
         raise ValueError(f"records.url names {kind}; write sqlite:///FILE or postgresql://HOST/DATABASE")
     if not address.database or address.database == ":memory:" or address.host:
-        raise ValueError(
-            "records.url names no file; write sqlite:///FILE, with four slashes where the path is absolute"
-        )
+        raise ValueError("records.url names no file; write sqlite:///FILE, with four slashes if the path is absolute")
     folder = Path(address.database).absolute().parent
-    if not os.path.isdir(folder):  # Path.is_dir raises where a directory above may not be entered
-        raise ValueError(f"records.url: the directory {folder} does not exist; make it or name another")
+    if not os.path.isdir(folder):  # Path.is_dir raises without permission for a parent directory
+        raise ValueError(f"records.url: the directory {folder} does not exist; create it or name another")
     return address
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
-    connection.isolation_level = None  # the driver's own idea of transactions locks too late
+    connection.isolation_level = None  # the driver's own transactions lock too late
     if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA secure_delete = ON")  # what retention deletes is gone from the file's pages too
+    connection.execute("PRAGMA secure_delete = ON")  # deleted records are overwritten in the file too
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    # A transaction that reads first and writes then can't wait for another writer: it must ask for the lock at once.
+    # A transaction that reads before it writes can't wait for another writer, so it must lock from the start.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options()["depo_write"] else "BEGIN")
 
 
 def _existing(connection: sa.Connection, records: Iterable[int]) -> list[int]:
-    """Those that are still there, locked until the transaction's end, always in the same order: no deadlocks."""
+    """Those that still exist, locked until the transaction ends, in a fixed order to avoid deadlocks."""
     found: list[int] = []
     wanted = sorted(set(records))
     for start in range(0, len(wanted), CHUNK):
-        query = sa.select(_records.c.seq).where(_records.c.seq.in_(wanted[start : start + CHUNK]))
-        found += connection.execute(query.order_by(_records.c.seq).with_for_update()).scalars()
+        query = sa.select(RECORDS.c.seq).where(RECORDS.c.seq.in_(wanted[start : start + CHUNK]))
+        found += connection.execute(query.order_by(RECORDS.c.seq).with_for_update()).scalars()
     return found
 
 
 def _put_labels(connection: sa.Connection, rows: Mapping[tuple[int, str, str], Mapping[str, Any]]) -> None:
-    """Replaces rather than updates, so that every change has a new seq."""
+    """Replaces labels instead of updating them, so that every change has a new seq."""
     existing = set(_existing(connection, (record for record, _, _ in rows)))
-    kept = [row for place, row in sorted(rows.items()) if place[0] in existing]
-    if not kept:
+    found = [row for place, row in sorted(rows.items()) if place[0] in existing]
+    if not found:
         return
-    place = [_labels.c[name] == sa.bindparam(f"its_{name}") for name in ("record", "pool", "source")]
+    place = [LABELS.c[name] == sa.bindparam(f"its_{name}") for name in ("record", "pool", "source")]
     columns = ("record", "pool", "source")
-    connection.execute(_labels.delete().where(*place), [{f"its_{name}": row[name] for name in columns} for row in kept])
-    connection.execute(_labels.insert(), kept)
-
-
-def _row(record: Record) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in _FIELDS if name != "seq"}
-    for name in _JSON:
-        value = row[name]
-        plain = dict(value) if isinstance(value, Mapping) else value
-        row[name] = None if value is None else orjson.dumps(plain).decode()
-    for name in _TEXT:
-        row[name] = None if row[name] is None else _clean(row[name])
-    for name in ("prompt_tokens", "completion_tokens"):
-        row[name] = None if row[name] is None else max(0, min(LARGEST, row[name]))
-    return row
-
-
-def _record(row: sa.RowMapping) -> Record:
-    values: dict[str, Any] = {str(name): value for name, value in row.items()}
-    for name in _JSON:
-        values[name] = None if values[name] is None else orjson.loads(values[name])
-    return Record(**(values | {"pools": tuple(values["pools"])}))
-
-
-def _label_row(label: Label, comment: str | None) -> dict[str, Any]:
-    names = ("record", "pool", "source", "quality", "token_confidence", "time")
-    return {name: getattr(label, name) for name in names} | {"comment": comment}
-
-
-def _clean(text: str) -> str:
-    """Without what PostgreSQL's text can't hold: NUL, and halves of surrogate pairs."""
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+    connection.execute(LABELS.delete().where(*place), [{f"its_{name}": row[name] for name in columns} for row in found])
+    connection.execute(LABELS.insert(), found)

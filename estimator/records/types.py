@@ -1,4 +1,4 @@
-"""What serving tells learning. Record: a finished request. Label: what was found out about a pool's answer to it.
+"""What serving passes to learning. Record: a finished request. Label: the quality of a pool's answer to it.
 Example: what an estimator learns from.
 """
 
@@ -15,19 +15,19 @@ FEEDBACK = "feedback"  # the source of an application's own labels; a judge's na
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A finished request: who asked, what was decided and why, how it ended. Enough to tell what the router knew."""
+    """A finished request: who sent it, the decision and its reason, how it ended, and what the router knew."""
 
     id: str  # x-request-id
     time: float  # Unix seconds at its first byte
-    key: str = ""  # the API key's name; "": the gateway is open
+    key: str = ""  # the API key's name; "": the gateway has no keys
     endpoint: str = "chat"
     conversation: str = ""  # HMAC of the key's name and the first turns; the same for all turns of a conversation
-    pool: str = ""  # the one that served; "": none did
+    pool: str = ""  # the one that served; "": none
     reason: str = ""
     confidence: float | None = None  # of the cheapest eligible pool
     threshold: float | None = None
     estimator: str = ""  # the checkpoint's version
-    stage: str = ""  # full | cheap | cached; "": nothing was scored
+    stage: str = ""  # full | cheap | cached; "": not scored
     propensity: float = 1.0  # the probability with which that pool was chosen
     pools: tuple[str, ...] = ()  # the eligible ones, cheapest first
     quality: Mapping[str, float] = field(default_factory=dict)  # predicted, by pool
@@ -38,11 +38,11 @@ class Record:
     total_seconds: float = 0.0
     finish_reason: str = ""
     prompt_hash: str = ""  # HMAC of the text; records.prompts: hash
-    # All of these under records.prompts: full alone
-    asked: str | Sequence[Mapping[str, Any]] | None = None  # a prompt, or a conversation's messages
+    # Only under records.prompts: full
+    asked: str | Sequence[Mapping[str, Any]] | None = None  # the prompt, or the conversation's messages
     parameters: Mapping[str, Any] = field(default_factory=dict)  # the request's other fields: sampling, tools
     answer: str | None = None  # text of the first choice
-    reference: str | None = None  # what the client says is right (x-depo-reference)
+    reference: str | None = None  # the right answer, from the client (x-depo-reference)
     seq: int = 0  # the store's own number, rising; 0: not stored yet
 
     @property
@@ -54,20 +54,20 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What is known of one pool on one record, from one source. A later one of the same three overwrites."""
+    """One source's label of one pool on one record. A later one of the same three replaces it."""
 
     record: int  # Record.seq
     pool: str
     source: str  # FEEDBACK, or the judge: exact | math | model | webhook | none
-    quality: float | None  # in [0, 1]; None: only the token confidence is known
+    quality: float | None  # in [0, 1]; None: there is only a token confidence
     token_confidence: float | None = None  # in (0, 1]
     time: float = 0.0  # Unix seconds
-    seq: int = 0  # the store's own number; an overwritten label gets a new one
+    seq: int = 0  # the store's own number; a replaced label gets a new one
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A record with all that is known of it."""
+    """A record with all its labels."""
 
     record: Record
     labels: tuple[Label, ...]
@@ -75,7 +75,7 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt with its labels. A pool that is absent, or None, has no label: it is masked, never guessed.
+    """A prompt with its labels. A pool that is absent, or None, has no label and is masked.
 
     `quality` is the mean reward of that pool on this prompt, in [0, 1]; `token_confidence` is exp of the mean token
     log-probability of its completions, in (0, 1]; `others` holds the labels of further heads (estimator/heads.py), in

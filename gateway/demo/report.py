@@ -1,4 +1,4 @@
-"""The demo's figures: routed beside all small, all large, a coin and prompt length at the same share. Pure."""
+"""The demo's figures: routing against all small, all large, random and prompt length at the same share. Pure."""
 
 import random
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ HEADER = f"{'query':<22} {'confidence':>10}  {'pool':<6} {'reason':<10} answer"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What each pool made of one query, cheapest first, and which was chosen. `right` is None where nobody knows."""
+    """Each pool's answer to one query, cheapest first, and the pool chosen. `right` is None without a known answer."""
 
     length: int  # of the prompt, in characters
     pool: str
@@ -25,7 +25,7 @@ def row_start(query: str, confidence: float | None, pool: str, reason: str) -> s
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """A table; accuracy only where every answer could be judged."""
+    """The table; with accuracies if every query has a known answer."""
     small, large = outcomes[0].cost
     share = sum(outcome.pool == large for outcome in outcomes) / len(outcomes)
     longest = longest_first(outcomes, round(share * len(outcomes)))
@@ -59,7 +59,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def longest_first(outcomes: Sequence[Outcome], count: int) -> set[int]:
-    """Indices of the `count` longest prompts; ties are broken by chance, with a fixed seed."""
+    """Indices of the `count` longest prompts; ties are broken at random, with a fixed seed."""
     chance = random.Random(0)
     order = sorted(range(len(outcomes)), key=lambda index: (-outcomes[index].length, chance.random()))
     return set(order[:count])

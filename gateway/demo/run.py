@@ -1,7 +1,7 @@
 """The embedded demo: two small real language models, the gateway, and queries that show where each one goes and why.
 
-What is printed is measured while it runs. Every query is routed, and then asked of the pool that was not chosen, so
-that all rows of the table compare the same answers.
+Every figure is measured while it runs. Each query is routed, and then also sent to the other pool, so that all rows of
+the table compare the same answers.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from depo_gateway.gateway.demo.report import Outcome
 
 DATA = Path(__file__).parent / "data"
 START_SECONDS = 90.0
-SHOWN = 16  # queries answered one by one, for people to watch
+SHOWN = 16  # queries answered one by one, to be watched
 CONCURRENCY = 8
 COSTS = {"small": 1.0, "large": 5.0}
 EMBEDDED_THRESHOLD = 0.85
@@ -38,12 +38,12 @@ MAX_TOKENS = 64
 @dataclass(frozen=True, slots=True)
 class Question:
     text: str
-    answer: str | None  # None: nobody knows, right or wrong is left out
+    answer: str | None  # None: not known, so answers are not judged
 
 
 @dataclass(frozen=True, slots=True)
 class DemoReply:
-    """One answer as a client sees it."""
+    """An answer as the client sees it."""
 
     pool: str
     reason: str
@@ -84,7 +84,7 @@ async def _with_own_backends(options: argparse.Namespace) -> int:
             raise ValueError(f"--backends {item!r} is not POOL=URL, as in small=http://localhost:8001")
         urls[name] = url.rstrip("/").removesuffix("/v1")
     if list(urls) != list(COSTS):
-        raise ValueError("--backends wants two servers: small=URL large=URL")
+        raise ValueError("--backends takes two servers: small=URL large=URL")
     models = {name: await _served_model(name, url) for name, url in urls.items()}
     if models["small"] == models["large"]:
         raise ValueError(f"both servers serve the model {models['small']!r}; routing between them saves nothing")
@@ -105,7 +105,7 @@ def _config(
             "admin": {"port": options.admin_port},
             "pools": pools,
             "routing": {"threshold": threshold, "expose_scores": True, "sticky": False},
-            # A demo shares two cores with the models it asks: leave the encoder time to answer.
+            # The demo shares the cores with its models: give the encoder more time.
             "estimator": {"path": estimator, "deadline_ms": 500},
         }
     )
@@ -181,7 +181,7 @@ def _outcome(settings: Config, question: Question, pool: str, replies: dict[str,
 
 
 async def _watch(session: aiohttp.ClientSession, url: str, question: Question) -> DemoReply:
-    """One streamed query, printed as it comes."""
+    """One streamed query, printed as it arrives."""
     parts: list[str] = []
     reply: DemoReply | None = None
     async for reply in _stream(session, url, question.text, "auto"):
@@ -214,7 +214,7 @@ async def _ask_all(
 
 
 async def _stream(session: aiohttp.ClientSession, url: str, text: str, model: str) -> AsyncIterator[DemoReply]:
-    """The reply as it grows; the last one is whole and knows its tokens."""
+    """The reply as it grows; the last one is complete and has its token count."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": text}],
@@ -249,7 +249,7 @@ async def _estimator_version(session: aiohttp.ClientSession, admin: str) -> str:
 
 
 async def _served_model(pool: str, url: str) -> str:
-    """The name of the first model that a server of the user's own lists."""
+    """The first model that a server of the user's lists."""
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
@@ -269,7 +269,7 @@ async def _served_model(pool: str, url: str) -> str:
 
 @contextlib.contextmanager
 def _backend(name: str) -> Iterator[str]:
-    """A llama.cpp server of its own process on one of the embedded models; yields its address."""
+    """A llama.cpp server in its own process on one of the embedded models; yields its address."""
     command = [
         sys.executable,
         "-m",
@@ -282,12 +282,12 @@ def _backend(name: str) -> Iterator[str]:
     process = subprocess.Popen([*command, "--alias", name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()  # it prints one line when it is ready, and nothing if it can't be
+        line = process.stdout.readline()  # one line when it is ready, none if it fails
         address = re.search(r"http://\S+", line)
         if address is None:
             process.kill()
-            said = (process.communicate()[1] or "no reason given").strip().splitlines()
-            raise ValueError(f"the {name} model's server did not start: {said[-1]}")
+            errors = (process.communicate()[1] or "no reason given").strip().splitlines()
+            raise ValueError(f"the {name} model's server did not start: {errors[-1]}")
         yield address.group()
     finally:
         process.terminate()
@@ -301,7 +301,7 @@ def _backend(name: str) -> Iterator[str]:
 def _questions(path: Path, count: int | None) -> list[Question]:
     rows = [orjson.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
     if count is not None and not 1 <= count <= len(rows):
-        raise ValueError(f"--queries is {count} and must be between 1 and {len(rows)}, as many as there are")
+        raise ValueError(f"--queries is {count} and must be between 1 and {len(rows)}, the number of queries")
     return [Question(row["question"], row.get("answer")) for row in rows[:count]]
 
 

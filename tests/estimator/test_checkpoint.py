@@ -69,7 +69,7 @@ def test_an_edited_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
         ({"schema": 99}, "schema 99; this version reads schema 1"),
         ({"files": {"model.onnx": "0"}}, "names no calibration\\.json"),
         *(
-            ({"files": {**dict.fromkeys(FILES, "0"), name: "0"}}, "does not lie in the checkpoint")
+            ({"files": {**dict.fromkeys(FILES, "0"), name: "0"}}, "is not in the checkpoint")
             for name in ("../../etc/passwd", "..", ".", "", "/etc/passwd", "a\0b")
         ),
         *(

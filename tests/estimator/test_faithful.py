@@ -200,7 +200,7 @@ def test_a_state_of_other_settings_is_refused(tiny_encoder: Path) -> None:
         faithful(tiny_encoder, replace(FAITHFUL, train_layers=1)),
         faithful(tiny_encoder, pools=("policy", "spread")),
     ):
-        with pytest.raises(ValueError, match="saved state is one of other settings: it differs in"):
+        with pytest.raises(ValueError, match="saved state is of other settings: it differs in"):
             other.load_state_dict(state)
 
 

@@ -105,7 +105,7 @@ def test_a_frozen_encoder_stays_and_a_trained_layer_moves(tiny_encoder: Path) ->
     assert moved <= set(trained.trained)
     assert any(".layer.1." in name for name in moved)
     assert all(".layer.0." not in name for name in moved)
-    with pytest.raises(ValueError, match="train_layers is 3, but 2"):
+    with pytest.raises(ValueError, match="train_layers is 3, but the model has 2"):
         learner(tiny_encoder, LearnerConfig(train_layers=3))
 
 

@@ -104,7 +104,7 @@ def test_without_a_wide_part_there_is_no_cheap_stage(tiny_encoder: Path, tmp_pat
     prepared = [runtime.prepare(prompt) for prompt in PROMPTS]
     assert not runtime.has_cheap
     assert all(score.quality[0] == pytest.approx(0.5, abs=0.03) for score in runtime.score(prepared))
-    with pytest.raises(ValueError, match="has no wide part, and so no cheap stage"):
+    with pytest.raises(ValueError, match="has no wide part, and therefore no cheap stage"):
         runtime.cheap(prepared)
     manifest, files = checkpoint.load_checkpoint(tmp_path / "policy")
     both = calibration.dumps(Calibration(("a", "b"), {"full": stage, "cheap": stage}, {}))

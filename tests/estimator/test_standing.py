@@ -24,10 +24,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 7}, "says version: 7; it must be of the kind str"),
-        ({"labels": 1.5}, "says labels: 1.5; it must be of the kind int"),
+        ({"version": 7}, "says version: 7; it must be of type str"),
+        ({"labels": 1.5}, "says labels: 1.5; it must be of type int"),
         ({"labels": True}, "says labels: True"),
-        ({"beats_random": 1}, "says beats_random: 1; it must be of the kind bool"),
+        ({"beats_random": 1}, "says beats_random: 1; it must be of type bool"),
         ({"advantage": None}, "says advantage: None"),
         ({"low": float("nan")}, "says low: nan"),
         ({"large_share": 1.2}, "says large_share: 1.2; it must be between 0 and 1"),

@@ -126,7 +126,7 @@ def test_settings_nobody_knows_are_refused() -> None:
         TextConfig(max_tokens=4)
     with pytest.raises(ValueError, match="needs the policy's chat template"):
         TextConfig(template=CHAT)
-    with pytest.raises(ValueError, match="a chat template is read with the text template"):
+    with pytest.raises(ValueError, match="a chat template needs the text template"):
         TextConfig(chat="{{ messages }}")
     for broken in ("{% for m in messages %}{{ m.role }}", "{{ messages | shout }}", "a\n{% if %}"):
         with pytest.raises(ValueError, match=r"the chat template is not valid Jinja: line \d: [^\n]+$"):

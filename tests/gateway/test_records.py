@@ -628,5 +628,5 @@ async def test_a_database_of_another_version_is_not_touched(
             assert await gateway.settles("gateway_records_waiting", 1)
             with caplog.at_level(logging.ERROR):
                 await asyncio.sleep(0.3)
-    assert "was made by another version (schema 99, here 1)" in caplog.text
+    assert "was created by another version (schema 99, here 1)" in caplog.text
     assert stored(f"sqlite:///{path}") == []

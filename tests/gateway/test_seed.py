@@ -54,7 +54,7 @@ def test_what_is_served_already_stays(tmp_path: Path, capsys: pytest.CaptureFixt
     before = (tmp_path / "current").stat()
     for pools in (POOLS, ("a", "b"), ("a", "b", "c")):  # these pools may not even be the checkpoint's
         assert __main__.main(["seed", str(tmp_path), "--pools", *pools]) == 0
-        assert "is there already and names 'refresh-1'; nothing was written" in capsys.readouterr().out
+        assert "already exists and names 'refresh-1'; nothing was written" in capsys.readouterr().out
     assert (tmp_path / "current").stat() == before
     assert sorted(item.name for item in tmp_path.iterdir()) == ["current", "refresh-1"]
 
@@ -141,7 +141,7 @@ def test_what_it_refuses(
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("", "{0} is itself a checkpoint: move its files into a directory of their own there, and write that"),
+        ("", "{0} is itself a checkpoint: move its files into a subdirectory, and write that"),
         ("mine", "{0} holds the checkpoint mine and no `current`: write the name of the one to serve into {0}/current"),
     ],
 )

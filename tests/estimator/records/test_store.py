@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from depo_gateway.estimator.records import store as module
+from depo_gateway.estimator.records import tables
 from depo_gateway.estimator.records.store import Feedback, Store, StoreError
 from depo_gateway.estimator.records.types import FEEDBACK, Label, Record
 from tests.postgres import Postgres
@@ -173,7 +174,7 @@ def test_deleting_takes_labels_and_marks_along(store: Store, monkeypatch: pytest
     assert [item.record.id for item in store.labelled(100)] == ["req-8", "req-9"]
     assert store.count_labels()[0] == 2
     with store._transaction() as connection:
-        assert connection.execute(sa.select(sa.func.count()).select_from(module._shadowed)).scalar() == 2
+        assert connection.execute(sa.select(sa.func.count()).select_from(tables.SHADOWED)).scalar() == 2
     store.append([record(20)])
     assert seqs(store)[-1] > every[-1]  # numbers are never used again
 
@@ -212,9 +213,9 @@ def test_threads_may_share_one(store: Store) -> None:
 
 def test_a_database_of_another_version_is_refused(store: Store, records_url: str) -> None:
     with store._transaction(write=True) as connection:
-        connection.execute(module._versions.update().values(version=99))
+        connection.execute(tables.VERSIONS.update().values(version=99))
     again = Store(records_url)
-    with pytest.raises(ValueError, match="made by another version \\(schema 99, here 1\\)") as raised:
+    with pytest.raises(ValueError, match="created by another version \\(schema 99, here 1\\)") as raised:
         again.create()
     assert "secret" not in str(raised.value)
     again.close()
@@ -246,7 +247,7 @@ def test_a_missing_driver_names_its_package(tmp_path: Path) -> None:
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert told == (
-        "the records database postgresql+psycopg://user:***@host/base wants psycopg: "
+        "the records database postgresql+psycopg://user:***@host/base needs psycopg: "
         "pip install 'depo-gateway[postgres]'\n"
     )
 
