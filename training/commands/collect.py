@@ -18,9 +18,9 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
-from depo_gateway.training.outcomes.collection import Prompt, outcomes, read_prompts
+from depo_gateway.training.outcomes.collection import Prompt, collect_outcomes, read_prompts
 from depo_gateway.training.outcomes.sampling_client import (
-    BackendFailed,
+    BackendError,
     Sampling,
     connect,
 )
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         return asyncio.run(collected())
-    except (BackendFailed, RewardError) as error:
+    except (BackendError, RewardError) as error:
         kept = f"; what is collected stays in {args.out}, the same command goes on" if args.out.exists() else ""
         print(f"{error}{kept}", file=sys.stderr)
         return 1
@@ -119,7 +119,7 @@ async def _collect(
                 count(row)
             begun = len(prompts) - len(missing)
             with tqdm(total=len(prompts), initial=begun, unit="prompt", disable=not sys.stderr.isatty()) as bar:
-                async for row in outcomes(session, backends, missing, sampling, args.concurrency, refusals):
+                async for row in collect_outcomes(session, backends, missing, sampling, args.concurrency, refusals):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
