@@ -30,7 +30,7 @@ from depo_gateway.training.evaluation.predictions import (
 )
 from depo_gateway.training.evaluation.report import draw, finite, markdown, report_of
 from depo_gateway.training.evaluation.targets import parse_costs
-from depo_gateway.training.outcomes.table import examples_of, key_of, labels, read_tables
+from depo_gateway.training.outcomes.table import examples_of, labels, question_key, read_tables
 
 REPORT_JSON, REPORT_MD, CURVE, SCORES = "report.json", "report.md", "curve.png", "scores.jsonl"
 
@@ -84,8 +84,8 @@ def of_outcomes(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     index = np.array([place[example.prompt, example.context] for example in examples])
     observed, _ = labels(examples, pools.names)
     length = np.array([len(example.prompt) for example in examples], float)
-    source_of = {(key_of(row.question), row.context): row.source for row in rows}
-    sources = np.array([source_of[key_of(example.prompt), example.context] for example in examples])
+    source_of = {(question_key(row.question), row.context): row.source for row in rows}
+    sources = np.array([source_of[question_key(example.prompt), example.context] for example in examples])
     quality = {stage: quality_all[index] for stage, quality_all in stages.items()}
     report: dict[str, Any] = {
         "checkpoint": runtime.version,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.records.types import Example
-from depo_gateway.training.outcomes.table import key_of
+from depo_gateway.training.outcomes.table import question_key
 
 FINGERPRINTS = 16_384  # a checkpoint remembers so many of the questions it was fitted on: 170 KiB
 
@@ -65,4 +65,4 @@ def warn_of_fitted(command: str, share: float | None) -> None:
 
 
 def _fingerprint(example: Example) -> bytes:
-    return hashlib.sha256(key_of(example.prompt).encode()).digest()[:8]
+    return hashlib.sha256(question_key(example.prompt).encode()).digest()[:8]

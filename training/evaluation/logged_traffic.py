@@ -23,7 +23,7 @@ from depo_gateway.estimator.records.types import Example, Label, Labelled, Recor
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.estimator.text import read as text_of
 from depo_gateway.training.evaluation.off_policy import Array, Integers, Logs
-from depo_gateway.training.outcomes.label_precedence import believed
+from depo_gateway.training.outcomes.label_precedence import preferred_qualities
 
 NEWEST = 20_000
 DAY_SECONDS = 86_400
@@ -120,7 +120,7 @@ def logged(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextConfi
                 " the same pools"
             )
         raise ValueError(f"none of the {len(labelled)} records in {source} can be used: {counted(unused)}")
-    qualities = [believed(item.labels, pools) for item in kept]
+    qualities = [preferred_qualities(item.labels, pools) for item in kept]
     if not any(qualities):
         raise ValueError(
             f"none of the {len(kept)} usable records in {source} has a label; send scores to /v1/feedback, or let"

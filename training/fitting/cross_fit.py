@@ -22,7 +22,7 @@ from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.routing_metrics import Array
-from depo_gateway.training.outcomes.table import folds_of, key_of
+from depo_gateway.training.outcomes.table import folds_of, question_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def foldings_of(examples: Sequence[Example], config: FitConfig) -> list[NDArray[
     The first tells how questions like the known ones will fare, the second those of a kind never seen. Where there are
     fewer groups than folds, each group is a fold.
     """
-    foldings = [folds_of([key_of(example.prompt) for example in examples], config.folds, config.seed)]
+    foldings = [folds_of([question_key(example.prompt) for example in examples], config.folds, config.seed)]
     if any(example.group for example in examples):
         groups = groups_of(examples)
         foldings.append(folds_of(groups, min(config.folds, len(set(groups))), config.seed))
@@ -71,7 +71,7 @@ def foldings_of(examples: Sequence[Example], config: FitConfig) -> list[NDArray[
 
 def groups_of(examples: Sequence[Example]) -> list[str]:
     """What is held out together: an example's group, or, if it has none, the question."""
-    return [example.group or key_of(example.prompt) for example in examples]
+    return [example.group or question_key(example.prompt) for example in examples]
 
 
 def cross_fit(
