@@ -107,7 +107,7 @@ def test_every_error_code_is_documented() -> None:
 
 
 def test_the_example_of_a_learner_is_taken() -> None:
-    found = learner_settings.load(ROOT / "examples/learner.yaml")
+    found = learner_settings.load_settings(ROOT / "examples/learner.yaml")
     assert list(found.pools) == ["small", "large"]
     assert (found.shadow.share, found.judge.kind) == (0.1, "model")
 
