@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from depo_gateway.estimator import calibration
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, collate, create
+from depo_gateway.estimator.model import ModelConfig, collate, create_model
 from depo_gateway.estimator.text import TextConfig, prepare
 from depo_gateway.training.evaluation.report import scores_of
 from depo_gateway.training.evaluation.routing_metrics import (
@@ -38,7 +39,7 @@ from depo_gateway.training.evaluation.routing_metrics import (
 )
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.fitting.cross_fit import FitConfig, cross_fit, foldings_of, fresh, groups_of
-from depo_gateway.training.outcomes.table import Row, examples_of, labels, parse_pools, read_table
+from depo_gateway.training.outcomes.table import Row, examples_of, parse_pools, read_table
 
 SOURCES = ("mmlu_mixtral_gpt4", "gsm8k_mixtral_gpt4", "gsm8k_many_models", "math_l5_many_models")
 MIXTRAL_GPT4 = ["small=mistralai/Mixtral-8x7B-Instruct-v0.1", "large=gpt-4-1106-preview"]
@@ -148,7 +149,9 @@ def start(
 ) -> tuple[Learner, FitConfig]:
     config = FitConfig(LearnerConfig(**terms), patience=2 if trunk else FitConfig().patience)
     torch.manual_seed(config.seed)
-    model, tokenizer = create(ModelConfig(("small", "large"), TextConfig(pooling=pooling), wide=wide, trunk=trunk))
+    model, tokenizer = create_model(
+        ModelConfig(("small", "large"), TextConfig(pooling=pooling), wide=wide, trunk=trunk)
+    )
     return Learner(model, tokenizer, config.learner), config
 
 
@@ -202,15 +205,18 @@ def held_out(
     items = first.items(examples, embeddings=[embedded[example.prompt] for example in examples])
     foldings = foldings_of(examples, config)[:foldings_wanted]
     held, epochs = cross_fit(lambda: fresh(first.model, first.tokenizer, config.learner), items, foldings, config)
-    t_NK, d_NK = labels(examples, parsed.names)
-    calibrated = calibrate(held[0].full, held[0].cheap, t_NK, d_NK, np.ones(len(examples)), parsed.names)
+    labels = labels_by_head(examples, parsed.names)
+    calibrated = calibrate(held[0].full, held[0].cheap, labels, np.ones(len(examples)), parsed.names)
     quality = [
-        {stage: calibration.apply(calibrated.stages[stage], getattr(one, stage))[0] for stage in calibration.STAGES}
+        {
+            stage: calibration.calibrate_quality(calibrated.stages[stage], getattr(one, stage))
+            for stage in calibration.STAGES
+        }
         for one in held
     ]
     length = np.array([len(example.prompt) for example in examples], float)
     _, groups = np.unique(groups_of(examples), return_inverse=True)
-    return HeldOut(quality, t_NK, length, epochs, foldings[0], groups)
+    return HeldOut(quality, labels["quality"], length, epochs, foldings[0], groups)
 
 
 def comparison(rows: Sequence[Row], embedded: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:

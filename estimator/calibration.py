@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from depo_gateway.estimator.heads import ORIGINAL, QUALITY
+from depo_gateway.estimator.logistic import Array, fit_logistic, sigmoid
+
 RULES = ("gain", "difficulty")
 STAGES = ("full", "cheap")
 GRID = 101
-LABELS = 20  # a Platt of fewer is noise
+MIN_LABELS = 20  # a Platt of fewer is noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +29,7 @@ class Platt:
     offset: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One stage's calibration, a Platt per pool."""
-
-    quality: tuple[Platt, ...]
-    token_confidence: tuple[Platt, ...]
+Stage = Mapping[str, tuple[Platt, ...]]  # one stage's calibration: by head, a Platt per pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,45 +109,43 @@ class Calibration:
         return self.curves[rule]
 
 
-def sigmoid(x: NDArray[np.floating]) -> Array:
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -60.0, 60.0))), np.float64)
+def calibrate_quality(stage: Stage, logits_NKH: NDArray[np.floating]) -> Array:
+    """Logits (N, K, H) -> the calibrated quality (N, K)."""
+    return _calibrate(stage["quality"], logits_NKH[:, :, QUALITY])
 
 
-def apply(stage: Stage, logits_NKH: NDArray[np.floating]) -> tuple[Array, Array]:
-    """Logits (N, K, 2) -> calibrated quality (N, K) and token confidence (N, K)."""
-    quality = [sigmoid(p.slope * logits_NKH[:, k, 0] + p.offset) for k, p in enumerate(stage.quality)]
-    token = [sigmoid(p.slope * logits_NKH[:, k, 1] + p.offset) for k, p in enumerate(stage.token_confidence)]
-    return np.stack(quality, 1), np.stack(token, 1)
+def calibrate_heads(stage: Stage, logits_NKH: NDArray[np.floating], heads: Sequence[str]) -> dict[str, Array]:
+    """Logits (N, K, H) of these heads -> their calibrated predictions, (N, K) each."""
+    return {head: _calibrate(stage[head], logits_NKH[:, :, index]) for index, head in enumerate(heads)}
 
 
-def enough(targets: NDArray[np.floating], weights: NDArray[np.floating]) -> bool:
+def _calibrate(platts: Sequence[Platt], logits_NK: NDArray[np.floating]) -> Array:
+    return np.stack([sigmoid(p.slope * logits_NK[:, k] + p.offset) for k, p in enumerate(platts)], 1)
+
+
+def uncalibrated_stage(pools: int, heads: Sequence[str] = ORIGINAL) -> Stage:
+    """The calibration that changes nothing."""
+    return {head: (Platt(),) * pools for head in heads}
+
+
+def enough_labels(targets: NDArray[np.floating], weights: NDArray[np.floating]) -> bool:
     """Whether labels (N,), NaN where there is none, can fit a Platt: LABELS of them or more, and not all alike."""
     labelled = targets[~np.isnan(targets) & (weights > 0)]
-    return len(labelled) >= LABELS and bool(np.ptp(labelled) > 0)
+    return len(labelled) >= MIN_LABELS and bool(np.ptp(labelled) > 0)
 
 
 def fit_platt(logits: NDArray[np.floating], targets: NDArray[np.floating], weights: NDArray[np.floating]) -> Platt:
-    """Weighted maximum likelihood by Newton's method, NaN targets left out. Not enough labels: the identity.
+    """Weighted maximum likelihood; NaN targets are left out. Not enough labels: the identity.
 
-    A slight pull (ridge of one prompt) to slope 1, offset 0 keeps it finite where the labels are separable.
+    A ridge of one prompt towards slope 1, offset 0 keeps it finite where the labels are separable.
     """
-    if not enough(targets, weights):
+    if not enough_labels(targets, weights):
         return Platt()
     seen = ~np.isnan(targets) & (weights > 0)
     x, t, w = np.asarray(logits, float)[seen], targets[seen], weights[seen]
-    w = w / w.mean()
     design = np.stack([x, np.ones_like(x)], 1)
-    start = np.array([1.0, 0.0])
-    beta = start.copy()
-    for _ in range(50):
-        p = sigmoid(design @ beta)
-        slope = design.T @ (w * (t - p)) - (beta - start)
-        curvature = (design * (w * p * (1 - p))[:, None]).T @ design + np.eye(2)
-        step = np.linalg.solve(curvature, slope)
-        beta += step / max(1.0, float(np.abs(step).max()))
-        if np.abs(step).max() < 1e-8:
-            break
-    return Platt(max(float(beta[0]), 0.05), float(beta[1]))
+    slope, offset = fit_logistic(design, t, w / w.mean(), prior=np.array([1.0, 0.0]), ridge=np.ones(2))
+    return Platt(max(float(slope), 0.05), float(offset))
 
 
 def confidence(quality_NK: Array, rule: str) -> Array:
@@ -171,7 +166,7 @@ def route(quality_NK: Array, rule: str, threshold: float) -> NDArray[np.int64]:
     return chosen
 
 
-def curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: str) -> Curve:
+def measure_curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: str) -> Curve:
     """Measure a rule on N prompts. Thresholds stand at 0, 1 and quantiles of confidence.
 
     That is the first pool's confidence, which what leaves it depends on, and the best of all but the last, which what
@@ -208,9 +203,7 @@ def loads(data: bytes) -> Calibration:
     try:
         raw = json.loads(data)
         stages = {
-            name: Stage(
-                *(tuple(Platt(**p) for p in raw["stages"][name][head]) for head in ("quality", "token_confidence"))
-            )
+            name: {head: tuple(Platt(**p) for p in platts) for head, platts in raw["stages"][name].items()}
             for name in STAGES
         }
         curves = {

@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from depo_gateway.estimator.heads import ORIGINAL
 from depo_gateway.estimator.text import TextConfig
 
-SCHEMA = 1
+MANIFEST_SCHEMA = 1
 MANIFEST, WEIGHTS, TOKENIZER, ENCODER, CALIBRATION = (
     "manifest.json", "model.safetensors", "tokenizer.json", "model.onnx", "calibration.json",
 )  # fmt: skip
@@ -49,14 +50,15 @@ class Manifest:
     text: TextConfig
     metrics: Mapping[str, Any]
     files: Mapping[str, str]  # name -> sha256
-    schema: int = SCHEMA
+    schema: int = MANIFEST_SCHEMA
+    heads: tuple[str, ...] = ORIGINAL  # in the order of the model's outputs; written where they are others
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write(
+def write_checkpoint(
     directory: Path,
     files: Mapping[str, bytes],
     base: Base,
@@ -64,6 +66,7 @@ def write(
     text: TextConfig,
     metrics: Mapping[str, Any],
     parent: str | None = None,
+    heads: tuple[str, ...] = ORIGINAL,
 ) -> Manifest:
     """Write a checkpoint whole: a half-written one never bears its name. Raises ValueError if the place is taken."""
     missing = set(FILES) - set(files)
@@ -72,9 +75,8 @@ def write(
     now = datetime.now(UTC)
     hashes = {name: sha256(data) for name, data in sorted(files.items())}
     version = f"{now:%Y%m%d-%H%M%S}-{sha256(''.join(hashes.values()).encode())[:8]}"
-    manifest = Manifest(
-        version, parent, now.isoformat(timespec="seconds"), base, pools, text, dict(metrics), hashes
-    )  # fmt: skip
+    created = now.isoformat(timespec="seconds")
+    manifest = Manifest(version, parent, created, base, pools, text, dict(metrics), hashes, heads=heads)
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -133,7 +135,7 @@ def resolve(place: str | Path) -> Path:
     raise ValueError(f"{place} is no checkpoint: it holds neither {MANIFEST} nor a `current` that names one")
 
 
-def load(path: Path) -> tuple[Manifest, dict[str, bytes]]:
+def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, bytes]]:
     """A checkpoint's manifest and files, each checked against its hash. Raises ValueError saying what is wrong."""
     manifest = load_manifest(path)
     files = {}
@@ -159,9 +161,9 @@ def load_manifest(path: Path) -> Manifest:
         raw = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
-    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+    if not isinstance(raw, dict) or raw.get("schema") != MANIFEST_SCHEMA:
         found = raw.get("schema") if isinstance(raw, dict) else None
-        raise ValueError(f"{place} has schema {found!r}; this version reads schema {SCHEMA}")
+        raise ValueError(f"{place} has schema {found!r}; this version reads schema {MANIFEST_SCHEMA}")
     try:
         base = raw["base"]
         layers = base["layers"]
@@ -179,9 +181,10 @@ def load_manifest(path: Path) -> Manifest:
             text=TextConfig(**raw["text"]),
             metrics=raw["metrics"],
             files=dict(raw["files"]),
+            heads=tuple(raw.get("heads", ORIGINAL)),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{place} is not a manifest of schema {SCHEMA}: {error!r}") from None
+        raise ValueError(f"{place} is not a manifest of schema {MANIFEST_SCHEMA}: {error!r}") from None
     if missing := sorted(set(FILES) - set(manifest.files)):
         raise ValueError(f"{place} names no {missing[0]}")
     if odd := [name for name in manifest.files if not FILE_NAME.fullmatch(name)]:
@@ -198,7 +201,10 @@ def _read(path: Path, name: str) -> bytes:
 
 
 def _dump(manifest: Manifest) -> bytes:
-    return (json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n").encode()
+    plain = asdict(manifest)
+    if manifest.heads == ORIGINAL:
+        del plain["heads"]
+    return (json.dumps(plain, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _sync_directory(path: Path) -> None:

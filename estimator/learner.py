@@ -6,7 +6,7 @@ trained, learn by AdamW, clipped together.
 Everything is fp32, under a caller's autocast too: in bf16 most of an encoder's weights never move at these learning
 rates.
 
-Shapes: B prompts of a batch, K pools, H = 2K outputs, D encoder width.
+Shapes: B prompts of a batch, K pools, H heads, O = K * H outputs, D encoder width.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from depo_gateway.estimator import losses, wide
-from depo_gateway.estimator.forward import dropout, fp32, sparing
-from depo_gateway.estimator.model import Estimator, attend, collate
+from depo_gateway.estimator.forward_context import fp32, recompute_activations, seeded_dropout
+from depo_gateway.estimator.heads import QUALITY, heads_named, pool_labels, split_heads
+from depo_gateway.estimator.model import Estimator, collate, set_attention
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import Prepared, prepare
 
@@ -81,9 +82,12 @@ class Item:
     indices: NDArray[np.int64]
     counts: NDArray[np.float32]
     embedding: Tensor | None  # (D,), while the encoder is frozen
-    quality: tuple[float, ...]  # NaN: no label
-    token_confidence: tuple[float, ...]
+    labels: tuple[tuple[float, ...], ...]  # by head and pool; NaN: no label
     weight: float
+
+    @property
+    def quality(self) -> tuple[float, ...]:
+        return self.labels[QUALITY]
 
 
 class Learner:
@@ -99,7 +103,7 @@ class Learner:
             parameter.requires_grad_(f"encoder.{name}" in self.trained)
         self.heads = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
         if self.trained:  # the eager attention that is exported keeps every layer's (B, heads, T, T) for the way back
-            attend(model, "sdpa")
+            set_attention(model, "sdpa")
         self.optimizers = optimizers_of(model, config)
         self.average = [parameter.detach().clone() for parameter in self.heads] if config.average else []
         self.settled = model.loaded  # the average is one of many steps already
@@ -114,14 +118,13 @@ class Learner:
         embedded: Sequence[Tensor | None] = [None] * len(prepared)
         if not self.trained:
             embedded = self._embed_all(prepared, batch_size) if embeddings is None else embeddings
-        pools = self.model.config.pools
+        pools, heads = self.model.config.pools, self.model.config.heads
         return [
             Item(
                 ready,
                 *(wide.ngrams(ready.ids, self.model.vocabulary) if self.model.config.wide else NO_NGRAMS),
                 embedding,
-                tuple(_label(example.quality.get(pool)) for pool in pools),
-                tuple(_label(example.token_confidence.get(pool)) for pool in pools),
+                tuple(pool_labels(example, head, pools) for head in heads),
                 example.weight,
             )
             for example, ready, embedding in zip(examples, prepared, embedded, strict=True)
@@ -143,10 +146,10 @@ class Learner:
             model.embedding_mean.copy_(embedding.mean(0))
             model.embedding_scale.copy_(_inverse(embedding.std(0, correction=0), 1e-3) / embedding.shape[1] ** 0.5)
         if model.config.wide or not model.config.trunk:
-            targets = torch.tensor([item.quality + item.token_confidence for item in items])
-            means = targets.nanmean(0).nan_to_num(0.5).clamp(0.02, 0.98)
+            targets_NHK = torch.tensor([item.labels for item in items])
+            means_HK = targets_NHK.nanmean(0).nan_to_num(0.5).clamp(0.02, 0.98)
             with torch.no_grad():
-                model.bias.copy_(torch.logit(means).reshape(2, -1).T.reshape(-1))
+                model.bias.copy_(torch.logit(means_HK).T.reshape(-1))
             for averaged, parameter in zip(self.average, self.heads, strict=False):
                 if parameter is model.bias:
                     averaged.copy_(parameter.detach())
@@ -157,20 +160,19 @@ class Learner:
 
     def step_items(self, items: Sequence[Item]) -> dict[str, float]:
         """One update on items made by items()."""
-        pools, device = len(self.model.config.pools), self.model.device
-        t_BK = torch.tensor([item.quality for item in items], device=device)
-        d_BK = torch.tensor([item.token_confidence for item in items], device=device)
+        device = self.model.device
+        targets_BHK = torch.tensor([item.labels for item in items], device=device)
         w_B = torch.tensor([item.weight for item in items], device=device)
         # the same masks for the same step, in every process and after a resume
         drawn = int(np.random.SeedSequence([self.seed, self.steps]).generate_state(1, np.uint64)[0])
-        masks = dropout(self.model, device, drawn) if self.config.dropout else nullcontext()
+        masks = seeded_dropout(self.model, device, drawn) if self.config.dropout else nullcontext()
         padded = len(items) * max(len(item.prepared.ids) for item in items)
-        with fp32(device, gradients=True), masks, sparing(self.model.encoder, padded):
+        with fp32(device, gradients=True), masks, recompute_activations(self.model.encoder, padded):
             full, cheap = self._logits(items)  # one graph, and so one dropout mask, for all terms
-            terms = self._terms(full.reshape(-1, pools, 2), t_BK, d_BK, w_B)
+            terms = self._terms(full, targets_BHK, w_B)
             loss: Any = sum(terms.values())
             if cheap is not None:  # the wide part must stand alone as the cheap stage, so it answers for itself as well
-                loss = loss + sum(self._terms(cheap.reshape(-1, pools, 2), t_BK, d_BK, w_B).values())
+                loss = loss + sum(self._terms(cheap, targets_BHK, w_B).values())
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -188,27 +190,27 @@ class Learner:
         return {name: float(term.detach()) for name, term in terms.items()}
 
     def score(self, prompts: Sequence[str], batch_size: int = 64) -> NDArray[np.float64]:
-        """Logits of the full stage (N, K, 2), by the weights that predict. Like lengths go together."""
+        """Logits of the full stage (N, K, H), by the weights that predict. Like lengths go together."""
         items = self.items([Example(prompt, {}) for prompt in prompts], batch_size)
         order = sorted(range(len(items)), key=lambda i: len(items[i].prepared.ids))
-        logits = np.zeros((len(items), len(self.model.config.pools), 2))
+        logits = np.zeros((len(items), *self.model.config.shape))
         with self.averaged(), fp32(self.model.device):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 full, _ = self._logits([items[i] for i in rows])
-                logits[rows] = full.double().cpu().numpy().reshape(len(rows), -1, 2)
+                logits[rows] = split_heads(full.double().cpu().numpy(), len(self.model.config.heads))
         return logits
 
     def predict(self, items: Sequence[Item]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Logits of the full and of the cheap stage, (N, K, 2) each; without a wide part the full stage's twice."""
-        shape = (-1, len(self.model.config.pools), 2)
+        """Logits of the full and of the cheap stage, (N, K, H) each; without a wide part the full stage's twice."""
         full, cheap = [], []
         with self.averaged(), fp32(self.model.device):
             for start in range(0, len(items), 256):
                 both, alone = self._logits(items[start : start + 256])
                 full.append(both)
                 cheap.append(both if alone is None else alone)
-        stages = [torch.cat(stage).reshape(shape).double().cpu().numpy() for stage in (full, cheap)]
+        heads = len(self.model.config.heads)
+        stages = [split_heads(torch.cat(stage).double().cpu().numpy(), heads) for stage in (full, cheap)]
         return stages[0], stages[1]
 
     def state_dict(self) -> dict[str, Any]:
@@ -261,11 +263,16 @@ class Learner:
             _assign(self.heads, self.average)
             self.average = []
 
-    def _terms(self, logits_BKH: Tensor, t_BK: Tensor, d_BK: Tensor, w_B: Tensor) -> dict[str, Tensor]:
-        z_BK, u_BK = logits_BKH.unbind(2)
-        terms = {"advantage": losses.advantage(z_BK, t_BK, w_B)}
-        if weight := self.config.distillation_weight:
-            terms["distillation"] = weight * losses.distillation(u_BK, d_BK, w_B)
+    def _terms(self, outputs_BO: Tensor, targets_BHK: Tensor, w_B: Tensor) -> dict[str, Tensor]:
+        """The loss terms of one stage: a head's own where its weight is above 0, then what the quality head adds."""
+        heads = heads_named(self.model.config.heads)
+        logits, targets = split_heads(outputs_BO, len(heads)).unbind(2), targets_BHK.unbind(1)
+        terms = {}
+        for head, logits_BK, targets_BK in zip(heads, logits, targets, strict=True):
+            weight = 1.0 if head.weight is None else getattr(self.config, head.weight)
+            if weight:
+                terms[head.term] = weight * (head.scale * losses.cross_entropy(logits_BK, targets_BK, w_B))
+        z_BK, t_BK = logits[QUALITY], targets[QUALITY]
         if weight := self.config.ranking_weight:
             terms["ranking"] = weight * losses.ranking(z_BK, t_BK, w_B)  # (B, B, K) numbers: dear, so not for nothing
         if weight := self.config.gain_weight:
@@ -273,7 +280,7 @@ class Learner:
         return terms
 
     def _logits(self, items: Sequence[Item]) -> tuple[Tensor, Tensor | None]:
-        """(full, cheap) logits, (B, H) each; no cheap ones without a wide part."""
+        """(full, cheap) logits, (B, O) each; no cheap ones without a wide part."""
         model, device = self.model, self.model.device
         if not model.config.wide:
             return model.deep(self._embed(items)), None
@@ -347,10 +354,6 @@ def _assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
-
-
-def _label(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
 
 
 def _inverse(deviation: Tensor, floor: float) -> Tensor:

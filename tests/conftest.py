@@ -57,9 +57,9 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     import torch
 
     from depo_gateway.estimator import export
-    from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+    from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
-    from depo_gateway.estimator.model import ModelConfig, create
+    from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
     from depo_gateway.estimator.text import TextConfig
 
@@ -71,16 +71,16 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
         words = [chance.choice(WORDS[2:]) for _ in range(chance.randint(2, 9))]
         words.insert(chance.randrange(len(words) + 1), "hard" if hard else "easy")
         examples.append(Example(" ".join(words), {"small": 0.0 if hard else 1.0, "large": 1.0}))
-    model, tokenizer = create(ModelConfig(("small", "large"), TextConfig(), str(tiny_encoder), 0))
+    model, tokenizer = create_model(ModelConfig(("small", "large"), TextConfig(), str(tiny_encoder), 0))
     learner = Learner(model, tokenizer, LearnerConfig())
     items = learner.items(examples)
     learner.fit_statistics(items)
     for _ in range(15):
         for start in range(0, len(items), 50):
             learner.step_items(items[start : start + 50])
-    straight = Stage((Platt(), Platt()), (Platt(), Platt()))
+    straight = uncalibrated_stage(2)
     place = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    export.write(
+    export.export_checkpoint(
         place, model, tokenizer, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {}
     )
     return place
@@ -103,15 +103,16 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
     import torch
 
     from depo_gateway.estimator import calibration, export
-    from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+    from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
-    from depo_gateway.estimator.model import ModelConfig, create
+    from depo_gateway.estimator.logistic import sigmoid
+    from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
-    from depo_gateway.estimator.text import CHAT, TextConfig, read, with_tokens
+    from depo_gateway.estimator.text import CHAT, TextConfig, extract_text, with_special_tokens
 
     torch.manual_seed(0)
     chance = random.Random(0)
-    chat = with_tokens(POLICY_CHAT, {"bos_token": "<s>", "eos_token": "</s>"})
+    chat = with_special_tokens(POLICY_CHAT, {"bos_token": "<s>", "eos_token": "</s>"})
     text = TextConfig(CHAT, "cls", 64, chat)
     examples = []
     for index in range(300):
@@ -122,9 +123,9 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
         messages = [
             {"role": role, "content": " ".join(words)} for role, words in zip(("system", "user"), turns, strict=True)
         ]
-        prompt, _ = read(text, messages[chance.randrange(2) if turn is turns[1] else 0 :])
+        prompt, _ = extract_text(text, messages[chance.randrange(2) if turn is turns[1] else 0 :])
         examples.append(Example(prompt, {"policy": 0.0 if hard else 1.0}))
-    model, tokenizer = create(
+    model, tokenizer = create_model(
         ModelConfig(("policy",), text, str(tiny_encoder), 0, wide=False, trunk=True), rounded=False
     )
     learner = Learner(model, tokenizer, LearnerConfig(train_layers=-1, encoder_learning_rate=2e-3, average=0.0))
@@ -134,10 +135,12 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
         for start in range(0, len(items), 50):
             learner.step_items(items[start : start + 50])
     full, _ = learner.predict(items)
-    quality = calibration.sigmoid(full[:, :, 0])
+    quality = sigmoid(full[:, :, 0])
     observed = np.array([[example.quality["policy"]] for example in examples])
-    straight = Stage((Platt(),), (Platt(),))
-    curves = {"difficulty": calibration.curve(quality, observed, np.ones(len(examples)), "difficulty")}
+    straight = uncalibrated_stage(1)
+    curves = {"difficulty": calibration.measure_curve(quality, observed, np.ones(len(examples)), "difficulty")}
     place = tmp_path_factory.mktemp("checkpoints") / "policy"
-    export.write(place, model, tokenizer, Calibration(("policy",), {"full": straight, "cheap": straight}, curves), {})
+    export.export_checkpoint(
+        place, model, tokenizer, Calibration(("policy",), {"full": straight, "cheap": straight}, curves), {}
+    )
     return place

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from benchmarks.depo.encoder import save_encoder
 from benchmarks.depo.methods import RollOut
+from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.rl.group_labels import Group
 from depo_gateway.training.rl.selection_config import Choice, SelectionConfig
@@ -39,7 +40,7 @@ class Depo:
         self.dynamic, self.clip_high = config.dynamic, config.clip_high
         with tempfile.TemporaryDirectory() as place:
             save_encoder(Path(place), seed=seed)
-            model, tokenizer = create(
+            model, tokenizer = create_model(
                 ModelConfig(config.selection.pools, TextConfig(max_tokens=64), place, 0, wide=False, trunk=True),
                 rounded=False,
                 seed=seed,
@@ -61,4 +62,4 @@ class Depo:
 
     def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
         """Predicted pass rates of prompts that may be of any data set."""
-        return self.selector.beliefs.predicted(self.learner.score(prompts)[:, 0, 0])
+        return self.selector.beliefs.predicted(self.learner.score(prompts)[:, 0, QUALITY])

@@ -5,7 +5,7 @@ A frozen encoder gives the same embedding of a question every time, so each is c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +15,9 @@ from torch import Tensor
 from benchmarks.depo.catalog import DEPO as CATALOG
 from benchmarks.depo.catalog import depo_of, parse
 from benchmarks.depo.methods import RollOut
+from depo_gateway.estimator.heads import QUALITY, pool_labels
 from depo_gateway.estimator.learner import FAITHFUL, Item, Learner
-from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create
+from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.rl.group_labels import Group
@@ -42,20 +43,15 @@ class Remembering(Learner):
             return super().items(examples, batch_size)
         new = [Example(prompt, {}) for prompt in {e.prompt: None for e in examples} if prompt not in self.remembered]
         self.remembered |= zip((example.prompt for example in new), super().items(new, batch_size), strict=True)
+        pools, heads = self.model.config.pools, self.model.config.heads
         return [
             replace(
                 self.remembered[example.prompt],
-                quality=self.labels(example.quality),
-                token_confidence=self.labels(example.token_confidence),
+                labels=tuple(pool_labels(example, head, pools) for head in heads),
                 weight=example.weight,
             )
             for example in examples
         ]
-
-    def labels(self, known: Mapping[str, float | None]) -> tuple[float, ...]:
-        """A label a pool, NaN where there is none."""
-        found = [known.get(pool) for pool in self.model.config.pools]
-        return tuple(float("nan") if label is None else label for label in found)
 
 
 class TextDepo:
@@ -83,7 +79,7 @@ class TextDepo:
         """(pass rates, probabilities of a non-zero advantage) predicted for prompts that were never rolled out."""
         selector, learner = self.selector, self.selector.learner
         assert learner is not None
-        logits = learner.score(prompts)[:, 0, 0]
+        logits = learner.score(prompts)[:, 0, QUALITY]
         rows = range(len(selector.prompts), len(selector.prompts) + len(prompts))
         worth = selector.beliefs.nonzero_advantage(rows, logits, self.group_size, selector.steps)
         return selector.beliefs.predicted(logits), worth
@@ -96,7 +92,7 @@ def text_depo(name: str, prompts: Sequence[str], seed: int, steps: int, group_si
     layers = int(settings.pop("layers", 5))
     settings.setdefault("warmup_steps", WARMUP)
     config = depo_of(replace(CATALOG[kind], learner=weights), settings, steps, group_size)
-    model, tokenizer = create(
+    model, tokenizer = create_model(
         ModelConfig(config.selection.pools, TextConfig(), DEFAULT_ENCODER, layers, wide=False, trunk=True),
         rounded=False,
         seed=seed,

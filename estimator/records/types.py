@@ -76,7 +76,8 @@ class Example:
     """A prompt with its labels. A pool that is absent, or None, has no label: it is masked, never guessed.
 
     `quality` is the mean reward of that pool on this prompt, in [0, 1]; `token_confidence` is exp of the mean token
-    log-probability of its completions, in (0, 1]. `group` keeps related prompts on one side of a split ("" = alone).
+    log-probability of its completions, in (0, 1]; `others` holds the labels of further heads (estimator/heads.py), in
+    [0, 1], by head and pool. `group` keeps related prompts on one side of a split ("" = alone).
     """
 
     prompt: str
@@ -85,11 +86,18 @@ class Example:
     weight: float = 1.0
     group: str = ""
     context: str = ""  # the conversation before the prompt, as text.prompt_of_messages gives it
+    others: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, labels in (("quality", self.quality), ("token confidence", self.token_confidence)):
+        for head in ("quality", "token_confidence", *self.others):
+            name, labels = head.replace("_", " "), self.labels(head)
             for pool, value in labels.items():
                 if value is not None and not 0.0 <= value <= 1.0:
                     raise ValueError(f"{name} of pool {pool!r} is {value}; it must lie between 0 and 1")
         if not self.weight >= 0.0:
             raise ValueError(f"an example's weight is {self.weight}; it must be 0 or more")
+
+    def labels(self, head: str) -> Mapping[str, float | None]:
+        """The labels of one of the estimator's heads, by pool."""
+        own = {"quality": self.quality, "token_confidence": self.token_confidence}
+        return own[head] if head in own else self.others.get(head, {})

@@ -153,7 +153,7 @@ def test_a_prompt_remembered_is_scored_as_one_read_anew(domain: Domain) -> None:
     assert labelled.quality[0] == 0.25
     assert labelled.weight == 2.0
     assert math.isnan(labelled.quality[1])
-    assert math.isnan(labelled.token_confidence[0])
+    assert math.isnan(labelled.labels[1][0])
     assert len(items) == 9
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from depo_gateway.estimator import calibration
-from depo_gateway.estimator.calibration import Calibration, Platt, Stage
+from depo_gateway.estimator.calibration import Calibration, Platt, uncalibrated_stage
+from depo_gateway.estimator.logistic import sigmoid
 
 
 def outcomes(seed: int = 0, n: int = 4000) -> tuple[calibration.Array, calibration.Array]:
@@ -19,15 +20,17 @@ def outcomes(seed: int = 0, n: int = 4000) -> tuple[calibration.Array, calibrati
 @pytest.fixture(scope="module")
 def calibrated() -> Calibration:
     quality, observed = outcomes()
-    curves = {rule: calibration.curve(quality, observed, np.ones(len(quality)), rule) for rule in calibration.RULES}
-    stage = Stage((Platt(), Platt(2.0, -1.0)), (Platt(), Platt()))
+    curves = {
+        rule: calibration.measure_curve(quality, observed, np.ones(len(quality)), rule) for rule in calibration.RULES
+    }
+    stage = {"quality": (Platt(), Platt(2.0, -1.0)), "token_confidence": (Platt(), Platt())}
     return Calibration(("small", "large"), {"full": stage, "cheap": stage}, curves, {"cost=0.5": {"gain": 0.7}})
 
 
 def test_platt_recovers_a_known_map() -> None:
     generator = np.random.default_rng(0)
     logits = generator.normal(size=20_000)
-    observed = (generator.uniform(size=20_000) < calibration.sigmoid(0.5 * logits + 0.7)).astype(float)
+    observed = (generator.uniform(size=20_000) < sigmoid(0.5 * logits + 0.7)).astype(float)
     fitted = calibration.fit_platt(logits, observed, np.ones(20_000))
     assert fitted.slope == pytest.approx(0.5, abs=0.05)
     assert fitted.offset == pytest.approx(0.7, abs=0.05)
@@ -105,9 +108,9 @@ def test_the_ends_of_a_curve(calibrated: Calibration) -> None:
 def test_a_curve_without_labels_of_every_pool_has_no_quality() -> None:
     quality, observed = outcomes()
     observed[:, 1] = np.nan
-    measured = calibration.curve(quality, observed, np.ones(len(quality)), "gain")
+    measured = calibration.measure_curve(quality, observed, np.ones(len(quality)), "gain")
     assert measured.quality is None
-    stage = Stage((Platt(), Platt()), (Platt(), Platt()))
+    stage = uncalibrated_stage(2)
     unlabelled = Calibration(("small", "large"), {"full": stage, "cheap": stage}, {"gain": measured})
     with pytest.raises(ValueError, match="labels of every pool"):
         unlabelled.threshold("gain", quality=0.9)
@@ -116,8 +119,8 @@ def test_a_curve_without_labels_of_every_pool_has_no_quality() -> None:
 def test_the_highest_threshold_sends_everything_to_the_last_of_three_pools() -> None:
     generator = np.random.default_rng(0)
     quality = np.stack([generator.uniform(a, b, 2000) for a, b in ((0.1, 0.4), (0.3, 0.9), (0.6, 0.95))], 1)
-    stage = Stage((Platt(),) * 3, (Platt(),) * 3)
-    curves = {rule: calibration.curve(quality, quality, np.ones(2000), rule) for rule in calibration.RULES}
+    stage = uncalibrated_stage(3)
+    curves = {rule: calibration.measure_curve(quality, quality, np.ones(2000), rule) for rule in calibration.RULES}
     three = Calibration(("a", "b", "c"), {"full": stage, "cheap": stage}, curves)
     assert three.curves["difficulty"].shares[-1] == (0.0, 0.0, 1.0)
     for rule, share in (("difficulty", 0.1), ("difficulty", 0.9), ("gain", 0.6)):
@@ -129,10 +132,10 @@ def test_the_highest_threshold_sends_everything_to_the_last_of_three_pools() -> 
 def test_a_share_beyond_what_a_tie_at_one_lets_go_gets_one_and_says_what_that_does() -> None:
     generator = np.random.default_rng(0)
     quality = np.stack([generator.uniform(0.3, 0.9, 2000), np.full(2000, 0.6)], 1)  # the first is best in half
-    measured = calibration.curve(quality, quality, np.ones(2000), "gain")
+    measured = calibration.measure_curve(quality, quality, np.ones(2000), "gain")
     assert measured.thresholds[0] == 0.0
     assert measured.thresholds[-1] == 1.0
-    stage = Stage((Platt(), Platt()), (Platt(), Platt()))
+    stage = uncalibrated_stage(2)
     tied = Calibration(("small", "large"), {"full": stage, "cheap": stage}, {"gain": measured})
     reached = tied.large_share("gain", 1.0)
     assert reached == pytest.approx(0.5, abs=0.05)
@@ -153,8 +156,8 @@ def test_a_share_beyond_what_a_tie_at_one_lets_go_gets_one_and_says_what_that_do
 
 def test_one_pools_large_share_is_what_it_is_not_sure_of() -> None:
     quality = np.random.default_rng(0).uniform(0.2, 0.8, (2000, 1))
-    stage = Stage((Platt(),), (Platt(),))
-    measured = calibration.curve(quality, quality, np.ones(2000), "difficulty")
+    stage = uncalibrated_stage(1)
+    measured = calibration.measure_curve(quality, quality, np.ones(2000), "difficulty")
     alone = Calibration(("policy",), {"full": stage, "cheap": stage}, {"difficulty": measured})
     threshold = alone.threshold("difficulty", large_share=0.3)
     assert (quality < threshold).mean() == pytest.approx(0.3, abs=0.01)

@@ -15,17 +15,17 @@ def column(*values: float) -> Tensor:
     return torch.tensor(values)[:, None]
 
 
-def test_advantage_is_the_mean_bce_of_each_pool_summed() -> None:
+def test_cross_entropy_is_the_mean_bce_of_each_pool_summed() -> None:
     z = torch.tensor([[0.0, 0.0], [0.0, log(3)]])
     t = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
     # pool 0: (log 2 + log 2) / 2; pool 1: (log 2 + log(4/3)) / 2
     expected = log(2) + (log(2) + log(4 / 3)) / 2
-    assert losses.advantage(z, t, torch.ones(2)).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.cross_entropy(z, t, torch.ones(2)).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_missing_label_is_masked_and_gets_no_gradient() -> None:
     z = torch.zeros(3, 1, requires_grad=True)
-    loss = losses.advantage(z, column(1.0, NAN, 0.0), torch.ones(3))
+    loss = losses.cross_entropy(z, column(1.0, NAN, 0.0), torch.ones(3))
     loss.backward()
     assert loss.item() == pytest.approx(log(2))
     assert z.grad is not None
@@ -35,7 +35,7 @@ def test_a_missing_label_is_masked_and_gets_no_gradient() -> None:
 def test_a_pool_without_any_label_adds_nothing() -> None:
     z = torch.zeros(2, 2)
     t = torch.tensor([[1.0, NAN], [0.0, NAN]])
-    for term in (losses.advantage, losses.distillation, losses.ranking, losses.gain):
+    for term in (losses.cross_entropy, losses.ranking, losses.gain):
         whole, first = term(z, t, torch.ones(2)), term(z[:, :1], t[:, :1], torch.ones(2))
         assert whole.item() == pytest.approx(first.item())
     assert losses.gain(z, t, torch.ones(2)).item() == 0.0
@@ -44,13 +44,13 @@ def test_a_pool_without_any_label_adds_nothing() -> None:
 def test_weights_weigh() -> None:
     z, t = column(0.0, log(3)), column(1.0, 1.0)
     expected = (3 * log(2) + log(4 / 3)) / 4
-    assert losses.advantage(z, t, torch.tensor([3.0, 1.0])).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.cross_entropy(z, t, torch.tensor([3.0, 1.0])).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_distillation_is_half_the_mean_bce() -> None:
+def test_cross_entropy_takes_fractions_as_targets() -> None:
     u, d = column(0.0, log(4)), column(0.3, 0.8)
     entropy = -(0.8 * log(0.8) + 0.2 * log(0.2))
-    assert losses.distillation(u, d, torch.ones(2)).item() == pytest.approx(0.5 * (log(2) + entropy) / 2, rel=1e-6)
+    assert losses.cross_entropy(u, d, torch.ones(2)).item() == pytest.approx((log(2) + entropy) / 2, rel=1e-6)
 
 
 def test_ranking_is_thrice_the_mean_hinge_over_pairs() -> None:

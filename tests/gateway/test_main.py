@@ -167,9 +167,9 @@ def test_a_new_key_works_in_a_config_and_in_a_keys_file(tmp_path: Path, capsys: 
         f"auth:\n  keys_file: keys.yaml\n  keys:\n  {line.replace('team', 'other')}\n"
     )
     with pytest.raises(ValueError, match="repeats the name or the digest"):  # the same digest in both places
-        config.load(tmp_path / "gateway.yaml")
+        config.load_config(tmp_path / "gateway.yaml")
     (tmp_path / "keys.yaml").write_text(called(capsys, "keys", "new", "second")[1].splitlines()[-1])
-    auth = config.load(tmp_path / "gateway.yaml").auth
+    auth = config.load_config(tmp_path / "gateway.yaml").auth
     assert auth is not None
     assert [item.name for item in auth.keys] == ["other é: #1", "second"]
     assert auth.keys[0].sha256 == config.key_digest(key.group())

@@ -151,7 +151,7 @@ def gateway_takes(key: str, value: Any) -> bool:
     if key.startswith("estimator.") and value == "":
         return False  # the config's own directory, which nobody means
     try:
-        config.parse(merged(GATEWAY_BASE, more), Path("/nowhere"))
+        config.parse_config(merged(GATEWAY_BASE, more), Path("/nowhere"))
     except ValueError:
         return False
     return True

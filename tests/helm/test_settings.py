@@ -46,7 +46,7 @@ def gateway_config(manifests: list[Manifest], tmp_path: Path, monkeypatch: pytes
         raw["auth"]["keys_file"] = str(keys)
     written = tmp_path / "gateway.yaml"
     written.write_text(yaml.safe_dump(raw, sort_keys=False))
-    return config.load(written)
+    return config.load_config(written)
 
 
 @case

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import calibration_data, logged_traffic, off_policy_report
 from depo_gateway.training.evaluation.contamination import fitted_share, warn_of_fitted
@@ -30,7 +31,7 @@ from depo_gateway.training.evaluation.predictions import (
 )
 from depo_gateway.training.evaluation.report import draw, finite, markdown, report_of
 from depo_gateway.training.evaluation.targets import parse_costs
-from depo_gateway.training.outcomes.table import examples_of, labels, question_key, read_tables
+from depo_gateway.training.outcomes.table import examples_of, question_key, read_tables
 
 REPORT_JSON, REPORT_MD, CURVE, SCORES = "report.json", "report.md", "curve.png", "scores.jsonl"
 
@@ -82,7 +83,7 @@ def of_outcomes(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     asked = np.array([place[row.question, row.context] for row in rows])
     write_scores(args.out / SCORES, [row.question for row in rows], stages["full"][asked], runtime.pools)
     index = np.array([place[example.prompt, example.context] for example in examples])
-    observed, _ = labels(examples, pools.names)
+    observed = labels_by_head(examples, pools.names)["quality"]
     length = np.array([len(example.prompt) for example in examples], float)
     source_of = {(question_key(row.question), row.context): row.source for row in rows}
     sources = np.array([source_of[question_key(example.prompt), example.context] for example in examples])

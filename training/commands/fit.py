@@ -16,18 +16,19 @@ import numpy as np
 import torch
 
 from depo_gateway.estimator import calibration, checkpoint, export
-from depo_gateway.estimator.calibration import STAGES, Calibration, apply
+from depo_gateway.estimator.calibration import STAGES, Calibration, calibrate_quality
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import WHOLE, LearnerConfig
-from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create
+from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import POOLINGS, TextConfig
-from depo_gateway.estimator.vocabulary import narrowed
+from depo_gateway.estimator.vocabulary import narrow_tokenizer
 from depo_gateway.training.evaluation.contamination import fingerprints
 from depo_gateway.training.evaluation.report import finite, report_of
 from depo_gateway.training.evaluation.routing_metrics import Measured, apgr_table
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.fitting.cross_fit import FitConfig, Held, foldings_of, groups_of, train
-from depo_gateway.training.outcomes.table import examples_of, labels, parse_pools, read_tables
+from depo_gateway.training.outcomes.table import examples_of, parse_pools, read_tables
 
 HELD_OUT = ("questions", "groups")  # names of foldings_of's foldings
 FEW_EXAMPLES, FEW_GROUPS = 50, 10  # with fewer, fit says that its figures are worth little
@@ -37,11 +38,11 @@ def reports_of(
     examples: Sequence[Example], held: Sequence[Held], calibrated: calibration.Calibration, config: FitConfig
 ) -> dict[str, dict[str, Any]]:
     """By HELD_OUT's names: how held-out prompts are routed. Question folds are centred, group folds resampled whole."""
-    observed, _ = labels(examples, calibrated.pools)
+    observed = labels_by_head(examples, calibrated.pools)["quality"]
     length = np.array([len(example.prompt) for example in examples], float)
     reports = {}
     for name, one, folds in zip(HELD_OUT, held, foldings_of(examples, config), strict=False):
-        quality = {stage: apply(calibrated.stages[stage], getattr(one, stage))[0] for stage in STAGES}
+        quality = {stage: calibrate_quality(calibrated.stages[stage], getattr(one, stage)) for stage in STAGES}
         by_group = name == "groups"
         reports[name] = report_of(
             quality,
@@ -136,14 +137,14 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(config.seed)
     created = ModelConfig(pools.names, text, args.encoder, args.layers, trunk=args.trunk)
     rounded = args.train_layers != WHOLE
-    model, tokenizer = create(created, rounded=rounded, seed=config.seed)
+    model, tokenizer = create_model(created, rounded=rounded, seed=config.seed)
     if args.vocabulary == "used":
         texts = [part for example in examples for part in (example.prompt, example.context)]
-        model, tokenizer = create(created, narrowed(tokenizer, texts), rounded, config.seed)
+        model, tokenizer = create_model(created, narrow_tokenizer(tokenizer, texts), rounded, config.seed)
     learner, held, epochs = train(model, tokenizer, examples, config)
-    t_NK, d_NK = labels(examples, pools.names)
     weights = np.array([example.weight for example in examples])
-    calibrated = calibrate(held[0].full, held[0].cheap, t_NK, d_NK, weights, pools.names)
+    labels = labels_by_head(examples, pools.names, model.config.heads)
+    calibrated = calibrate(held[0].full, held[0].cheap, labels, weights, pools.names)
     reports = reports_of(examples, held, calibrated, config)
     metrics = {
         "models": dict(zip(pools.names, pools.models, strict=True)),
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         "fitted_on": fingerprints(examples),
     }
     with learner.averaged() as fitted:
-        manifest = export.write(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
+        manifest = export.export_checkpoint(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
     if args.publish:
         checkpoint.publish(args.out)
     told = [outcome(name, report) for name, report in reports.items()]

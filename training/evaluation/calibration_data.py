@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from depo_gateway.estimator.calibration import Calibration, Curve, route
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic, off_policy
@@ -21,7 +22,7 @@ from depo_gateway.training.evaluation.logged_traffic import Logged
 from depo_gateway.training.evaluation.off_policy import Integers, Logs
 from depo_gateway.training.evaluation.predictions import as_served, pools_of
 from depo_gateway.training.evaluation.routing_metrics import Array
-from depo_gateway.training.outcomes.table import examples_of, labels, read_tables
+from depo_gateway.training.outcomes.table import examples_of, read_tables
 
 FITTING = 1 / 3  # of the units set probabilities where the others test a guarantee: a Platt has two parameters
 AT_ONCE = 32  # policies: memory of N x AT_ONCE x 11 numbers for two pools
@@ -32,13 +33,17 @@ class Evidence:
     """N prompts. Those of one unit, a conversation, are not independent of one another."""
 
     examples: Sequence[Example]
-    texts: Sequence[tuple[str, str]]  # as estimator.text.read() gives them
-    observed: Array  # (N, K) quality, NaN where there is no label
-    token: Array  # (N, K) token confidence
+    texts: Sequence[tuple[str, str]]  # as estimator.text.extract_text() gives them
+    labels: Mapping[str, Array]  # by head, (N, K), NaN where there is none
     weights: Array  # (N,) for probabilities; 0: its labels tell nothing of prompts like it
     tokens: Array  # (N,) of prompt and answer; 1 each where nobody counted
     unit: Integers  # (N,) 0 to U - 1
     traffic: Logged | None = None
+
+    @property
+    def observed(self) -> Array:
+        """Quality (N, K)."""
+        return self.labels["quality"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +61,10 @@ def gather(args: argparse.Namespace, runtime: Runtime) -> Evidence:
         traffic = logged_traffic.read(args.records, args.since, args.newest, runtime.pools, runtime.manifest.text)
         return of_traffic(traffic)
     examples = examples_of(read_tables(args.outcomes), pools)
-    observed, token = labels(examples, runtime.pools)
+    labels = labels_by_head(examples, runtime.pools, runtime.manifest.heads)
     texts = [as_served(runtime.manifest.text, example.prompt, example.context) for example in examples]
     count = len(examples)
-    return Evidence(examples, texts, observed, token, np.ones(count), np.ones(count), np.arange(count))
+    return Evidence(examples, texts, labels, np.ones(count), np.ones(count), np.arange(count))
 
 
 def of_traffic(traffic: Logged) -> Evidence:
@@ -69,9 +74,8 @@ def of_traffic(traffic: Logged) -> Evidence:
     keep, _ = off_policy.usable(logs)
     weights[np.flatnonzero(traffic.free)[keep]] = off_policy.weights(off_policy.subset(logs, keep))
     examples = traffic.examples()
-    return Evidence(
-        examples, traffic.texts, traffic.observed, traffic.token, weights, traffic.tokens, traffic.conversation, traffic
-    )
+    labels = {"quality": traffic.observed, "token_confidence": traffic.token}
+    return Evidence(examples, traffic.texts, labels, weights, traffic.tokens, traffic.conversation, traffic)
 
 
 def held_back(evidence: Evidence, fitted: NDArray[np.bool_], seed: int = 0) -> Split:

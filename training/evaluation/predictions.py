@@ -1,6 +1,6 @@
 """Prompts as a checkpoint scores them, by the serving runtime.
 
-Shapes: N prompts, K pools cheapest first, H = 2K outputs.
+Shapes: N prompts, K pools cheapest first, H heads, O = K * H outputs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.checkpoint import Manifest
+from depo_gateway.estimator.heads import split_heads
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
-from depo_gateway.estimator.text import read as text_of
+from depo_gateway.estimator.text import extract_text as text_of
 from depo_gateway.training.evaluation.routing_metrics import Array
 from depo_gateway.training.outcomes.table import Pools, parse_pools
 
@@ -34,7 +35,7 @@ def pools_of(specifications: Sequence[str] | None, manifest: Manifest) -> Pools:
 
 
 def logits_of(runtime: Runtime, prompts: Sequence[tuple[str, str]], batch_size: int = 32) -> tuple[Array, Array]:
-    """Raw logits of the full and the cheap stage, (N, K, 2) each, of a table's (prompt, context) pairs.
+    """Raw logits of the full and the cheap stage, (N, K, H) each, of a table's (prompt, context) pairs.
 
     Without a cheap stage both are the full one's, so that its calibration, which nothing uses, is a sound one.
     """
@@ -42,10 +43,10 @@ def logits_of(runtime: Runtime, prompts: Sequence[tuple[str, str]], batch_size: 
 
 
 def logits_of_texts(runtime: Runtime, texts: Sequence[tuple[str, str]], batch_size: int = 32) -> tuple[Array, Array]:
-    """The same of what estimator.text.read() took from requests."""
+    """The same of what estimator.text.extract_text() took from requests."""
     prepared = [runtime.prepare(*text) for text in texts]
-    order = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids))
-    full: NDArray[np.float32] = np.zeros((len(prepared), 2 * len(runtime.pools)), np.float32)
+    order, heads = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids)), len(runtime.manifest.heads)
+    full: NDArray[np.float32] = np.zeros((len(prepared), len(runtime.pools) * heads), np.float32)
     cheap = np.zeros_like(full)
     with tqdm(total=len(prepared), desc="score", unit="prompt", disable=None) as progress:
         for start in range(0, len(order), batch_size):
@@ -54,8 +55,7 @@ def logits_of_texts(runtime: Runtime, texts: Sequence[tuple[str, str]], batch_si
             full[rows] = runtime.full_logits(batch)
             cheap[rows] = runtime.cheap_logits(batch) if runtime.has_cheap else full[rows]
             progress.update(len(rows))
-    shape = (len(prepared), len(runtime.pools), 2)
-    return full.astype(np.float64).reshape(shape), cheap.astype(np.float64).reshape(shape)
+    return split_heads(full.astype(np.float64), heads), split_heads(cheap.astype(np.float64), heads)
 
 
 def as_served(config: TextConfig, prompt: str, context: str) -> tuple[str, str]:
@@ -68,7 +68,10 @@ def as_served(config: TextConfig, prompt: str, context: str) -> tuple[str, str]:
 def qualities_of(runtime: Runtime, full: Array, cheap: Array) -> dict[str, Array]:
     """Logits of both stages -> stage -> calibrated quality (N, K), for the stages that the checkpoint has."""
     served = {"full": full, "cheap": cheap} if runtime.has_cheap else {"full": full}
-    return {stage: calibration.apply(runtime.calibration.stages[stage], logits)[0] for stage, logits in served.items()}
+    return {
+        stage: calibration.calibrate_quality(runtime.calibration.stages[stage], logits)
+        for stage, logits in served.items()
+    }
 
 
 def write_scores(path: Path, questions: Sequence[str], quality: Array, pools: tuple[str, ...]) -> None:

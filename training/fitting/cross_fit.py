@@ -2,7 +2,7 @@
 
 The held-out predictions decide when to stop, how good the estimator is and how it is calibrated.
 
-Shapes: N examples, K pools, E epochs, F folds.
+Shapes: N examples, K pools, H heads, E epochs, F folds.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from depo_gateway.estimator import calibration
+from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
+from depo_gateway.estimator.logistic import sigmoid
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.routing_metrics import Array
@@ -37,7 +38,7 @@ class FitConfig:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Held-out logits of every example, (N, K, 2) each, at the chosen epoch."""
+    """Held-out logits of every example, (N, K, H) each, at the chosen epoch."""
 
     full: Array
     cheap: Array
@@ -90,10 +91,10 @@ def cross_fit(
             sides.append((folding, learner, train, np.flatnonzero(folds == fold), order))
     best: tuple[list[Held], int] = ([], 0)
     best_loss = np.inf
-    pools = len(sides[0][1].model.config.pools)
+    shape = sides[0][1].model.config.shape
     with tqdm(total=config.max_epochs, desc="fit", unit="epoch", disable=None) as progress:
         for number in range(1, config.max_epochs + 1):
-            held = [Held(*np.zeros((2, len(items), pools, 2))) for _ in foldings]
+            held = [Held(*np.zeros((2, len(items), *shape))) for _ in foldings]
             for folding, learner, train, rows, order in sides:
                 epoch(learner, train, config.batch_size, order)
                 into = held[folding]
@@ -112,7 +113,7 @@ def held_out_loss(logits: Array, items: Sequence[Item]) -> float:
     """What early stopping watches: squared error of quality differences, or of a single pool's quality."""
     observed = np.array([item.quality for item in items])
     weights = np.array([item.weight for item in items])
-    predicted = calibration.sigmoid(logits[:, :, 0])
+    predicted = sigmoid(logits[:, :, QUALITY])
     if observed.shape[1] > 1 and not np.isnan(np.diff(observed, axis=1)).all():
         predicted, observed = np.diff(predicted, axis=1), np.diff(observed, axis=1)
     error = (predicted - observed) ** 2

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from depo_gateway.estimator import checkpoint, model
-from depo_gateway.estimator.calibration import Calibration, apply
+from depo_gateway.estimator.calibration import Calibration, calibrate_quality
 from depo_gateway.estimator.calibration import loads as calibration_of
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.learner import Item
@@ -88,8 +88,8 @@ def starting_point(base: Path, out: Path, cold: bool, labelled: Sequence[Labelle
 def load_for_pools(name: str, place: Path, pools: tuple[str, ...]) -> LoadedCheckpoint:
     """Loads a checkpoint. The pools of the shipped one take these names in order, as they do in the gateway."""
     place = checkpoint.resolve(place)
-    estimator, tokenizer, manifest = model.load(place)
-    calibration = calibration_of(checkpoint.load(place)[1][checkpoint.CALIBRATION])
+    estimator, tokenizer, manifest = model.load_model(place)
+    calibration = calibration_of(checkpoint.load_checkpoint(place)[1][checkpoint.CALIBRATION])
     if place == checkpoint.BUILTIN.resolve() and len(pools) == len(manifest.pools):
         estimator = rename_pools(estimator, pools)
         calibration = dataclasses.replace(calibration, pools=pools)
@@ -106,7 +106,7 @@ def pools_of_traffic(labelled: Sequence[Labelled]) -> tuple[str, ...]:
 def served_quality(loaded: LoadedCheckpoint, items: Sequence[Item]) -> Array:
     """Calibrated qualities (N, K) as this checkpoint serves them, of items made for it."""
     learner = loaded.initialisation.learner(learner_config(RefreshConfig()))
-    return apply(loaded.calibration.stages["full"], learner.predict(items)[0])[0]
+    return calibrate_quality(loaded.calibration.stages["full"], learner.predict(items)[0])
 
 
 def new_to(loaded: LoadedCheckpoint, traffic: Traffic) -> NDArray[np.bool_]:

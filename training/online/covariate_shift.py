@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import sigmoid
+from depo_gateway.estimator.logistic import fit_logistic
 from depo_gateway.training.evaluation.routing_metrics import Array
 
 NEWEST_PROMPTS = 250  # that represent today's traffic, or a quarter of all
@@ -50,14 +50,11 @@ def _design(features: Array) -> Array:
 
 
 def _fit_classifier(design: Array, new: NDArray[np.bool_]) -> Array:
-    """Logistic ridge by Newton's method; both classes weigh half of all. The intercept is free."""
+    """Logistic ridge; both classes weigh half of all. The intercept is free."""
     weights = np.where(new, 0.5 / new.mean(), 0.5 / (1 - new.mean()))
     penalty = np.full(design.shape[1], RIDGE)
     penalty[-1] = 1e-6
-    beta = np.zeros(design.shape[1])
-    for _ in range(NEWTON_STEPS):
-        p = sigmoid(design @ beta)
-        slope = design.T @ (weights * (new - p)) - penalty * beta
-        curvature = (design * (weights * p * (1 - p))[:, None]).T @ design + np.diag(penalty)
-        beta += np.linalg.solve(curvature, slope)
-    return beta
+    start = np.zeros(design.shape[1])
+    return fit_logistic(
+        design, new.astype(float), weights, start, penalty, steps=NEWTON_STEPS, longest=np.inf, tolerance=0.0
+    )

@@ -1,6 +1,6 @@
 """Initialisations of a refresh, and their held-out predictions: the champion's weights, or fresh heads. Torch.
 
-Shapes: N examples, K pools.
+Shapes: N examples, K pools, H heads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from depo_gateway.estimator.calibration import Stage, apply, fit_platt
+from depo_gateway.estimator.calibration import Stage, calibrate_quality, fit_platt
+from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.training.evaluation.routing_metrics import Array
@@ -48,7 +49,7 @@ class CrossFit:
     """Held-out predictions of one initialisation."""
 
     initialisation: Initialisation
-    logits: Held  # (N, K, 2) of both stages, each example's by a model that was not fitted on it
+    logits: Held  # (N, K, H) of both stages, each example's by a model that was not fitted on it
     epochs: int
     loss: float  # held-out
 
@@ -96,7 +97,7 @@ def cross_fit_initialisation(
         new: examples (N,) that no initialisation was fitted on before; only they count in the loss.
     """
     stops = [config.epochs] if initialisation.fresh else [0, config.epochs]
-    logits = [Held(*np.zeros((2, len(items), len(items[0].quality), 2))) for _ in stops]
+    logits = [Held(*np.zeros((2, len(items), *initialisation.model.config.shape))) for _ in stops]
     count = int(folds.max()) + 1
     with tqdm(total=count * config.epochs, desc=f"from {initialisation.name}", unit="epoch", disable=None) as progress:
         for fold in range(count):
@@ -153,7 +154,7 @@ def calibrated_loss(logits_NKH: Array, items: Sequence[Item], new: NDArray[np.bo
 def calibrated_quality(logits_NKH: Array, observed: Array, weights: Array) -> Array:
     """Qualities (N, K) by a joint calibration that is fitted on the same rows."""
     transformed = fit_logit_transform(logits_NKH, observed, weights).apply(logits_NKH)
-    return apply(platt_stage(transformed, observed, weights), transformed)[0]
+    return calibrate_quality(platt_stage(transformed, observed, weights), transformed)
 
 
 def cross_calibrated_quality(logits_NKH: Array, observed: Array, weights: Array, folds: NDArray[np.int64]) -> Array:
@@ -163,10 +164,11 @@ def cross_calibrated_quality(logits_NKH: Array, observed: Array, weights: Array,
         rows = folds == fold
         transform = fit_logit_transform(logits_NKH[~rows], observed[~rows], weights[~rows])
         stage = platt_stage(transform.apply(logits_NKH[~rows]), observed[~rows], weights[~rows])
-        quality[rows] = apply(stage, transform.apply(logits_NKH[rows]))[0]
+        quality[rows] = calibrate_quality(stage, transform.apply(logits_NKH[rows]))
     return quality
 
 
 def platt_stage(logits_NKH: Array, observed: Array, weights: Array) -> Stage:
-    quality = tuple(fit_platt(logits_NKH[:, k, 0], observed[:, k], weights) for k in range(observed.shape[1]))
-    return Stage(quality, quality)
+    """A calibration of the qualities alone."""
+    columns = zip(logits_NKH[:, :, QUALITY].T, observed.T, strict=True)
+    return {"quality": tuple(fit_platt(logits, labels, weights) for logits, labels in columns)}

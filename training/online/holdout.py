@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import Calibration, apply, curve
+from depo_gateway.estimator.calibration import Calibration, calibrate_quality, measure_curve
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.contamination import surely_new_to
 from depo_gateway.training.evaluation.report import finite
@@ -27,7 +28,7 @@ from depo_gateway.training.online.joint_calibration import LogitTransform, fit_l
 from depo_gateway.training.online.publish_gate import Holdout, assess, log_loss
 from depo_gateway.training.online.refresh_data import Candidate, ChampionPredictions, RefreshData
 from depo_gateway.training.online.training_set import items_of
-from depo_gateway.training.outcomes.table import Pools, examples_of, labels, question_key
+from depo_gateway.training.outcomes.table import Pools, examples_of, question_key
 
 WIDE_HOLDOUT = 1500  # examples: without covariate shift, a calibration on fewer is less exact
 
@@ -65,13 +66,14 @@ def calibrate_on(rows: NDArray[np.bool_], data: RefreshData) -> tuple[Calibratio
     checkpoints = (start.champion, start.base)
     name = data.fit.initialisation.name
     before = next((known.calibration for known in checkpoints if known and known.name == name), None)
-    tokens = labels(data.traffic.examples, start.pools)[1][rows]
-    calibration = calibrate(logits.full[rows], logits.cheap[rows], observed, tokens, weights, start.pools, before)
-    quality, _ = apply(calibration.stages["full"], logits.full)
+    heads = data.fit.initialisation.model.config.heads
+    labels = {h: of[rows] for h, of in labels_by_head(data.traffic.examples, start.pools, heads).items()}
+    calibration = calibrate(logits.full[rows], logits.cheap[rows], labels, weights, start.pools, before)
+    quality = calibrate_quality(calibration.stages["full"], logits.full)
     # Quality targets need a curve: where no prompt has labels of all pools, predictions take the missing labels' place
     imputed = np.where(np.isnan(observed), quality[rows], observed)
     curves = {
-        rule: curve(quality[rows], imputed, weights, rule) if measured.quality is None else measured
+        rule: measure_curve(quality[rows], imputed, weights, rule) if measured.quality is None else measured
         for rule, measured in calibration.curves.items()
     }
     calibration = dataclasses.replace(calibration, curves=curves)
@@ -139,12 +141,12 @@ def reference_holdout(data: RefreshData) -> Holdout | None:
     fitted = {question_key(example.prompt) for example in data.traffic.examples}
     examples = examples_of(inputs.reference, Pools(start.pools, tuple((pool,) for pool in start.pools)))
     examples = [example for example in examples if question_key(example.prompt) not in fitted]
-    observed, _ = labels(examples, start.pools)
+    observed = labels_by_head(examples, start.pools)["quality"]
     if (~np.isnan(observed).any(1)).sum() < inputs.config.gate.least:
         return None
     learner = data.candidate.learner
     logits = learner.predict(inputs.cache.items(learner, examples))[0]
-    quality, _ = apply(data.candidate.calibration.stages["full"], logits)
+    quality = calibrate_quality(data.candidate.calibration.stages["full"], logits)
     champion = None
     if start.champion is not None:
         reader = start.champion.initialisation.learner(learner_config(inputs.config))

@@ -8,7 +8,7 @@ Platt scaling of each pool scales both alike and leaves the gain too steep. So, 
 fitted by joint maximum likelihood on held-out logits: K + 2 parameters. The heads are linear, so their weights can hold
 the transform, and a checkpoint needs no new field.
 
-Shapes: N examples, K pools, H = 2K outputs, quality at the even ones.
+Shapes: N examples, K pools, H heads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import enough, sigmoid
+from depo_gateway.estimator.calibration import enough_labels
+from depo_gateway.estimator.heads import QUALITY
+from depo_gateway.estimator.logistic import fit_logistic
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.training.evaluation.routing_metrics import Array
 
@@ -27,7 +29,6 @@ LEAST_SLOPE = 0.05  # above 0, so that it never reverses an order
 # The prior mean of `difference` (MMLU's usual value), and its strength in prompts. A few hundred labels alone may give
 # a value near 0, and then little is left of the order: APGR .537 from 500 labels, where the logits themselves have .640
 DIFFERENCE, DIFFERENCE_WEIGHT = 0.7, 20.0
-MOST_STEPS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,9 @@ class LogitTransform:
     offsets: tuple[float, ...]  # (K,)
 
     def apply(self, logits_NKH: Array) -> Array:
-        """The same logits (N, K, 2), the qualities' transformed."""
+        """The same logits (N, K, H), the qualities' transformed."""
         mixed = logits_NKH.copy()
-        mixed[:, :, 0] = logits_NKH[:, :, 0] @ self.matrix.T + np.array(self.offsets)
+        mixed[:, :, QUALITY] = logits_NKH[:, :, QUALITY] @ self.matrix.T + np.array(self.offsets)
         return mixed
 
     @property
@@ -56,15 +57,15 @@ def identity_transform(pools: int) -> LogitTransform:
 
 
 def fit_logit_transform(logits_NKH: Array, observed_NK: Array, weights: Array) -> LogitTransform:
-    """Weighted maximum likelihood by Newton's method; labels that are NaN are left out.
+    """Weighted maximum likelihood; labels that are NaN are left out.
 
     If any pool has too few labels the result is the identity, because pools are compared. A weak ridge (of one prompt;
     stronger for the difference) keeps the parameters finite where labels are separable.
     """
     count = observed_NK.shape[1]
-    if count < 2 or not all(enough(observed_NK[:, k], weights) for k in range(count)):
+    if count < 2 or not all(enough_labels(observed_NK[:, k], weights) for k in range(count)):
         return identity_transform(count)
-    z = logits_NKH[:, :, 0]
+    z = logits_NKH[:, :, QUALITY]
     mean = np.repeat(z.mean(1, keepdims=True), count, 1)
     pool = np.broadcast_to(np.eye(count), (len(z), count, count))
     design = np.concatenate([np.stack([mean, z - mean], 2), pool], 2).reshape(-1, count + 2)
@@ -74,15 +75,7 @@ def fit_logit_transform(logits_NKH: Array, observed_NK: Array, weights: Array) -
     design, targets, label_weights = design[seen], targets[seen], label_weights[seen]
     prior = np.array([1.0, DIFFERENCE, *[0.0] * count])
     ridge = np.array([1.0, DIFFERENCE_WEIGHT, *[1.0] * count])
-    beta = prior.copy()
-    for _ in range(MOST_STEPS):
-        p = sigmoid(design @ beta)
-        slope = design.T @ (label_weights * (targets - p)) - ridge * (beta - prior)
-        curvature = (design * (label_weights * p * (1 - p))[:, None]).T @ design + np.diag(ridge)
-        step = np.linalg.solve(curvature, slope)
-        beta += step / max(1.0, float(np.abs(step).max()))
-        if np.abs(step).max() < 1e-8:
-            break
+    beta = fit_logistic(design, targets, label_weights, prior, ridge)
     common, difference = np.maximum(beta[:2], LEAST_SLOPE)
     return LogitTransform(float(common), float(difference), tuple(map(float, beta[2:])))
 
@@ -92,11 +85,12 @@ def fold_into_weights(model: Estimator, transform: LogitTransform) -> None:
     matrix = torch.tensor(transform.matrix, dtype=torch.float32, device=model.device)
     offsets = torch.tensor(transform.offsets, dtype=torch.float32, device=model.device)
     config = model.config
+    quality = slice(QUALITY, None, len(config.heads))  # of the outputs
     # outputs are the last dimension of each
     by_output: list[torch.Tensor] = [model.wide_weight, model.surface_weight] if config.wide else []
     by_output += [model.trunk.heads.weight.T, model.trunk.heads.bias] if config.trunk else [model.deep_weight]
     by_output += [model.bias] if config.wide or not config.trunk else []
     with torch.no_grad():
         for weight in by_output:
-            weight[..., 0::2] = weight[..., 0::2] @ matrix
-        by_output[-1][0::2] += offsets  # the one bias, or the trunk's
+            weight[..., quality] = weight[..., quality] @ matrix
+        by_output[-1][quality] += offsets  # the one bias, or the trunk's

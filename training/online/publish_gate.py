@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import LABELS, confidence
+from depo_gateway.estimator.calibration import MIN_LABELS, confidence
 from depo_gateway.training.evaluation.routing_metrics import Array, calibration_error, centred
 from depo_gateway.training.online.refresh_config import GateConfig
 
@@ -88,8 +88,8 @@ def _too_few_labels(newest: Holdout, labelled: int, config: GateConfig) -> str:
     if labelled < config.least:
         return f"{labelled} newest prompts have labels, and {config.least} are required to tell harm from noise"
     for k, pool in enumerate(newest.pools):
-        if (~np.isnan(newest.observed[:, k])).sum() < LABELS:
-            return f"pool {pool!r} has fewer than {LABELS} labels on the newest prompts"
+        if (~np.isnan(newest.observed[:, k])).sum() < MIN_LABELS:
+            return f"pool {pool!r} has fewer than {MIN_LABELS} labels on the newest prompts"
     return ""
 
 

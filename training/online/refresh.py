@@ -122,12 +122,12 @@ def publish_candidate(data: RefreshData, out: Path, publish: bool) -> RefreshRes
     }
     with data.candidate.learner.averaged() as estimator:
         tokenizer = data.fit.initialisation.tokenizer
-        manifest = export.write(place, estimator, tokenizer, calibration, metrics, parent=start.parent)
+        manifest = export.export_checkpoint(place, estimator, tokenizer, calibration, metrics, parent=start.parent)
     now = candidate_standing(data, manifest.version)
     if publish:
         checkpoint.publish(place)
         if now is not None:
-            standing.write(out, now)
+            standing.write_standing(out, now)
     return RefreshResult(manifest, data.verdict, count, now, notes, place)
 
 
@@ -149,7 +149,7 @@ def refuse_candidate(
         file.flush()
         os.fsync(file.fileno())
     if now is not None:
-        standing.write(out, now)
+        standing.write_standing(out, now)
     return RefreshResult(None, verdict, count, now, notes)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Item
 from depo_gateway.training.evaluation.routing_metrics import Array
 from depo_gateway.training.online.champion import StartingPoint, new_to
@@ -18,7 +19,7 @@ from depo_gateway.training.online.covariate_shift import importance_weights
 from depo_gateway.training.online.cross_fit import Initialisation, fresh_heads, learner_config
 from depo_gateway.training.online.refresh_config import RefreshConfig
 from depo_gateway.training.online.refresh_data import NothingToLearnError, RefreshData, RefreshInputs
-from depo_gateway.training.outcomes.table import folds_of, labels
+from depo_gateway.training.outcomes.table import folds_of
 from depo_gateway.training.outcomes.traffic_examples import Traffic, claim_caps, examples_of_traffic
 
 LARGELY_NEW = 0.8  # the least share of examples that are new to a checkpoint whose weights are continued
@@ -43,7 +44,7 @@ def select_examples(inputs: RefreshInputs, untrusted: Collection[str] = ()) -> R
     return RefreshData(
         inputs=inputs,
         traffic=traffic,
-        observed=labels(traffic.examples, start.pools)[0],
+        observed=labels_by_head(traffic.examples, start.pools)["quality"],
         folds=folds_of([str(number) for number in traffic.group], min(config.folds, groups), config.seed),
         initialisations=initialisations,
         new=new,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.heads import ORIGINAL, head_names
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import prompt_of_messages
 
@@ -26,6 +27,7 @@ class Row:
     token_confidence: Mapping[str, float]
     group: str
     source: str
+    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # labels of further heads, by head
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ def _row(line: str, place: str, stem: str) -> Row:
         raise ValueError(f"{place}: correct must name at least one model")
     token_confidence = _labels(raw.get("token_confidence", {}), place, "token_confidence")
     group, source = (_name(raw.get(name), place, name) for name in ("group", "source"))
-    return Row(_clean(question), _clean(context), correct, token_confidence, group, source or stem)
+    others = {head: _labels(raw[head], place, head) for head in head_names() if head not in ORIGINAL and head in raw}
+    return Row(_clean(question), _clean(context), correct, token_confidence, group, source or stem, others)
 
 
 def _clean(text: str) -> str:
@@ -150,18 +153,17 @@ def examples_of(rows: Sequence[Row], pools: Pools, balance: float = 0.0) -> list
         merged.setdefault((question_key(row.question), row.context), []).append(row)
     examples, sources = [], []
     for same in merged.values():
-        quality = {n: _mean(m, [row.correct for row in same]) for n, m in zip(pools.names, pools.models, strict=True)}
+        quality = _by_pool([row.correct for row in same], pools)
         if all(value is None for value in quality.values()):
             continue
-        tokens = {
-            n: _mean(m, [row.token_confidence for row in same]) for n, m in zip(pools.names, pools.models, strict=True)
-        }
+        tokens = _by_pool([row.token_confidence for row in same], pools)
+        heads = dict.fromkeys(head for row in same for head in row.others)
+        others = {head: _by_pool([row.others.get(head, {}) for row in same], pools) for head in heads}
         # a source's only group says nothing beyond the source: its questions need not stay together
-        group = (
-            f"{same[0].source}/{same[0].group}" if len(groups_of_source[same[0].source]) > 1 and same[0].group else ""
-        )
+        grouped = len(groups_of_source[same[0].source]) > 1 and same[0].group
+        group = f"{same[0].source}/{same[0].group}" if grouped else ""
         sources.append(same[0].source)
-        examples.append(Example(same[0].question, quality, tokens, 1.0, group, same[0].context))
+        examples.append(Example(same[0].question, quality, tokens, 1.0, group, same[0].context, others))
     if not examples:
         raise ValueError(f"no row has an outcome of any model of the pools {', '.join(pools.names)}")
     sizes = Counter(sources)
@@ -170,14 +172,9 @@ def examples_of(rows: Sequence[Row], pools: Pools, balance: float = 0.0) -> list
     return [replace(example, weight=weight / mean) for example, weight in zip(examples, weights, strict=True)]
 
 
-def labels(examples: Sequence[Example], pools: tuple[str, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Observed quality and token confidence, (N, K) each, NaN where there is no label."""
-
-    def table(of: str) -> NDArray[np.float64]:
-        rows = [[getattr(example, of).get(pool) for pool in pools] for example in examples]
-        return np.array([[np.nan if value is None else value for value in row] for row in rows], float)
-
-    return table("quality"), table("token_confidence")
+def _by_pool(labels: Sequence[Mapping[str, float]], pools: Pools) -> dict[str, float | None]:
+    """The mean label of each pool over the rows of one question; None where its models have none."""
+    return {name: _mean(models, labels) for name, models in zip(pools.names, pools.models, strict=True)}
 
 
 def _mean(models: Sequence[str], labels: Sequence[Mapping[str, float]]) -> float | None:

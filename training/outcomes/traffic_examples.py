@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depo_gateway.estimator.records.types import Example, Label, Labelled, Record
-from depo_gateway.estimator.text import TextConfig, read
+from depo_gateway.estimator.text import TextConfig, extract_text
 from depo_gateway.training.judging.label_sources import is_client_claim
 from depo_gateway.training.outcomes.label_precedence import preferred_labels
 from depo_gateway.training.outcomes.near_duplicates import near_duplicate_clusters
@@ -171,7 +171,7 @@ def _usable(
         )
         if not any(label.quality is not None for label in labels):
             continue
-        prompt, context = read(text, record.asked)
+        prompt, context = extract_text(text, record.asked)
         if prompt.strip():
             usable.append(_UsableRecord(record, labels, prompt, context))
     return usable

@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator import export as exporting
+from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Learner
-from depo_gateway.estimator.model import subset
+from depo_gateway.estimator.model import select_pools
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.rl.selection_config import POLICY
 from depo_gateway.training.rl.selector import Selector
@@ -110,14 +111,18 @@ def export(root: Path, step: int, learner: Learner, selector: Selector, limit: i
     logits, rates, weights = recent[:, 0], recent[:, 1], recent[:, 3]
     if not len(recent):
         some = selector.prompts[: min(SAMPLE, len(selector.prompts))]
-        logits = learner.score(some)[:, 0, 0]
+        logits = learner.score(some)[:, 0, QUALITY]
         rates, weights = np.full(len(logits), np.nan), np.ones(len(logits))
-    full = np.stack([logits, np.zeros(len(logits))], axis=1)[:, None]
-    unknown = np.full((len(logits), 1), np.nan)
-    calibrated = calibrate(full, full, rates[:, None], unknown, weights, (POLICY,))
+    heads = learner.model.config.heads
+    full = np.zeros((len(logits), 1, len(heads)))
+    full[:, 0, QUALITY] = logits
+    labels = dict.fromkeys(heads, np.full((len(logits), 1), np.nan)) | {"quality": rates[:, None]}
+    calibrated = calibrate(full, full, labels, weights, (POLICY,))
     metrics = {"trained_by": "depo-train rl", "steps": step, "labels": len(recent)}
     with learner.averaged() as model:
-        exporting.write(place, subset(model, [POLICY]), learner.tokenizer, calibrated, metrics, learner.trained)
+        exporting.export_checkpoint(
+            place, select_pools(model, [POLICY]), learner.tokenizer, calibrated, metrics, learner.trained
+        )
     checkpoint.publish(place)
     for old in sorted(root.glob("step-*"), key=os.path.getmtime)[: -limit if limit else 0]:
         if old != place:

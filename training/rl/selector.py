@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import sigmoid
+from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Learner
+from depo_gateway.estimator.logistic import sigmoid
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.routing_metrics import auroc, calibration_error
 from depo_gateway.training.rl.group_labels import (
@@ -50,7 +51,7 @@ class Selector:
         seed: int = 0,
         score: Callable[[Sequence[str]], Array] | None = None,
     ) -> None:
-        """`prompts`: as the estimator reads them, by row. `score`: prompts -> logits (P, K, 2), by default the
+        """`prompts`: as the estimator reads them, by row. `score`: prompts -> logits (P, K, H), by default the
         learner's own; a trainer of many processes shares the work out.
         """
         if config.rule != "off" and learner is None:
@@ -261,7 +262,7 @@ class Selector:
         logits_P2 = np.full((len(rows), 2), np.nan)
         if rows:
             assert self._score is not None
-            scored = self._score([self.prompts[row] for row in rows])[:, :, 0]
+            scored = self._score([self.prompts[row] for row in rows])[:, :, QUALITY]
             logits_P2[:, : scored.shape[1]] = scored
         self._logits |= zip(rows, map(tuple, logits_P2.tolist()), strict=True)
         return logits_P2

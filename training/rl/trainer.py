@@ -171,7 +171,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             )
 
     def _scores(self, prompts: Sequence[str]) -> NDArray[np.float64]:
-        """The estimator's logits (P, K, 2), the work shared out over the ranks."""
+        """The estimator's logits (P, K, H), the work shared out over the ranks."""
         assert self.learner is not None
         ranks = self.accelerator.num_processes
         parts = gather_object([self.learner.score(prompts[self.accelerator.process_index :: ranks])])

@@ -183,9 +183,9 @@ def test_calibrate_keeps_what_it_has_no_labels_for(
     assert "Token confidence of large stays calibrated as it was" in out
     parent, child = (Runtime.load(place).calibration.stages for place in (places["fitted"], tmp_path / "new"))
     for stage in ("full", "cheap"):
-        assert child[stage].quality == parent[stage].quality
-        assert child[stage].token_confidence[1] == parent[stage].token_confidence[1]
-        assert child[stage].token_confidence[0] != parent[stage].token_confidence[0]
+        assert child[stage]["quality"] == parent[stage]["quality"]
+        assert child[stage]["token_confidence"][1] == parent[stage]["token_confidence"][1]
+        assert child[stage]["token_confidence"][0] != parent[stage]["token_confidence"][0]
 
 
 def test_calibrate_says_which_share_it_reaches(

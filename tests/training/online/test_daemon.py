@@ -18,7 +18,7 @@ import yaml
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.records.store import Store
-from depo_gateway.estimator.standing import read as read_standing
+from depo_gateway.estimator.standing import read_standing
 from depo_gateway.training.online import checkpoint_retention, daemon
 from depo_gateway.training.online import settings as learner_settings
 from depo_gateway.training.online.daemon_state import DaemonState, read_state
@@ -113,7 +113,7 @@ def test_from_traffic_to_a_published_checkpoint(tmp_path: Path, store: Store, ti
             assert running.metric("labels_seen") >= 60
             assert running.metric("last_publish_timestamp_seconds") > time.time() - 100
             place = checkpoint.resolve(running.out)
-            manifest, _ = checkpoint.load(place)
+            manifest, _ = checkpoint.load_checkpoint(place)
             assert running.metric(f'info{{version="{manifest.version}"}}') == 1
             assert "learner_calibration_error" in running.get("/metrics")
             assert manifest.parent == checkpoint.load_manifest(tiny_checkpoint).version
@@ -238,10 +238,10 @@ def test_killed_anywhere_current_names_a_whole_checkpoint(tmp_path: Path, store:
                         assert time.monotonic() < end
                         time.sleep(0.01)
         if (out / "current").exists():
-            manifest, _ = checkpoint.load(checkpoint.resolve(out))
+            manifest, _ = checkpoint.load_checkpoint(checkpoint.resolve(out))
             published.add(manifest.version)
         for path in out.glob("refresh-*"):
-            checkpoint.load(path)
+            checkpoint.load_checkpoint(path)
         standing = read_standing(out)
         assert standing is None or standing.labels > 0
     assert len(published) >= 6

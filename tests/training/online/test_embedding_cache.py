@@ -11,7 +11,7 @@ from depo_gateway.training.online.embedding_cache import EmbeddingCache
 
 
 def test_embeddings_are_cached_by_encoder_and_the_oldest_are_evicted(tiny_checkpoint: Path) -> None:
-    estimator, tokenizer, _ = model.load(tiny_checkpoint)
+    estimator, tokenizer, _ = model.load_model(tiny_checkpoint)
     learner = Learner(estimator, tokenizer, LearnerConfig())
     examples = [Example(f"what is {i}", {}) for i in range(8)]
     cache = EmbeddingCache(capacity=6)

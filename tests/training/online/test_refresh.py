@@ -85,7 +85,7 @@ def test_from_nothing_to_a_published_router_and_on(tiny_checkpoint: Path, tmp_pa
     assert gain[1::2].mean() > gain[::2].mean() + 0.4
     metrics = first.published.metrics
     assert (metrics["labels"], metrics["trained_to"], first.published.pools) == (300, 600, POOLS)
-    stands = standing.read(tmp_path)
+    stands = standing.read_standing(tmp_path)
     assert stands == first.standing
     assert stands is not None
     assert stands.beats_random
@@ -158,7 +158,7 @@ def test_a_worse_candidate_is_refused_and_goes_on_record(tiny_checkpoint: Path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [REFUSALS, "current", standing.STANDING, checkpoint.resolve(tmp_path).name]
     )
-    stands = standing.read(tmp_path)  # of the champion, on labels that are random now
+    stands = standing.read_standing(tmp_path)  # of the champion, on labels that are random now
     assert stands is not None
     assert (stands.version, stands.labels) == (before.published.version, 300)
 
@@ -203,11 +203,11 @@ def test_reference_prompts_that_the_champion_was_fitted_on_are_not_compared(
     from depo_gateway.training.outcomes.table import Row
 
     rows = [Row(asked(i, 3), "", {pool: truth(pool, i) for pool in POOLS}, {}, "", "") for i in range(300)]
-    manifest, files = checkpoint.load(tiny_checkpoint)
+    manifest, files = checkpoint.load_checkpoint(tiny_checkpoint)
     for number, (count, compared, noted) in enumerate(((200, 100, False), (300, 300, True))):
         known = {"fitted_on": contamination.fingerprints([Example(row.question, {}) for row in rows[:count]])}
         base = tmp_path / f"base{number}"
-        checkpoint.write(base, files, manifest.base, manifest.pools, manifest.text, known)
+        checkpoint.write_checkpoint(base, files, manifest.base, manifest.pools, manifest.text, known)
         result = refresh(shadowed(range(300)), base, tmp_path / f"out{number}", CONFIG, rows)
         assert result.verdict.figures["reference"]["prompts"] == compared
         assert any("fitted on the reference's prompts" in note for note in result.notes) == noted
@@ -216,13 +216,13 @@ def test_reference_prompts_that_the_champion_was_fitted_on_are_not_compared(
 def test_targets_are_carried_over_with_new_thresholds(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from depo_gateway.estimator import calibration
 
-    manifest, files = checkpoint.load(tiny_checkpoint)
+    manifest, files = checkpoint.load_checkpoint(tiny_checkpoint)
     targets = {"large-share=0.4": {"gain": 0.123}, "cost=0.5": {"gain": 0.1}}
     files[checkpoint.CALIBRATION] = calibration.dumps(
         replace(calibration.loads(files[checkpoint.CALIBRATION]), targets=targets)
     )
     base = tmp_path / "base"
-    checkpoint.write(base, files, manifest.base, manifest.pools, manifest.text, {})
+    checkpoint.write_checkpoint(base, files, manifest.base, manifest.pools, manifest.text, {})
     result = refresh(shadowed(range(400), flip=True), base, tmp_path / "out", CONFIG)
     assert result.place is not None
     written = Runtime.load(result.place).calibration

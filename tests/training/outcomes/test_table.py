@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.training.outcomes.table import (
     examples_of,
     folds_of,
-    labels,
     parse_pools,
     read_table,
     read_tables,
@@ -90,9 +90,9 @@ def test_rows_of_the_same_question_become_one_example(tmp_path: Path) -> None:
     assert examples[0].quality == {"small": 0.5, "large": 0.625}  # a: (1 + 0) / 2; large: b 0.25 and c 1
     assert examples[1].quality == {"small": None, "large": 1.0}
     assert [example.group for example in examples] == ["t/sums", ""]
-    t_NK, d_NK = labels(examples, ("small", "large"))
-    assert np.isnan(t_NK).tolist() == [[False, False], [True, False]]
-    assert d_NK[0, 0] == 0.9
+    labels = labels_by_head(examples, ("small", "large"))
+    assert np.isnan(labels["quality"]).tolist() == [[False, False], [True, False]]
+    assert labels["token_confidence"][0, 0] == 0.9
 
 
 def test_a_group_that_is_its_whole_source_is_none(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a forward pass runs in: fp32 whatever the caller set, and dropout from a seed of its own. Torch."""
+"""Context managers for a forward pass: fp32 whatever the caller set, seeded dropout, recomputed activations. Torch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-MANY = 16_384  # tokens of a batch, padding too: beyond, a step keeps no layer's activations
+RECOMPUTE_TOKENS = 16_384  # of a batch, padding included: above it, a step recomputes activations
 
 
 @contextmanager
-def sparing(encoder: Any, tokens: int) -> Iterator[None]:
-    """Of a large batch's activations only each layer's input is kept; the rest is computed again on the way back.
+def recompute_activations(encoder: Any, tokens: int) -> Iterator[None]:
+    """Gradient checkpointing for a large batch: only each layer's input is stored, the rest is computed again.
 
-    256 prompts of 512 tokens would else take some 40 GiB beside the policy. It works in training mode alone, that is
-    with dropout, whose masks are drawn alike again.
+    Without it, 256 prompts of 512 tokens take some 40 GiB beside the policy. It works in training mode only, that is
+    with dropout; the masks are the same both times.
     """
-    if tokens <= MANY or not encoder.supports_gradient_checkpointing:
+    if tokens <= RECOMPUTE_TOKENS or not encoder.supports_gradient_checkpointing:
         yield
         return
-    kind = (
-        "activation" if hasattr(encoder, "activation_checkpointing_enable") else "gradient"
-    )  # the old name, before 5.x
+    renamed = hasattr(encoder, "activation_checkpointing_enable")  # since transformers 5
+    kind = "activation" if renamed else "gradient"
     getattr(encoder, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     try:
         yield
@@ -35,17 +34,17 @@ def sparing(encoder: Any, tokens: int) -> Iterator[None]:
 @contextmanager
 def fp32(device: torch.device, gradients: bool = False) -> Iterator[None]:
     """With or without gradients, and in fp32, whatever the caller set."""
-    # never inference_mode, though: what is made in it can't be used in a step later
+    # not inference_mode: tensors made in it can't be used in a later step
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device.type, enabled=False):
         yield
 
 
 @contextmanager
-def dropout(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+def seeded_dropout(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     """`model` in training mode, its dropout masks drawn from `seed` (64 bits); in evaluation mode afterwards.
 
-    The global random state is neither read nor moved: else an estimator beside a policy would change what the policy
-    samples. `device` is the model's, the CPU or a CUDA device.
+    The global random state is neither read nor changed, so an estimator beside a policy does not change what the policy
+    samples. `device` is the model's: the CPU or a CUDA device.
     """
     cuda = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(cuda):
