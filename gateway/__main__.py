@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from depo_gateway import __version__
+from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.gateway import config
 
 
@@ -133,7 +134,7 @@ def _check(options: argparse.Namespace) -> int:
         except ValueError as error:
             raise ValueError(f"estimator.candidate: {error}") from None
     if settings.records is not None:
-        Store(config.database_url(settings.records)).close()  # its address and driver; nobody is asked yet
+        Store(database_url(settings.records)).close()  # its address and driver; nobody is asked yet
     print(config.resolved_yaml(settings), end="", flush=True)
     return 0
 

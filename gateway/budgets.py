@@ -9,7 +9,7 @@ Only a call of the last pool itself has its own share at once.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from depo_gateway.gateway.config import Key
+from depo_gateway.gateway.auth_config import Key
 
 BURST = 10.0  # calls of the last pool beyond the share that a key may have saved up
 

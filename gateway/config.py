@@ -1,14 +1,13 @@
 """Every setting of the gateway, as one frozen tree read from gateway.yaml.
 
-The tree is closed: an unknown key stops start-up and names itself and the nearest known key. Scalars are checked too
-(`threshold: "0.6"` is a mistake, not a number).
+The tree is closed: an unknown key stops start-up with a message that names it and the nearest known key. Scalars are
+checked too: `threshold: "0.6"` is an error. Settings that the learner has as well are in configuration/shared.py.
 """
 
 import dataclasses
 import hashlib
 import ipaddress
 import itertools
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,44 +17,40 @@ from typing import Any, Literal
 import yaml
 
 from depo_gateway.estimator.configuration import addresses, yaml_tree
+from depo_gateway.estimator.configuration.shared import (
+    Listen,
+    PoolBackends,
+    RecordsDatabase,
+    check_backends,
+    check_port,
+    resolve_database,
+)
 from depo_gateway.estimator.configuration.yaml_tree import at_least, within
+from depo_gateway.gateway.auth_config import Auth, check_digest, check_keys, with_keys_file
 
 Modality = Literal["text", "tools", "image", "audio"]
 Rule = Literal["gain", "difficulty"]
 
 
 @dataclass(frozen=True, slots=True)
-class Listen:
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-
-@dataclass(frozen=True, slots=True)
 class Admin:
     host: str = "127.0.0.1"
     port: int = 9000
-    key_sha256: str | None = None  # of the key that /admin/reload wants
+    key_sha256: str | None = None  # of the key that /admin/reload requires
 
 
 @dataclass(frozen=True, slots=True)
-class BackendConfig:
-    url: str  # with or without /v1
-    api_key_env: str | None = None  # the environment variable that holds the backend's own key
+class PoolConfig(PoolBackends):
+    """A pool that requests are routed to."""
 
-
-@dataclass(frozen=True, slots=True)
-class PoolConfig:
-    model: str  # what the backends call it
-    backends: tuple[BackendConfig, ...]
-    cost: float = 1.0  # any unit, per 1,000 tokens
-    context_tokens: int | None = None  # None: no limit known
+    context_tokens: int | None = None  # None: no known limit
     max_in_flight: int = 256
     accepts: tuple[Modality, ...] = ("text", "tools", "image", "audio")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the threshold follows instead of standing still. One of the three."""
+    """What the threshold is moved to reach. One of the three."""
 
     large_share: float | None = None  # of the routed requests
     quality: float | None = None  # as a fraction of the last pool's, by the checkpoint's calibration
@@ -78,7 +73,7 @@ class Estimator:
     path: str = "builtin"
     deadline_ms: float = 50.0
     watch: bool = True
-    candidate: str | None = None  # a second checkpoint, which scores live traffic and decides nothing
+    candidate: str | None = None  # a second checkpoint, which scores live traffic but never decides
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,37 +88,21 @@ class Timeouts:
 @dataclass(frozen=True, slots=True)
 class Retries:
     budget: float = 0.2  # retries per request, over the last ten seconds
-    per_second: float = 10.0  # and this many whatever the traffic
+    per_second: float = 10.0  # always allowed, however little traffic there is
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     body_bytes: int = 4 * 1024 * 1024
     header_bytes: int = 64 * 1024
-    max_queue: int = 512  # requests that wait for a pool's slot
+    max_queue: int = 512  # requests waiting for a pool's slot
     queue_timeout_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
-    name: str
-    sha256: str
-    requests_per_minute: float | None = None
-    large_share: float | None = None  # of this key's requests, the most that the last pool may serve
+class Records(RecordsDatabase):
+    """Where finished requests are written: by default sqlite:///records.db beside the config. No section: nowhere."""
 
-
-@dataclass(frozen=True, slots=True)
-class Auth:
-    keys_file: str | None = None
-    keys: tuple[Key, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Records:
-    """Where finished requests are written. An absent section writes none."""
-
-    url: str | None = None  # as SQLAlchemy writes it; default: sqlite:///records.db beside the config
-    url_env: str | None = None  # instead: the environment variable that holds it
     prompts: Literal["none", "hash", "full"] = "none"
     hash_key_env: str | None = None  # the environment variable with HMAC's key, for prompts: hash and conversations
     retention_days: float = 30.0
@@ -133,7 +112,7 @@ class Records:
 class Config:
     pools: Mapping[str, PoolConfig]  # cheapest first
     version: Literal[1] = 1
-    listen: Listen = field(default_factory=Listen)
+    listen: Listen = field(default_factory=lambda: Listen(port=8000))
     admin: Admin = field(default_factory=Admin)
     routing: Routing = field(default_factory=Routing)
     estimator: Estimator = field(default_factory=Estimator)
@@ -141,7 +120,7 @@ class Config:
     retries: Retries = field(default_factory=Retries)
     limits: Limits = field(default_factory=Limits)
     auth: Auth | None = None  # None: open
-    records: Records | None = None  # None: none are kept
+    records: Records | None = None  # None: no records
 
 
 def load_config(path: Path) -> Config:
@@ -168,25 +147,25 @@ def parse_config(raw: Mapping[str, Any], directory: Path = Path()) -> Config:
         raise ValueError("auth is empty; write auth: none to serve without keys, or leave it out")
     if "records" in values and values["records"] is None:
         raise ValueError("records is empty; write records: {} to keep them in records.db, or leave it out")
-    open_aloud = values.get("auth") == "none"
-    if open_aloud:
+    open_explicitly = values.get("auth") == "none"
+    if open_explicitly:
         del values["auth"]
     config: Config = yaml_tree.build(Config, values, "")
     if config.auth is not None:
-        config = dataclasses.replace(config, auth=_with_keys_file(config.auth, directory))
+        config = dataclasses.replace(config, auth=with_keys_file(config.auth, directory))
     config = dataclasses.replace(config, estimator=_with_places(config.estimator, directory))
     if config.records is not None:
-        config = dataclasses.replace(config, records=_with_url(config.records, directory))
+        config = dataclasses.replace(config, records=_with_database(config.records, directory))
     if config.routing.target is None and "target" in values.get("routing", {}):
         raise ValueError("routing.target is empty; write one of large_share, quality, cost under it")
     if config.routing.target is not None and "threshold" in values["routing"]:
         raise ValueError("routing has both threshold and target; a target moves the threshold, so write one of them")
-    _check(config, open_aloud)
+    _check(config, open_explicitly)
     return config
 
 
 def resolved_yaml(config: Config) -> str:
-    """The tree as YAML, defaults filled in, key digests shortened so that a paste into a ticket gives nothing away."""
+    """The tree as YAML with defaults filled in and no secrets: key digests are shortened, passwords hidden."""
     tree = yaml_tree.plain(config)
     if config.records is not None:
         tree["records"]["url"] = shown_url(config.records)
@@ -201,14 +180,14 @@ def resolved_yaml(config: Config) -> str:
     if tree["admin"]["key_sha256"]:
         tree["admin"]["key_sha256"] = tree["admin"]["key_sha256"][:8] + "…"
     if config.auth is None:
-        del tree["auth"]  # absent means open on a loopback address; only who said "none" gets it back
+        del tree["auth"]  # absent means open on a loopback address; elsewhere open needs "none"
         if not _is_loopback(config.listen.host):
             tree["auth"] = "none"
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def key_digest(key: str) -> str:
-    """What a config holds of an API key: sha256 over its UTF-8 bytes, in hex. Keys are 256 random bits, so no salt."""
+    """The sha256 of an API key in hex, as configs hold it. It needs no salt: keys are 256 random bits."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -220,23 +199,43 @@ def shown_url(records: Records) -> str | None:
     return re.sub(r"(?i)([?&][^=&]*passw[^=&]*=)[^&]*", r"\1***", shown)
 
 
-def database_url(records: Records) -> str:
-    """The database's address, wherever it is written."""
-    return records.url if records.url is not None else os.environ[records.url_env or ""]
+def _check(config: Config, open_explicitly: bool) -> None:
+    _check_pools(config.pools)
+    _check_routing(config.routing, config.pools)
+    _check_numbers(config)
+    _check_listen(config)
+    if config.records is not None:
+        _check_records(config.records)
+    _check_auth(config, open_explicitly)
 
 
-def _check(config: Config, open_aloud: bool) -> None:
-    pools = config.pools
+def _check_pools(pools: Mapping[str, PoolConfig]) -> None:
     if len(pools) < 2:
         raise ValueError(f"'pools' needs two pools or more, cheapest first, and has {len(pools)}")
+    for name, pool in pools.items():
+        check_backends(name, pool)
+        at_least(pool.max_in_flight, 1, f"pools.{name}.max_in_flight")
+        if pool.context_tokens is not None:
+            at_least(pool.context_tokens, 1, f"pools.{name}.context_tokens")
+        if "text" not in pool.accepts:
+            raise ValueError(f"pools.{name}.accepts must contain text, beside whatever else the pool takes")
+    _check_names(pools)
+    for (name, pool), (after, next_pool) in itertools.pairwise(pools.items()):
+        if next_pool.cost < pool.cost:
+            raise ValueError(
+                f"pools are listed cheapest first, but {after!r} ({next_pool.cost:g}) comes after {name!r} "
+                f"({pool.cost:g})"
+            )
+
+
+def _check_names(pools: Mapping[str, PoolConfig]) -> None:
+    """Pools' names and models are what requests name: each names one pool, and none asks for routing."""
     models: dict[str, str] = {}
     for name, pool in pools.items():
         if name == "auto" or name.startswith("auto-"):
             raise ValueError(f"pools.{name}: a pool can't be called 'auto' or 'auto-…', those names ask for routing")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name):
             raise ValueError(f"pools.{name}: a pool's name is up to 63 letters, digits, '-', '_' and '.'")
-        if not pool.model:
-            raise ValueError(f"pools.{name}.model is empty; write what the backend calls the model")
         if pool.model in models or (pool.model in pools and pool.model != name):
             other = models.get(pool.model, pool.model)
             raise ValueError(
@@ -245,56 +244,24 @@ def _check(config: Config, open_aloud: bool) -> None:
         if pool.model == "auto" or re.fullmatch(r"auto-[0-9.]+", pool.model):
             raise ValueError(f"pools.{name}.model can't be {pool.model!r}, that name asks for routing")
         models[pool.model] = name
-        if not pool.backends:
-            raise ValueError(f"pools.{name}.backends is empty; list at least one url")
-        for index, backend in enumerate(pool.backends):
-            where = f"pools.{name}.backends[{index}]"
-            addresses.check_http(backend.url, f"{where}.url")
-            addresses.check_secret(backend.api_key_env, f"{where}.api_key_env")
-        at_least(pool.cost, 0, f"pools.{name}.cost")
-        at_least(pool.max_in_flight, 1, f"pools.{name}.max_in_flight")
-        if pool.context_tokens is not None:
-            at_least(pool.context_tokens, 1, f"pools.{name}.context_tokens")
-        if "text" not in pool.accepts:
-            raise ValueError(f"pools.{name}.accepts must contain text; what else it takes comes beside it")
-    costs = [(pool.cost, name) for name, pool in pools.items()]
-    for (cost, name), (dearer, after) in itertools.pairwise(costs):
-        if dearer < cost:
-            raise ValueError(
-                f"pools are listed cheapest first, but {after!r} ({dearer:g}) comes after {name!r} ({cost:g})"
-            )
-    routing = config.routing
+
+
+def _check_routing(routing: Routing, pools: Mapping[str, PoolConfig]) -> None:
     within(routing.threshold, 0, 1, "routing.threshold")
     within(routing.explore, 0, 1, "routing.explore")
-    if routing.target is not None:
-        given = {name: value for name, value in yaml_tree.plain(routing.target).items() if value is not None}
-        if len(given) != 1:
-            raise ValueError("routing.target takes one of large_share, quality, cost")
-        for name, value in given.items():
-            within(value, 0, 1, f"routing.target.{name}")
-        if "cost" in given:
-            _check_cost(given["cost"], pools)
     if routing.on_overload != "share" and routing.on_overload not in pools:
         raise ValueError(
             f"routing.on_overload is {routing.on_overload!r}; write share or a pool's name ({', '.join(pools)})"
         )
-    for section in ("timeouts", "retries"):
-        tree = getattr(config, section)
-        for item in dataclasses.fields(tree):
-            floor = 0.0 if section == "retries" or item.name == "drain_s" else 0.001
-            at_least(getattr(tree, item.name), floor, f"{section}.{item.name}")
-    at_least(config.estimator.deadline_ms, 0, "estimator.deadline_ms")
-    at_least(config.limits.body_bytes, 1024, "limits.body_bytes")
-    at_least(config.limits.header_bytes, 1024, "limits.header_bytes")
-    at_least(config.limits.max_queue, 0, "limits.max_queue")
-    at_least(config.limits.queue_timeout_s, 0, "limits.queue_timeout_s")
-    for section in ("listen", "admin"):
-        within(getattr(config, section).port, 0, 65535, f"{section}.port")
-    if config.listen == Listen(config.admin.host, config.admin.port) and config.listen.port:
-        raise ValueError(f"listen and admin both name port {config.listen.port}; give admin.port another")
-    if config.records is not None:
-        _check_records(config.records)
-    _check_auth(config, open_aloud)
+    if routing.target is None:
+        return
+    given = {name: value for name, value in yaml_tree.plain(routing.target).items() if value is not None}
+    if len(given) != 1:
+        raise ValueError("routing.target takes one of large_share, quality, cost")
+    for name, value in given.items():
+        within(value, 0, 1, f"routing.target.{name}")
+    if "cost" in given:
+        _check_cost(given["cost"], pools)
 
 
 def _check_cost(wanted: float, pools: Mapping[str, PoolConfig]) -> None:
@@ -310,38 +277,47 @@ def _check_cost(wanted: float, pools: Mapping[str, PoolConfig]) -> None:
         )
 
 
+def _check_numbers(config: Config) -> None:
+    for section in ("timeouts", "retries"):
+        tree = getattr(config, section)
+        for item in dataclasses.fields(tree):
+            floor = 0.0 if section == "retries" or item.name == "drain_s" else 0.001
+            at_least(getattr(tree, item.name), floor, f"{section}.{item.name}")
+    at_least(config.estimator.deadline_ms, 0, "estimator.deadline_ms")
+    at_least(config.limits.body_bytes, 1024, "limits.body_bytes")
+    at_least(config.limits.header_bytes, 1024, "limits.header_bytes")
+    at_least(config.limits.max_queue, 0, "limits.max_queue")
+    at_least(config.limits.queue_timeout_s, 0, "limits.queue_timeout_s")
+
+
+def _check_listen(config: Config) -> None:
+    listen, admin = config.listen, config.admin
+    check_port(listen.port, "listen.port")
+    check_port(admin.port, "admin.port")
+    if (listen.host, listen.port) == (admin.host, admin.port) and listen.port:
+        raise ValueError(f"listen and admin both name port {listen.port}; give admin.port another")
+
+
 def _check_records(records: Records) -> None:
     if records.prompts == "hash" and records.hash_key_env is None:
-        raise ValueError("records.prompts: hash wants records.hash_key_env, the environment variable with HMAC's key")
+        raise ValueError(
+            "records.prompts: hash requires records.hash_key_env, the environment variable with HMAC's key"
+        )
     addresses.check_secret(records.hash_key_env, "records.hash_key_env")
     if not records.retention_days > 0:
         raise ValueError(f"records.retention_days is {records.retention_days:g} and must be above 0")
 
 
-def _check_auth(config: Config, open_aloud: bool) -> None:
+def _check_auth(config: Config, open_explicitly: bool) -> None:
     if config.admin.key_sha256 is not None:
-        _check_digest(config.admin.key_sha256, "admin.key_sha256")
-    if config.auth is None:
-        if not open_aloud and not _is_loopback(config.listen.host):
-            raise ValueError(
-                f"listen.host {config.listen.host} can be reached from other machines and auth is absent; "
-                "configure auth.keys_file (depo-gateway keys new NAME makes a key), or write auth: none if it is meant"
-            )
-        return
-    if not config.auth.keys:
-        raise ValueError("auth has no keys; add one with depo-gateway keys new NAME, or write auth: none")
-    seen: dict[str, str] = {}
-    for index, key in enumerate(config.auth.keys):
-        if not key.name:
-            raise ValueError(f"auth.keys[{index}].name is empty")
-        _check_digest(key.sha256, f"auth.keys[{index}].sha256 (key {key.name!r})")
-        if key.requests_per_minute is not None and not key.requests_per_minute > 0:
-            raise ValueError(f"auth.keys[{index}].requests_per_minute must be above 0 (key {key.name!r})")
-        if key.large_share is not None:
-            within(key.large_share, 0, 1, f"auth.keys[{index}].large_share (key {key.name!r})")
-        if key.name in seen.values() or key.sha256 in seen:
-            raise ValueError(f"auth.keys[{index}] repeats the name or the digest of an earlier key ({key.name!r})")
-        seen[key.sha256] = key.name
+        check_digest(config.admin.key_sha256, "admin.key_sha256")
+    if config.auth is not None:
+        check_keys(config.auth)
+    elif not open_explicitly and not _is_loopback(config.listen.host):
+        raise ValueError(
+            f"listen.host {config.listen.host} can be reached from other machines and auth is absent; configure "
+            "auth.keys_file (depo-gateway keys new NAME makes a key), or write auth: none to allow access without keys"
+        )
 
 
 def _with_places(estimator: Estimator, directory: Path) -> Estimator:
@@ -354,35 +330,10 @@ def _with_places(estimator: Estimator, directory: Path) -> Estimator:
     return dataclasses.replace(estimator, path=placed(estimator.path), candidate=candidate)
 
 
-def _with_url(records: Records, directory: Path) -> Records:
-    if records.url is not None and records.url_env is not None:
-        raise ValueError("records has both url and url_env; write one of them")
-    if records.url_env is None:
-        where, url = "records.url", records.url if records.url is not None else "sqlite:///records.db"
-    else:
-        addresses.check_secret(records.url_env, "records.url_env")
-        where, url = "records.url_env", os.environ[records.url_env]
-    placed = addresses.placed_database(url, where, directory)
-    if records.url_env is not None and not placed.startswith(addresses.SQLITE):
-        return records  # a password stays where it is
-    return dataclasses.replace(records, url=placed, url_env=None)
-
-
-def _with_keys_file(auth: Auth, directory: Path) -> Auth:
-    if auth.keys_file is None:
-        return auth
-    path = directory / Path(auth.keys_file).expanduser()
-    raw = yaml_tree.read_yaml(path)
-    if isinstance(raw, dict) and set(raw) == {"keys"}:
-        raw = raw["keys"]
-    if not isinstance(raw, list):
-        raise ValueError(f"auth.keys_file {path}: expected a list of {{name, sha256}}, found {yaml_tree.kind_of(raw)}")
-    return Auth(str(path), auth.keys + tuple(yaml_tree.build(Key, item, f"{path}[{i}]") for i, item in enumerate(raw)))
-
-
-def _check_digest(value: str, where: str) -> None:
-    if not re.fullmatch(r"[0-9a-f]{64}", value):
-        raise ValueError(f"{where} is not a sha256 in hex; depo-gateway keys new NAME prints the line to paste")
+def _with_database(records: Records, directory: Path) -> Records:
+    if records.url is None and records.url_env is None:
+        records = dataclasses.replace(records, url="sqlite:///records.db")
+    return resolve_database(records, directory, "records.url" if records.url_env is None else "records.url_env")
 
 
 def _is_loopback(host: str) -> bool:

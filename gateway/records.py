@@ -16,9 +16,10 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.estimator.records.store import Feedback, Store, StoreError
 from depo_gateway.estimator.records.types import Record
-from depo_gateway.gateway.config import Records, database_url
+from depo_gateway.gateway.config import Records
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.request_notes import Answer, Notes, record_of
 

@@ -1,4 +1,4 @@
-"""Addresses and secrets, as the gateway's and the learner's settings write them. Every mistake is a ValueError."""
+"""Checks of addresses and secrets in settings. Every mistake is a ValueError of one sentence."""
 
 import os
 import re
@@ -10,19 +10,21 @@ DATABASES = (SQLITE, "postgresql://", "postgresql+psycopg://")
 
 
 def check_secret(variable: str | None, where: str) -> None:
-    """The environment variable holds a bare value. `where` names the setting; None: none is wanted."""
+    """The environment variable holds a bare value. `where` names the setting; `variable` None: none is needed."""
     if variable is None:
         return
     value = os.environ.get(variable, "")
     if not value:
         raise ValueError(f"{where}: the environment variable {variable!r} is not set")
     if not value.isascii() or not value.isprintable() or value != value.strip():
-        raise ValueError(f"{where}: {variable!r} holds a line's end, blanks around it or non-ASCII; set the bare value")
+        raise ValueError(
+            f"{where}: {variable!r} holds a line break, surrounding blanks or non-ASCII characters; set the bare value"
+        )
 
 
 def check_http(url: str, where: str, query: bool = False) -> None:
-    """An http or https address without a key in it; with `?…` only where `query` allows it."""
-    if "@" in url:  # and not shown here: it would also stand in metrics and logs
+    """An http or https address without a key in it; `query` allows `?…`."""
+    if "@" in url:  # not shown: it would also stand in metrics and logs
         raise ValueError(f"{where} holds an '@'; give a key by api_key_env, not in the address")
     try:
         parts = urlsplit(url)
@@ -35,11 +37,11 @@ def check_http(url: str, where: str, query: bool = False) -> None:
 
 
 def placed_database(url: str, where: str, directory: Path) -> str:
-    """SQLAlchemy's address of a database; the path of an SQLite file is taken from `directory`."""
+    """SQLAlchemy's address of a database, an SQLite file's path made absolute from `directory`."""
     if url.partition("?")[0] in ("sqlite://", SQLITE, f"{SQLITE}:memory:"):
-        raise ValueError(f"{where} {url} names no file; write sqlite:///FILE, for records must outlive the process")
+        raise ValueError(f"{where} {url} names no file; write sqlite:///FILE, because records must outlive the process")
     if not url.startswith(DATABASES):
-        raise ValueError(f"{where} is no sqlite:///FILE or postgresql://HOST/DATABASE")
+        raise ValueError(f"{where} must be sqlite:///FILE or postgresql://HOST/DATABASE")
     if not url.startswith(SQLITE):
         return url
     return SQLITE + str(directory.absolute() / Path(url.removeprefix(SQLITE)).expanduser())

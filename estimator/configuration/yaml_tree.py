@@ -19,13 +19,13 @@ import yaml
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key written twice, of which PyYAML silently keeps the last."""
+    """YAML that refuses a key written twice; PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # what `<<` brings in may be overridden
+                continue  # keys merged in by `<<` may be overridden
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise ValueError(f"line {key_node.start_mark.line + 1}: a key must be plain text")
@@ -36,6 +36,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
+    """A file's YAML value. Raises ValueError if the file can't be read or is not valid."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -47,11 +48,16 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
-def build(kind: Any, value: Any, where: str) -> Any:
-    """Checks `value` against the annotation `kind` and builds it. `where` names the place in messages."""
+def build(kind: Any, value: Any, where: str, default: Any = None) -> Any:
+    """Checks `value` against the annotation `kind` and builds it.
+
+    Args:
+        where: the place, for messages.
+        default: a section's default; keys that `value` lacks are taken from it.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return _tree(kind, value, where)
+        return _section(kind, value, where, default)
     if origin is Literal:
         if not any(value == option and type(value) is type(option) for option in arguments):
             raise ValueError(f"{where} is {value!r}; write one of {', '.join(map(str, arguments))}")
@@ -65,14 +71,20 @@ def build(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} is {kind_of(value)}; write a list")
         return tuple(build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is Mapping:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is {kind_of(value)}; write a mapping from names")
-        for name in value:
-            if not isinstance(name, str):  # YAML reads on, no and 7 as something else
-                raise ValueError(
-                    f"{where} has the name {name!r}, which YAML takes for {kind_of(name)}; put it in quotes"
-                )
-        return {name: build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+        return _mapping(arguments[1], value, where)
+    return _scalar(kind, value, where)
+
+
+def _mapping(kind: Any, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {kind_of(value)}; write a mapping from names")
+    for name in value:
+        if not isinstance(name, str):  # YAML reads on, no and 7 as something else
+            raise ValueError(f"{where} has the name {name!r}, which YAML takes for {kind_of(name)}; put it in quotes")
+    return {name: build(kind, item, f"{where}.{name}") for name, item in value.items()}
+
+
+def _scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
@@ -82,7 +94,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _tree(kind: Any, value: Any, where: str) -> Any:
+def _section(kind: Any, value: Any, where: str, default: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where or 'the config'} is {kind_of(value)}; write a mapping")
     fields = {item.name: item for item in dataclasses.fields(kind)}
@@ -90,14 +102,17 @@ def _tree(kind: Any, value: Any, where: str) -> Any:
     for name in value:
         if name not in fields:
             path = f"{where}.{name}" if where else str(name)
-            near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
+            similar = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.6)
+            hint = f"did you mean {similar[0]!r}?" if similar else f"known here: {', '.join(fields)}"
             raise ValueError(f"unknown key {path!r}; {hint}")
     built = {}
     for name, item in fields.items():
         path = f"{where}.{name}" if where else name
         if name in value:
-            built[name] = build(hints[name], value[name], path)
+            known = item.default_factory() if callable(item.default_factory) else None
+            built[name] = build(hints[name], value[name], path, known)
+        elif default is not None:
+            built[name] = getattr(default, name)
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise ValueError(f"{path!r} is missing")
     return kind(**built)
@@ -107,6 +122,7 @@ KINDS = {float: "a number", int: "a whole number", str: "text", bool: "true or f
 
 
 def kind_of(value: Any) -> str:
+    """What a YAML value is, for messages."""
     if value is None:
         return "empty"
     names = {dict: "a mapping", list: "a list", bool: "true or false", int: "a whole number", float: "a number"}
@@ -114,6 +130,7 @@ def kind_of(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
+    """A tree as mappings, lists and scalars, for YAML or JSON."""
     if dataclasses.is_dataclass(value):
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):

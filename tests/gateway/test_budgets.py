@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depo_gateway.gateway import budgets, config
+from depo_gateway.gateway.auth_config import Key
 from depo_gateway.gateway.budgets import BURST, Account, Budgets
-from depo_gateway.gateway.config import Config, Key
+from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.control import Accounting, Control
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.protocol import ApiError

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.gateway import config
+from depo_gateway.gateway.auth_config import Key
 
 SHA = config.key_digest("sk-depo-test")
 
@@ -79,7 +81,7 @@ def test_the_contracts_example_is_taken(tmp_path: Path) -> None:
     assert (read.routing.rule, read.routing.threshold, read.limits.queue_timeout_s) == ("gain", 0.85, 5.0)
     assert read.pools["small"].accepts == ("text", "tools")
     assert read.auth is not None
-    assert read.auth.keys == (config.Key("team-a", SHA, 600.0, 0.5),)
+    assert read.auth.keys == (Key("team-a", SHA, 600.0, 0.5),)
     assert read.records == config.Records(f"sqlite:///{tmp_path}/records.db")
 
 
@@ -245,13 +247,13 @@ def test_what_does_not_exist_is_unknown(changes: dict[str, Any], key: str) -> No
             {"auth__keys": [{"name": "a", "sha256": SHA, "large_share": 1.5}]},
             "auth.keys[0].large_share (key 'a') is 1.5 and must be between 0 and 1",
         ),
-        ({"records": {"url": "mysql://there/db"}}, "records.url is no sqlite:///FILE or postgresql://HOST/DATABASE"),
+        ({"records": {"url": "mysql://there/db"}}, "records.url must be sqlite:///FILE or postgresql://HOST/DATABASE"),
         ({"records": {"url": "sqlite://"}}, "records.url sqlite:// names no file; write sqlite:///FILE"),
         ({"records": {"url": "sqlite:///:memory:"}}, "records.url sqlite:///:memory: names no file; write sqlite:///"),
         ({"records": {"url": "sqlite:///a", "url_env": "B"}}, "records has both url and url_env; write one of them"),
         ({"records": {"url_env": "NO_SUCH_VARIABLE"}}, "records.url_env: the environment variable 'NO_SUCH_VARIABLE'"),
         ({"records": {"prompts": "some"}}, "records.prompts is 'some'; write one of none, hash, full"),
-        ({"records": {"prompts": "hash"}}, "records.prompts: hash wants records.hash_key_env"),
+        ({"records": {"prompts": "hash"}}, "records.prompts: hash requires records.hash_key_env"),
         ({"records": {"retention_days": 0}}, "records.retention_days is 0 and must be above 0"),
         ({"records": None}, "records is empty; write records: {} to keep them in records.db, or leave it out"),
         ({"routing__target": None}, "routing.target is empty; write one of large_share, quality, cost under it"),
@@ -332,7 +334,7 @@ def test_a_keys_file_lies_beside_the_config(tmp_path: Path, form: str) -> None:
     (tmp_path / "etc/gateway.yaml").write_text(yaml.safe_dump(tree(auth__keys_file="keys.yaml"), sort_keys=False))
     read = config.load_config(tmp_path / "etc/gateway.yaml")
     assert read.auth is not None
-    assert read.auth.keys == (config.Key("a", SHA),)
+    assert read.auth.keys == (Key("a", SHA),)
 
 
 @pytest.mark.parametrize(
@@ -358,11 +360,11 @@ def test_a_relative_database_lies_beside_the_config(tmp_path: Path, monkeypatch:
     for section in ({"url": "sqlite:///there/records.db"}, {"url_env": "RECORDS"}):
         read = config.parse_config(tree(records=section), tmp_path).records
         assert read is not None
-        assert config.database_url(read) == f"sqlite:///{tmp_path}/there/records.db"
+        assert database_url(read) == f"sqlite:///{tmp_path}/there/records.db"
     monkeypatch.setenv("RECORDS", "postgresql://u:secret@there/db")
     read = config.parse_config(tree(records={"url_env": "RECORDS"}), tmp_path).records
     assert read is not None
-    assert (config.database_url(read), config.shown_url(read)) == ("postgresql://u:secret@there/db", None)
+    assert (database_url(read), config.shown_url(read)) == ("postgresql://u:secret@there/db", None)
     monkeypatch.setenv("RECORDS", "sqlite:///:memory:")
     assert "records.url_env sqlite:///:memory: names no file" in mistake(tree(records={"url_env": "RECORDS"}))
 

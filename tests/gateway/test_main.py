@@ -204,7 +204,7 @@ def test_serve_serves_until_it_is_told_to_stop(tiny_checkpoint: Path, tmp_path: 
     with subprocess.Popen([*COMMAND, "serve", "--config", str(path)], stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
         for line in running.stderr:
-            if " WARNING gateway.pools: backend " not in line:  # nothing listens at those addresses
+            if " WARNING depo_gateway.gateway.pools: backend " not in line:  # nothing listens at those addresses
                 break
         found = re.fullmatch(
             r"serving (http://[\d.:]+)/v1, metrics at (http://[\d.:]+)/metrics, status page at \2/admin/\n", line

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
+from depo_gateway.estimator.configuration.shared import BackendConfig
 from depo_gateway.gateway import pools
-from depo_gateway.gateway.config import BackendConfig, PoolConfig
+from depo_gateway.gateway.config import PoolConfig
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.pools import Backend, NoSlotError, Pool, RetryBudget
 from depo_gateway.gateway.upstream import Upstream

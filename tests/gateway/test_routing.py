@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from depo_gateway.estimator.configuration.shared import BackendConfig
 from depo_gateway.gateway import routing
-from depo_gateway.gateway.config import BackendConfig, Modality, PoolConfig
+from depo_gateway.gateway.config import Modality, PoolConfig
 from depo_gateway.gateway.routing import Decision, Eligible, eligible
 
 POOLS = ("small", "middle", "large")

@@ -8,13 +8,14 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Label
 from depo_gateway.training.judging.judges import JudgeConfig
 from depo_gateway.training.judging.label_sources import open_judge
 from depo_gateway.training.judging.pool_client import PoolClient
 from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.online.settings import BackendConfig, PoolConfig, ShadowConfig
+from depo_gateway.training.online.settings import ShadowConfig
 from depo_gateway.training.online.shadowing import Shadow
 from tests.gateway.conftest import running
 from tests.vllm.conftest import PYTHON
@@ -53,7 +54,7 @@ async def test_served_traffic_becomes_labels_of_both_pools(
     assert all(record.answer and record.finish_reason and record.completion_tokens for record in records)
 
     pools = {
-        name: PoolConfig(server.model, (BackendConfig(server.url),), cost)
+        name: PoolBackends(server.model, (BackendConfig(server.url),), cost)
         for (name, server), cost in zip(servers.items(), (1.0, 5.0), strict=True)
     }
     metrics = LearnerMetrics("0")

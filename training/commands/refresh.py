@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.training.online import checkpoint_retention
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from depo_gateway.training.online.refresh import refresh
 
     with checkpoint_retention.directory_lock(args.out):
-        labelled = read_labelled(learner_settings.database_url(settings.records), settings.refresh.learn.newest)
+        labelled = read_labelled(database_url(settings.records), settings.refresh.learn.newest)
         reference = reference_rows(settings, args.base, args.out)
         result = refresh(
             labelled, args.base, args.out, settings.refresh.learn, reference, cold=args.cold, publish=args.publish

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
+from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
 from depo_gateway.training.judging.openai_client import (
     BUSY,
     AttemptError,
@@ -51,29 +52,6 @@ log = logging.getLogger(__name__)
 Query = str | Sequence[Mapping[str, Any]]  # a prompt, or a conversation's messages
 
 
-class PoolBackend(Protocol):
-    """One server of a pool."""
-
-    @property
-    def url(self) -> str: ...  # with or without /v1
-
-    @property
-    def api_key_env(self) -> str | None: ...  # the environment variable with its key
-
-
-class AskedPool(Protocol):
-    """A pool as this client sees it; the settings of the learner satisfy it."""
-
-    @property
-    def model(self) -> str: ...
-
-    @property
-    def backends(self) -> Sequence[PoolBackend]: ...
-
-    @property
-    def cost(self) -> float: ...  # per 1,000 tokens
-
-
 class CallMetrics(Protocol):
     """Where calls are counted."""
 
@@ -105,7 +83,7 @@ class PoolClient:
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        pools: Mapping[str, AskedPool],
+        pools: Mapping[str, PoolBackends],
         metrics: CallMetrics,
         priority: int | None,
         timeout_s: float,
@@ -152,7 +130,7 @@ class PoolClient:
         return max([await self._waiting_at(backend) for backend in self.pools[pool].backends])
 
     async def _post(
-        self, pool: str, backend: PoolBackend, path: str, body: Mapping[str, Any]
+        self, pool: str, backend: BackendConfig, path: str, body: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any]]:
         """Status and JSON. Drops an optional field that the server refuses, for good if that helps."""
         url = base_url(backend.url) + path
@@ -188,7 +166,7 @@ class PoolClient:
         else:
             log.warning("%s refuses logprobs: pool %s has no token confidence", url, pool)
 
-    def _count(self, config: AskedPool, query: Query, answer: Mapping[str, Any]) -> None:
+    def _count(self, config: PoolBackends, query: Query, answer: Mapping[str, Any]) -> None:
         usage = answer.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         tokens = sum(count for count in counts if isinstance(count, int))
@@ -198,7 +176,7 @@ class PoolClient:
         self.spent += cost
         self._metrics.add_cost(cost)
 
-    async def _waiting_at(self, backend: PoolBackend) -> float:
+    async def _waiting_at(self, backend: BackendConfig) -> float:
         url = base_url(backend.url) + "/metrics"
         when, count = self._waiting.get(url, (-math.inf, 0.0))
         now = time.monotonic()
@@ -272,5 +250,5 @@ def _field(name: str) -> str:
     return "logprobs" if name == "top_logprobs" else name
 
 
-def _headers(backend: PoolBackend) -> dict[str, str]:
+def _headers(backend: BackendConfig) -> dict[str, str]:
     return {} if backend.api_key_env is None else {"Authorization": f"Bearer {os.environ[backend.api_key_env]}"}

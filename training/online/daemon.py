@@ -21,6 +21,7 @@ import aiohttp
 
 from depo_gateway import __version__
 from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.estimator.records.store import Store, StoreError
 from depo_gateway.training.judging.label_sources import open_judge
 from depo_gateway.training.judging.pool_client import PoolClient
@@ -68,7 +69,7 @@ def run_daemon(args: argparse.Namespace) -> int:
         checkpoint_retention.remove_leftovers(out)
         check_pools(settings, champion_path(base, out), args.cold)
         reference_rows(settings, base, out)  # an unreadable table fails now, not at the first refresh
-        store = Store(learner_settings.database_url(settings.records))
+        store = Store(database_url(settings.records))
         process = TrainerProcess(settings, base, out, args.cold)
         daemon = Daemon(settings, base, out, store, process, metrics, heartbeats)
         with MetricsServer(settings.listen.host, settings.listen.port, metrics, heartbeats) as server:

@@ -7,40 +7,24 @@ feedback alone.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from depo_gateway.estimator.configuration import addresses, yaml_tree
+from depo_gateway.estimator.configuration import yaml_tree
+from depo_gateway.estimator.configuration.shared import (
+    Listen,
+    PoolBackends,
+    RecordsDatabase,
+    check_backends,
+    check_port,
+    resolve_database,
+)
 from depo_gateway.estimator.configuration.yaml_tree import at_least, within
 from depo_gateway.training.judging.judges import JudgeConfig
 from depo_gateway.training.judging.label_sources import check_judge
 from depo_gateway.training.online.refresh_config import RefreshConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Records:
-    """The database that the gateways write."""
-
-    url: str | None = None  # as SQLAlchemy writes it
-    url_env: str | None = None  # instead: the environment variable that holds it
-
-
-@dataclass(frozen=True, slots=True)
-class BackendConfig:
-    url: str  # with or without /v1
-    api_key_env: str | None = None  # the environment variable that holds the backend's own key
-
-
-@dataclass(frozen=True, slots=True)
-class PoolConfig:
-    """A pool as the learner asks it; the names are the gateway's."""
-
-    model: str  # what the backends call it
-    backends: tuple[BackendConfig, ...]
-    cost: float = 1.0  # any unit, per 1,000 tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +53,13 @@ class RefreshSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Listen:
-    """Where /metrics and /livez are served."""
-
-    host: str = "127.0.0.1"
-    port: int = 9100
-
-
-@dataclass(frozen=True, slots=True)
 class LearnerSettings:
-    records: Records = field(default_factory=Records)
-    pools: Mapping[str, PoolConfig] = field(default_factory=dict)
+    records: RecordsDatabase = field(default_factory=RecordsDatabase)
+    pools: Mapping[str, PoolBackends] = field(default_factory=dict)  # named as the gateway's
     shadow: ShadowConfig = field(default_factory=ShadowConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     refresh: RefreshSettings = field(default_factory=RefreshSettings)
-    listen: Listen = field(default_factory=Listen)
+    listen: Listen = field(default_factory=lambda: Listen(port=9100))  # /metrics and /livez
     reference: str | None = None  # an outcome table on which no refresh may route worse
 
 
@@ -108,30 +84,28 @@ def parse_settings(raw: Mapping[str, Any], directory: Path = Path(), records: st
     """A checked tree from plain YAML values; see `load_settings`."""
     tree: LearnerSettings = yaml_tree.build(LearnerSettings, raw, "")
     if records is not None:
-        tree = dataclasses.replace(tree, records=Records(url=records))
+        tree = dataclasses.replace(tree, records=RecordsDatabase(url=records))
     beside = directory if records is None else Path()  # a command's path is relative to where it was called
-    tree = dataclasses.replace(tree, records=_with_url(tree.records, beside))
+    tree = dataclasses.replace(tree, records=_with_database(tree.records, beside))
     if tree.reference is not None:
         tree = dataclasses.replace(tree, reference=str(directory / Path(tree.reference).expanduser()))
     _check(tree)
     return tree
 
 
-def database_url(records: Records) -> str:
-    """The database's address, wherever it is written."""
-    return records.url if records.url is not None else os.environ[records.url_env or ""]
-
-
 def _check(tree: LearnerSettings) -> None:
     for name, pool in tree.pools.items():
-        if not pool.model:
-            raise ValueError(f"pools.{name}.model is empty; write what the backend calls the model")
-        if not pool.backends:
-            raise ValueError(f"pools.{name}.backends is empty; list at least one url")
-        for index, backend in enumerate(pool.backends):
-            addresses.check_http(backend.url, f"pools.{name}.backends[{index}].url")
-            addresses.check_secret(backend.api_key_env, f"pools.{name}.backends[{index}].api_key_env")
-        at_least(pool.cost, 0, f"pools.{name}.cost")
+        check_backends(name, pool)
+    _check_shadow(tree)
+    check_judge(tree.judge, tree.pools)
+    refresh = tree.refresh
+    at_least(refresh.every_labels, 1, "refresh.every_labels")
+    at_least(refresh.every_minutes, 0.001, "refresh.every_minutes")
+    at_least(refresh.keep, 1, "refresh.keep")
+    check_port(tree.listen.port, "listen.port")
+
+
+def _check_shadow(tree: LearnerSettings) -> None:
     shadow = tree.shadow
     within(shadow.share, 0, 1, "shadow.share")
     at_least(shadow.max_concurrent, 1, "shadow.max_concurrent")
@@ -146,24 +120,11 @@ def _check(tree: LearnerSettings) -> None:
             at_least(limit, 0, where)
     if shadow.share > 0 and not tree.pools:
         raise ValueError("shadow.share is above 0, but there are no pools to ask; write pools, named as the gateway's")
-    check_judge(tree.judge, tree.pools)
-    refresh = tree.refresh
-    at_least(refresh.every_labels, 1, "refresh.every_labels")
-    at_least(refresh.every_minutes, 0.001, "refresh.every_minutes")
-    at_least(refresh.keep, 1, "refresh.keep")
-    within(tree.listen.port, 0, 65535, "listen.port")
 
 
-def _with_url(records: Records, directory: Path) -> Records:
-    if (records.url is None) == (records.url_env is None):
-        both = records.url is not None
+def _with_database(records: RecordsDatabase, directory: Path) -> RecordsDatabase:
+    if records.url is None and records.url_env is None:
         raise ValueError(
-            "records has both url and url_env; write one of them"
-            if both
-            else "the records' address is missing; give --records URL, or records.url or records.url_env in the config"
+            "the records' address is missing; give --records URL, or records.url or records.url_env in the config"
         )
-    addresses.check_secret(records.url_env, "records.url_env")
-    placed = addresses.placed_database(database_url(records), "the records' address", directory)
-    if records.url_env is not None and not placed.startswith(addresses.SQLITE):
-        return records  # a password stays where it is
-    return Records(url=placed)
+    return resolve_database(records, directory, "the records' address")

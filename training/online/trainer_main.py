@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.estimator.records.store import Store, StoreError
 from depo_gateway.training.online import settings as learner_settings
 from depo_gateway.training.online.embedding_cache import EmbeddingCache
@@ -42,7 +43,7 @@ def run_refresh(
 ) -> Mapping[str, Any]:
     """One refresh; its result as plain values: the fields of TrainerResult, or {failed, message}."""
     try:
-        store = Store(learner_settings.database_url(settings.records))
+        store = Store(database_url(settings.records))
         try:
             _, seq = (
                 store.count_labels()

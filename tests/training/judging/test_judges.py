@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
 from depo_gateway.estimator.records.types import Record
 from depo_gateway.training.judging import openai_client
 from depo_gateway.training.judging.judges import JudgeConfig, webhook_scores
@@ -17,7 +18,6 @@ from depo_gateway.training.judging.label_sources import open_judge
 from depo_gateway.training.judging.openai_client import NoAnswerError
 from depo_gateway.training.judging.pool_client import PoolClient
 from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.online.settings import BackendConfig, PoolConfig
 from tests.training.fake_vllm import Reply, chat, record, says, vllm
 
 ANSWERS = {"large": "It is 42.", "small": "It is 41."}
@@ -32,7 +32,7 @@ async def judged(
     config: JudgeConfig, asked: Record, answers: Mapping[str, str], url: str = "http://127.0.0.1:9"
 ) -> tuple[Mapping[str, float], LearnerMetrics]:
     metrics = LearnerMetrics("0")
-    pools = {"umpire": PoolConfig("org/umpire", (BackendConfig(url),))}
+    pools = {"umpire": PoolBackends("org/umpire", (BackendConfig(url),))}
     async with aiohttp.ClientSession() as session:
         client = PoolClient(session, pools, metrics, 10, 5.0)
         async with open_judge(config, session, client, metrics.count_verdict) as judge:

@@ -6,6 +6,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
 from depo_gateway.estimator.records.types import FEEDBACK
 from depo_gateway.training.judging import label_sources
 from depo_gateway.training.judging.judges import JudgeConfig
@@ -19,7 +20,6 @@ from depo_gateway.training.judging.label_sources import (
 )
 from depo_gateway.training.judging.pool_client import PoolClient
 from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.online.settings import BackendConfig, PoolConfig
 from tests.training.fake_vllm import chat, record, vllm
 
 ANSWERS = {"large": "It is 42.", "small": "It is 41."}
@@ -70,7 +70,7 @@ async def test_a_judge_without_verdicts_is_logged_once(caplog: pytest.LogCapture
     metrics = LearnerMetrics("0")
     with vllm(reply) as server:
         config = JudgeConfig(kind, pool="umpire", url=server.url)
-        pools = {"umpire": PoolConfig("org/umpire", (BackendConfig(server.url),))}
+        pools = {"umpire": PoolBackends("org/umpire", (BackendConfig(server.url),))}
         async with aiohttp.ClientSession() as session:
             client = PoolClient(session, pools, metrics, 10, 5.0)
             async with open_judge(config, session, client, metrics.count_verdict) as judge:

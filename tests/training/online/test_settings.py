@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from depo_gateway.estimator.configuration import yaml_tree as tree
+from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.training.online import settings as learner_settings
 
 POOLS = {
@@ -21,7 +22,7 @@ def test_an_empty_file_learns_from_feedback_alone(tmp_path: Path) -> None:
     found = learner_settings.load_settings(file, "sqlite:///records.db")
     assert found == learner_settings.load_settings(None, "sqlite:///records.db")
     assert (found.shadow.share, found.judge.kind, found.pools) == (0.0, "none", {})
-    assert learner_settings.database_url(found.records) == f"sqlite:///{Path.cwd()}/records.db"
+    assert database_url(found.records) == f"sqlite:///{Path.cwd()}/records.db"
 
 
 def test_paths_are_relative_to_the_file_and_the_command_line_stands_over_it(tmp_path: Path) -> None:
@@ -38,13 +39,13 @@ def test_a_file_named_in_the_environment_is_beside_the_config_too(
 ) -> None:
     monkeypatch.setenv("RECORDS", "sqlite:///records.db")
     found = learner_settings.parse_settings({"records": {"url_env": "RECORDS"}}, tmp_path)
-    assert learner_settings.database_url(found.records) == f"sqlite:///{tmp_path}/records.db"
+    assert database_url(found.records) == f"sqlite:///{tmp_path}/records.db"
 
 
 def test_a_secret_address_stays_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECORDS", "postgresql://me:secret@db/records")
     found = learner_settings.parse_settings({"records": {"url_env": "RECORDS"}})
-    assert learner_settings.database_url(found.records) == "postgresql://me:secret@db/records"
+    assert database_url(found.records) == "postgresql://me:secret@db/records"
     assert "secret" not in repr(found)
 
 
@@ -61,7 +62,7 @@ def test_plain_values_make_the_same_tree_again() -> None:
         ({}, "address is missing; give --records URL"),
         ({"records": {**RECORDS, "url_env": "X"}}, "both url and url_env"),
         ({"records": {"url_env": "NOT_THERE"}}, "'NOT_THERE' is not set"),
-        ({"records": {"url": "mysql://x"}}, "no sqlite:///FILE or postgresql://"),
+        ({"records": {"url": "mysql://x"}}, "must be sqlite:///FILE or postgresql://"),
         ({"shadw": {}}, "unknown key 'shadw'; did you mean 'shadow'"),
         ({"shadow": {"share": 1.5}, "pools": POOLS}, "shadow.share is 1.5"),
         ({"shadow": {"share": 0.1}}, "there are no pools to ask"),

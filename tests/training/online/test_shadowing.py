@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Label, Record
 from depo_gateway.estimator.text import TextConfig
@@ -24,11 +25,7 @@ from depo_gateway.training.judging.pool_client import PoolClient
 from depo_gateway.training.online import settings as learner_settings
 from depo_gateway.training.online import shadowing
 from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.online.settings import (
-    BackendConfig,
-    PoolConfig,
-    ShadowConfig,
-)
+from depo_gateway.training.online.settings import ShadowConfig
 from depo_gateway.training.online.shadowing import Shadow, in_shadow_share
 from depo_gateway.training.outcomes.label_precedence import preferred_qualities
 from depo_gateway.training.outcomes.traffic_config import TrafficConfig
@@ -84,7 +81,9 @@ async def running_shadow(
 ) -> Any:
     metrics = LearnerMetrics("0")
     costs = {"small": 1.0, "large": 5.0}
-    pools = {name: PoolConfig(f"org/{name}", (BackendConfig(f"{url}/v1/"),), costs[name]) for name, url in urls.items()}
+    pools = {
+        name: PoolBackends(f"org/{name}", (BackendConfig(f"{url}/v1/"),), costs[name]) for name, url in urls.items()
+    }
     async with aiohttp.ClientSession() as session:
         config = ShadowConfig(**{"share": 1.0, **settings})
         client = PoolClient(session, pools, metrics, config.priority, config.timeout_s)
