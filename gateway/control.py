@@ -12,19 +12,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from depo_gateway.estimator.calibration import Curve
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.gateway.budgets import Account, Budgets
 from depo_gateway.gateway.candidate import Candidate, Offer
 from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.metrics import Metrics
-from depo_gateway.gateway.protocol import ApiError
+from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.routing import Decision, Eligible
 from depo_gateway.gateway.score_drift import ScoreDrift
 from depo_gateway.gateway.scoring import Scored
 from depo_gateway.gateway.threshold_controller import Step, ThresholdController
-
-OBEYING = ("confident", "unsure", "context", "accepts")  # reasons of decisions that the threshold makes
 
 log = logging.getLogger(__name__)
 
@@ -156,18 +155,19 @@ class Control:
         config = accounting.config = self._config
         assert config is not None
         decision = self._within_budget(accounting, key, candidates, decision)
-        if decision.reason == "pinned":
+        if decision.reason is Reason.PINNED:
             return decision
         if self.controller is not None:
             spent = _spent(config, decision.pool)
-            obeys = accounting.requested_threshold is None and decision.reason in OBEYING
-            obeys = obeys or self.floor is not None or (decision.reason == "sticky" and decision.pool != _last(config))
+            obeys = accounting.requested_threshold is None and decision.reason.obeys_threshold
+            stays_below = decision.reason is Reason.STICKY and decision.pool != _last(config)
+            obeys = obeys or self.floor is not None or stays_below
             accounting.controller = self.controller
             accounting.step = self.controller.decided(spent, accounting.decisive_confidence if obeys else None)
         if accounting.decisive_confidence is not None and accounting.typical and accounting.version == self._version:
             self.drift.saw(accounting.decisive_confidence)
         if self.candidate is not None and accounting.decisive_confidence is not None:
-            followed = decision.pool if decision.reason in OBEYING else None
+            followed = decision.pool if decision.reason.obeys_threshold else None
             self.candidate.offer(Offer(asked, candidates, decision.threshold or 0.0, followed))
         self._show()
         return decision
@@ -230,12 +230,10 @@ class Control:
         if accounting.paid:
             return decision
         below = [name for name in candidates.pools if name != last]
-        insists = decision.reason == "pinned" or (
-            accounting.requested_threshold is not None and accounting.requested_threshold >= 1.0
-        )
+        insists = decision.reason is Reason.PINNED or (accounting.requested_threshold or 0.0) >= 1.0
         if insists or not below:
             raise share_used_up(account, last, insists)
-        return replace(decision, pool=below[0], reason="budget", propensity=1.0)
+        return replace(decision, pool=below[0], reason=Reason.BUDGET, propensity=1.0)
 
     def _show(self) -> None:
         metrics = self.metrics

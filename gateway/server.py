@@ -16,8 +16,10 @@ from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.control import Control
 from depo_gateway.gateway.http_protocol import uvicorn_config
 from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.model_names import served_names
+from depo_gateway.gateway.openai.apis import APIS, Apis
 from depo_gateway.gateway.records import Recorder, identity
-from depo_gateway.gateway.state import Gateway, Live, served_names
+from depo_gateway.gateway.state import Gateway, Live
 from depo_gateway.gateway.upstream import Upstream
 
 KEEP_ALIVE_SECONDS = 75  # longer than the load balancers in front, which then are the ones that close
@@ -61,12 +63,14 @@ async def serve(
     path: Path | None = None,
     ready: Callable[[str, str], None] | None = None,
     stop: asyncio.Event | None = None,
+    apis: Apis = APIS,
 ) -> None:
     """Serves until SIGTERM or SIGINT (or `stop`) and then until the last answer's end, drain_s at most.
 
     Args:
         path: the file `settings` came from, which /admin/reload reads again.
         ready: is told both addresses once the gateway takes requests.
+        apis: the endpoints that serve models, by path.
 
     Raises:
         ValueError: the user's mistake, in one sentence.
@@ -89,7 +93,7 @@ async def serve(
     runtime, control = live.scorer.runtime, Control(metrics)
     control.follow(settings, runtime)
     shares = scoring.usual_shares(runtime, tuple(settings.pools), settings.routing.rule, control.threshold)
-    gateway = Gateway(live, metrics, upstream, budget, control, recorder=recorder, shares=shares)
+    gateway = Gateway(live, metrics, upstream, budget, control, recorder=recorder, shares=shares, apis=apis)
     gateway.idle.set()
     watching = checkpoint_watcher.CheckpointWatcher(gateway)
     await watching.first_standing()

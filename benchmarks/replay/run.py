@@ -26,6 +26,7 @@ from benchmarks.replay.processes import Place
 from benchmarks.replay.questions import Question, by_text
 from benchmarks.replay.score import Scorer, Served, advantage, measured, outcomes, share_errors
 from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.records.reasons import reason_named
 from depo_gateway.estimator.records.store import Store
 
 CLIENTS = 8
@@ -177,7 +178,7 @@ async def wait_for_swap(place: Place, admin: str, session: aiohttp.ClientSession
 
 def routed(served: Sequence[Served]) -> list[Served]:
     """The requests that scores or random routing decided."""
-    return [one for one in served if one.reason in ("confident", "unsure", "explore", "overload")]
+    return [one for one in served if (why := reason_named(one.reason)) and (why.free or why.random)]
 
 
 def measure_version(place: Place, version: dict[str, Any], plan: Plan, scorer: Scorer) -> dict[str, Any]:

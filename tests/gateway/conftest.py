@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from depo_gateway.gateway import config, server
+from depo_gateway.gateway.openai.apis import APIS, Apis
 from tests.gateway.backend import FakeVllm
 
 
@@ -64,12 +65,12 @@ def settings(small: list[FakeVllm], large: list[FakeVllm], checkpoint: Path, /, 
 
 
 @contextlib.asynccontextmanager
-async def running(raw: dict[str, Any], path: Path | None = None) -> AsyncIterator[Running]:
+async def running(raw: dict[str, Any], path: Path | None = None, apis: Apis = APIS) -> AsyncIterator[Running]:
     """Serves a config in this process, over real sockets."""
     addresses: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     task = asyncio.create_task(
-        server.serve(config.parse_config(raw), path, lambda *both: addresses.set_result(both), stop)
+        server.serve(config.parse(raw), path, lambda *both: addresses.set_result(both), stop, apis)
     )  # fmt: skip
     await asyncio.wait((task, addresses), return_when=asyncio.FIRST_COMPLETED)
     if task.done():

@@ -29,7 +29,8 @@ import torch
 
 from depo_gateway.estimator import checkpoint, export, standing
 from depo_gateway.estimator.checkpoint import Manifest
-from depo_gateway.estimator.records.types import SCORED, Labelled
+from depo_gateway.estimator.records.reasons import reason_named
+from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.training.evaluation.contamination import fingerprints
 from depo_gateway.training.evaluation.report import finite
@@ -175,7 +176,8 @@ def champion_standing(data: RefreshData) -> Standing | None:
 def scored_large_share(data: RefreshData) -> float:
     """The last pool's share of the requests that scores or random routing decided; without any, a half."""
     last = data.inputs.start.pools[-1]
-    routed = [item.record.pool for item in data.inputs.labelled if item.record.reason in SCORED]
+    labelled = data.inputs.labelled
+    routed = [item.record.pool for item in labelled if (why := reason_named(item.record.reason)) and why.free]
     return sum(pool == last for pool in routed) / len(routed) if routed else 0.5
 
 
