@@ -20,10 +20,10 @@ from depo_gateway.estimator.calibration import Calibration, calibrate_quality
 from depo_gateway.estimator.calibration import loads as calibration_of
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.learner import Item
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.training.evaluation.contamination import known_of
-from depo_gateway.training.evaluation.routing_metrics import Array
 from depo_gateway.training.evaluation.targets import parse_target, thresholds_of
 from depo_gateway.training.online.cross_fit import Initialisation, learner_config, rename_pools
 from depo_gateway.training.online.refresh_config import RefreshConfig

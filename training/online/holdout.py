@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator.calibration import Calibration, calibrate_quality, measure_curve
 from depo_gateway.estimator.heads import labels_by_head
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.contamination import surely_new_to
 from depo_gateway.training.evaluation.report import finite
-from depo_gateway.training.evaluation.routing_metrics import Array
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.fitting.cross_fit import Held
 from depo_gateway.training.online.champion import StartingPoint, new_to, served_quality

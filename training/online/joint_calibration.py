@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator.calibration import enough_labels
 from depo_gateway.estimator.heads import QUALITY
-from depo_gateway.estimator.logistic import fit_logistic
+from depo_gateway.estimator.logistic import Array, fit_logistic
 from depo_gateway.estimator.model import Estimator
-from depo_gateway.training.evaluation.routing_metrics import Array
 
 LEAST_SLOPE = 0.05  # above 0, so that it never reverses an order
 # The prior mean of `difference` (MMLU's usual value), and its strength in prompts. A few hundred labels alone may give

@@ -175,12 +175,12 @@ def compare(
     losses = [log_loss(quality, holdout.observed)[rows] for quality in (holdout.candidate, rival)]
     difference = losses[0] - losses[1]
     weighted = holdout.inverse[rows] * trust
-    loss = percentile_interval(
+    loss = bootstrap_interval(
         float(np.average(difference, weights=weighted)),
         (times_RN * holdout.inverse[rows]) @ difference / (times_RN @ holdout.inverse[rows]),
         level,
     )
-    area = percentile_interval(points[0] - points[1], own - other, level)
+    area = bootstrap_interval(points[0] - points[1], own - other, level)
     gap = float(np.average(gain, weights=trust))
     figures: dict[str, Any] = {
         "prompts": len(rows),
@@ -244,7 +244,7 @@ def resampled(count: int, resamples: int, seed: int, units: NDArray[np.int64] | 
     return times
 
 
-def percentile_interval(point: float, drawn: Array, level: float = 0.95) -> Interval:
+def bootstrap_interval(point: float, drawn: Array, level: float = 0.95) -> Interval:
     low, high = np.percentile(drawn, [50 * (1 - level), 50 * (1 + level)])
     return Interval(point, float(low), float(high))
 

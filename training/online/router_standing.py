@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.standing import Standing
-from depo_gateway.training.evaluation.routing_metrics import Array
-from depo_gateway.training.online.publish_gate import area_over_random, percentile_interval, resampled, routing_score
+from depo_gateway.training.online.publish_gate import area_over_random, bootstrap_interval, resampled, routing_score
 
 STANDING_PROMPTS, STANDING_EVIDENCE, STANDING_RESAMPLES = 300, 100, 1000
 STANDING_LEVEL = 0.8  # two-sided
@@ -31,7 +31,7 @@ def standing_of(
     gain = observed[rows, -1] - observed[rows, 0]
     score = routing_score(quality, folds)[rows]
     point = float(area_over_random(score, gain, np.ones((1, len(rows))))[0])
-    advantage = percentile_interval(
+    advantage = bootstrap_interval(
         point, area_over_random(score, gain, resampled(len(rows), STANDING_RESAMPLES, 0)), STANDING_LEVEL
     )
     no_better = (len(rows) >= STANDING_EVIDENCE and advantage.high <= 0) or (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Item
-from depo_gateway.training.evaluation.routing_metrics import Array
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.online.champion import StartingPoint, new_to
 from depo_gateway.training.online.covariate_shift import importance_weights
 from depo_gateway.training.online.cross_fit import Initialisation, fresh_heads, learner_config
