@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.depo import plots
 from benchmarks.depo.catalog import TITLES
 from benchmarks.depo.figures import interval, ratio, reached, smoothed
-from depo_gateway.training.evaluation.routing_metrics import table
+from depo_gateway.training.evaluation.markdown import table
 
 Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # method -> seed -> result
 FRACTIONS = (0.5, 0.75)  # of the way from the start to GRPO's final accuracy

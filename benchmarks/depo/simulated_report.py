@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.depo.catalog import TITLES, parse
 from benchmarks.depo.figures import at, interval, ratio
-from depo_gateway.training.evaluation.routing_metrics import table
+from depo_gateway.training.evaluation.markdown import table
 
 Row = dict[str, Any]
 Runs = dict[str, dict[int, Row]]  # by method and seed

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.depo.figures import at, interval, reached, smoothed
 from benchmarks.depo_trl.run import METHODS, PHASES
-from depo_gateway.training.evaluation.routing_metrics import table
+from depo_gateway.training.evaluation.markdown import table
 
 Result = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Result]]  # method -> its seeds' results

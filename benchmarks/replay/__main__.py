@@ -31,7 +31,7 @@ from benchmarks.replay.processes import general, untrained
 from benchmarks.replay.questions import Question, chain_questions, questions_of
 from benchmarks.replay.run import run_replay, save
 from benchmarks.replay.score import Scorer, outcomes
-from depo_gateway.training.evaluation.routing_metrics import measure
+from depo_gateway.training.evaluation.routing_metrics import measure_apgr
 
 QUICK_STEP, QUICK_BLOCKS, QUICK_LATER = 150, 3, 400
 
@@ -111,7 +111,7 @@ def interval_of(scorer: Scorer, place: Path, questions: Sequence[Question]) -> t
     """(low, APGR, high), 95% over questions."""
     quality, observed = scorer.quality(place, questions), outcomes(questions)
     scores = {"gain": quality[:, 1] - quality[:, 0]}
-    found = measure(scores, observed[:, 0], observed[:, 1], against="gain")["gain"]
+    found = measure_apgr(scores, observed[:, 0], observed[:, 1], against="gain")["gain"]
     return found.low, found.apgr, found.high
 
 

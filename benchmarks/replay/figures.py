@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.depo.figures import interval
 from benchmarks.replay.score import Array, windows
-from depo_gateway.training.evaluation.routing_metrics import apgr, measure
+from depo_gateway.training.evaluation.routing_metrics import apgr, measure_apgr
 
 Run = Mapping[str, Any]
 EVERY = 20  # requests between two points of a plotted share
@@ -63,7 +63,7 @@ def pooled(runs: Sequence[Run], block: int) -> dict[str, tuple[float, float, flo
     gain = np.concatenate([np.array(row["gain"]) - np.mean(row["gain"]) for row in rows])
     right: Array = np.concatenate([np.array(row["right"], float) for row in rows])
     length = np.concatenate([np.array(row["length"], float) for row in rows])
-    found = measure({"gain": gain, "length": length}, right[:, 0], right[:, 1])
+    found = measure_apgr({"gain": gain, "length": length}, right[:, 0], right[:, 1])
     intervals = {name: (one.apgr, one.low, one.high) for name, one in found.items()}
     gain_over = found["gain"]
     return intervals | {"over": (gain_over.difference, gain_over.difference_low, gain_over.difference_high)}

@@ -24,7 +24,7 @@ from benchmarks.replay.figures import (
 )
 from benchmarks.replay.plots import WINDOW, draw
 from benchmarks.replay.questions import POOLS
-from depo_gateway.training.evaluation.routing_metrics import table
+from depo_gateway.training.evaluation.markdown import table
 
 INTRO = """\
 # The online loop, replayed

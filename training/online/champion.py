@@ -23,7 +23,7 @@ from depo_gateway.estimator.learner import Item
 from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Labelled
-from depo_gateway.training.evaluation.contamination import known_of
+from depo_gateway.training.evaluation.contamination import fitted_on
 from depo_gateway.training.evaluation.targets import parse_target, thresholds_of
 from depo_gateway.training.online.cross_fit import Initialisation, learner_config, rename_pools
 from depo_gateway.training.online.refresh_config import RefreshConfig
@@ -112,7 +112,7 @@ def served_quality(loaded: LoadedCheckpoint, items: Sequence[Item]) -> Array:
 def new_to(loaded: LoadedCheckpoint, traffic: Traffic) -> NDArray[np.bool_]:
     """Which examples (N,) a checkpoint was not fitted on: their labels are newer, and it remembers no such question."""
     trained_to = loaded.manifest.metrics.get("trained_to", -1)
-    new: NDArray[np.bool_] = (traffic.oldest_label > trained_to) & ~known_of(traffic.examples, loaded.manifest)
+    new: NDArray[np.bool_] = (traffic.oldest_label > trained_to) & ~fitted_on(traffic.examples, loaded.manifest)
     return new
 
 

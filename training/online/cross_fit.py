@@ -19,7 +19,7 @@ from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import Estimator
-from depo_gateway.training.fitting.cross_fit import Held, epoch
+from depo_gateway.training.fitting.cross_fit import HeldOutLogits, train_epoch
 from depo_gateway.training.online.joint_calibration import fit_logit_transform
 from depo_gateway.training.online.refresh_config import RefreshConfig
 
@@ -49,7 +49,7 @@ class CrossFit:
     """Held-out predictions of one initialisation."""
 
     initialisation: Initialisation
-    logits: Held  # (N, K, H) of both stages, each example's by a model that was not fitted on it
+    logits: HeldOutLogits  # (N, K, H) of both stages, each example's by a model that was not fitted on it
     epochs: int
     loss: float  # held-out
 
@@ -97,7 +97,7 @@ def cross_fit_initialisation(
         new: examples (N,) that no initialisation was fitted on before; only they count in the loss.
     """
     stops = [config.epochs] if initialisation.fresh else [0, config.epochs]
-    logits = [Held(*np.zeros((2, len(items), *initialisation.model.config.shape))) for _ in stops]
+    logits = [HeldOutLogits(*np.zeros((2, len(items), *initialisation.model.config.shape))) for _ in stops]
     count = int(folds.max()) + 1
     with tqdm(total=count * config.epochs, desc=f"from {initialisation.name}", unit="epoch", disable=None) as progress:
         for fold in range(count):
@@ -111,7 +111,7 @@ def cross_fit_initialisation(
             epochs = 0
             for stop, predicted in zip(stops, logits, strict=True):
                 for _ in range(stop - epochs):
-                    epoch(learner, train, config.batch_size, order)
+                    train_epoch(learner, train, config.batch_size, order)
                     progress.update()
                 epochs = stop
                 predicted.full[rows], predicted.cheap[rows] = learner.predict(holdout)
@@ -127,7 +127,7 @@ def fit_on_everything(fitted: CrossFit, items: Sequence[Item], config: RefreshCo
         learner.fit_statistics(items)
     order = np.random.default_rng([config.seed, config.folds])
     for _ in range(fitted.epochs):
-        epoch(learner, items, config.batch_size, order)
+        train_epoch(learner, items, config.batch_size, order)
     learner.settle()
     return learner
 

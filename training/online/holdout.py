@@ -18,10 +18,10 @@ from depo_gateway.estimator.calibration import Calibration, calibrate_quality, m
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import Example
-from depo_gateway.training.evaluation.contamination import surely_new_to
-from depo_gateway.training.evaluation.report import finite
+from depo_gateway.training.evaluation.contamination import certainly_unseen
+from depo_gateway.training.evaluation.report import nan_to_null
 from depo_gateway.training.fitting.calibration import calibrate
-from depo_gateway.training.fitting.cross_fit import Held
+from depo_gateway.training.fitting.cross_fit import HeldOutLogits
 from depo_gateway.training.online.champion import StartingPoint, new_to, served_quality
 from depo_gateway.training.online.cross_fit import cross_calibrated_quality, fit_on_everything, learner_config
 from depo_gateway.training.online.joint_calibration import LogitTransform, fit_logit_transform, fold_into_weights
@@ -62,7 +62,7 @@ def calibrate_on(rows: NDArray[np.bool_], data: RefreshData) -> tuple[Calibratio
     start, raw = data.inputs.start, data.fit.logits
     observed, weights = data.observed[rows], data.weights[rows]
     transform = fit_logit_transform(raw.full[rows], observed, weights)
-    logits = Held(transform.apply(raw.full), transform.apply(raw.cheap))
+    logits = HeldOutLogits(transform.apply(raw.full), transform.apply(raw.cheap))
     checkpoints = (start.champion, start.base)
     name = data.fit.initialisation.name
     before = next((known.calibration for known in checkpoints if known and known.name == name), None)
@@ -99,7 +99,7 @@ def judge_candidate(data: RefreshData) -> RefreshData:
         "held_out_loss": data.fit.loss,
         "new": int(champion.new.sum()),
     }
-    verdict = dataclasses.replace(verdict, figures=finite({**verdict.figures, **figures}))
+    verdict = dataclasses.replace(verdict, figures=nan_to_null({**verdict.figures, **figures}))
     return dataclasses.replace(data, champion=champion, verdict=verdict, notes=notes)
 
 
@@ -158,7 +158,7 @@ def reference_holdout(data: RefreshData) -> Holdout | None:
 def new_to_all(examples: Sequence[Example], start: StartingPoint) -> NDArray[np.bool_]:
     """Which examples (N,) neither the champion nor the base was fitted on."""
     manifests = {known.manifest.version: known.manifest for known in (start.champion, start.base) if known is not None}
-    new: NDArray[np.bool_] = np.all([surely_new_to(examples, manifest) for manifest in manifests.values()], 0)
+    new: NDArray[np.bool_] = np.all([certainly_unseen(examples, manifest) for manifest in manifests.values()], 0)
     return new
 
 

@@ -22,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depo_gateway.estimator.calibration import MIN_LABELS, confidence
-from depo_gateway.training.evaluation.routing_metrics import Array, calibration_error, centred
+from depo_gateway.estimator.logistic import Array
+from depo_gateway.training.evaluation.bootstrap import draw_count_matrix, percentile_interval
+from depo_gateway.training.evaluation.routing_metrics import calibration_error, centre_by_fold
 from depo_gateway.training.online.refresh_config import GateConfig
 
 CALIBRATION_BINS = 10
@@ -199,7 +201,7 @@ def compare(
 def routing_score(quality_NK: Array, folds: NDArray[np.int64] | None) -> Array:
     """The score by which the rule gain orders prompts (N,); of a cross-fit, centred by fold."""
     score: Array = quality_NK[:, 1:].max(1) - quality_NK[:, 0]
-    return score if folds is None else centred(score, folds)
+    return score if folds is None else centre_by_fold(score, folds)
 
 
 def gains(holdout: Holdout, rival: Array) -> Array:
@@ -239,14 +241,11 @@ def resampled(count: int, resamples: int, seed: int, units: NDArray[np.int64] | 
     """How often each of `count` prompts is drawn in each resample (R, N); those of one unit (N,) together."""
     unit_N = np.arange(count) if units is None else np.unique(units, return_inverse=True)[1]
     drawn = int(unit_N.max()) + 1
-    generator = np.random.default_rng(seed)
-    times: Array = generator.multinomial(drawn, np.full(drawn, 1 / drawn), resamples).astype(float)[:, unit_N]
-    return times
+    return draw_count_matrix(drawn, resamples, np.random.default_rng(seed))[:, unit_N]
 
 
 def bootstrap_interval(point: float, drawn: Array, level: float = 0.95) -> Interval:
-    low, high = np.percentile(drawn, [50 * (1 - level), 50 * (1 + level)])
-    return Interval(point, float(low), float(high))
+    return Interval(point, *percentile_interval(drawn, 50 * (1 - level)))
 
 
 def log_loss(quality_NK: Array, observed_NK: Array) -> Array:

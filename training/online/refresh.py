@@ -33,7 +33,7 @@ from depo_gateway.estimator.records.reasons import reason_named
 from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.training.evaluation.contamination import fingerprints
-from depo_gateway.training.evaluation.report import finite
+from depo_gateway.training.evaluation.report import nan_to_null
 from depo_gateway.training.online.champion import StartingPoint, carried_targets, models_of, starting_point
 from depo_gateway.training.online.embedding_cache import EmbeddingCache
 from depo_gateway.training.online.holdout import calibrate_candidate, judge_candidate
@@ -146,7 +146,7 @@ def refuse_candidate(
         "notes": notes,
     }
     with open(out / REFUSALS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(line)) + "\n")
+        file.write(json.dumps(nan_to_null(line)) + "\n")
         file.flush()
         os.fsync(file.fileno())
     if now is not None:

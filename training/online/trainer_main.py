@@ -22,12 +22,12 @@ from depo_gateway.training.online.embedding_cache import EmbeddingCache
 from depo_gateway.training.online.reference_set import reference_rows
 from depo_gateway.training.online.refresh import refresh
 from depo_gateway.training.online.settings import LearnerSettings
-from depo_gateway.training.rewards.worker_pool import end_with
+from depo_gateway.training.rewards.worker_pool import exit_with_parent
 
 
 def serve_refreshes(parent: int) -> None:
     """Runs refreshes until the input ends. Its first line holds {settings, base, out, cold}."""
-    end_with(parent)
+    exit_with_parent(parent)
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that output of libraries does not mix with results
     request = json.loads(sys.stdin.readline())

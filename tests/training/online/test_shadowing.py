@@ -17,7 +17,7 @@ from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBacke
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Label, Record
 from depo_gateway.estimator.text import TextConfig
-from depo_gateway.training.evaluation.logged_traffic import logged
+from depo_gateway.training.evaluation.logged_traffic import traffic_of
 from depo_gateway.training.judging import label_sources, openai_client, pool_client
 from depo_gateway.training.judging.judges import Judge, JudgeConfig
 from depo_gateway.training.judging.label_sources import LabelSource, open_judge
@@ -419,5 +419,5 @@ async def test_a_new_judge_is_one_row(store: Store, monkeypatch: pytest.MonkeyPa
             "what is 1+0": first,
             "why two": {"small": 0.5, "large": 1.0},
         }
-        logs = logged(list(found.values()), pools, TextConfig(), "records")
+        logs = traffic_of(list(found.values()), pools, TextConfig(), "records")
         assert logs.observed.tolist() == [[first[pool] for pool in pools], [0.5, 1.0]]
