@@ -121,16 +121,16 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from depo_gateway.estimator.records.store import Store
-    from depo_gateway.gateway import control, scoring
+    from depo_gateway.gateway import scoring, thresholds
 
     settings = config.load_config(options.config)
     pools, rule = tuple(settings.pools), settings.routing.rule
     runtime, _ = scoring.load_runtime(settings.estimator.path, pools, rule)
-    control.calibrated_threshold(settings, runtime)
+    thresholds.calibrated_threshold(settings, runtime)
     if settings.estimator.candidate is not None:
         try:
             runtime, _ = scoring.load_runtime(settings.estimator.candidate, pools, rule)
-            control.calibrated_threshold(settings, runtime)
+            thresholds.calibrated_threshold(settings, runtime)
         except ValueError as error:
             raise ValueError(f"estimator.candidate: {error}") from None
     if settings.records is not None:

@@ -1,4 +1,4 @@
-"""What is looked for beside the requests: a new estimator or candidate, and what labels say of the one in service."""
+"""Watches, beside the requests, for a new estimator or candidate and for what labels say of the one in service."""
 
 import asyncio
 import logging
@@ -9,68 +9,70 @@ from depo_gateway.estimator import checkpoint, standing
 from depo_gateway.gateway import scoring
 from depo_gateway.gateway.candidate import Candidate
 from depo_gateway.gateway.config import Config
-from depo_gateway.gateway.control import calibrated_threshold, fixed_threshold
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.scoring import Scorer
 from depo_gateway.gateway.state import Gateway, Live
+from depo_gateway.gateway.thresholds import calibrated_threshold, fixed_threshold
 
 WATCH_SECONDS = 2.0
-State = tuple[str, tuple[tuple[str, int, int], ...]]  # a checkpoint's place; name, time and size of its files
+Content = tuple[str, tuple[tuple[str, int, int], ...]]  # a checkpoint's directory; name, time and size of its files
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointWatcher:
-    """Looks, and leaves alone what it has refused until something about it changes."""
+    """Checks every few seconds. A checkpoint that was refused is not loaded again until its content changes."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._refused: dict[str, State] = {}
+        self._refused: dict[str, Content] = {}
 
     async def first_standing(self) -> None:
-        """What labels say of the estimator of a config just taken, where it is to be watched."""
+        """Applies what labels say of a new config's estimator, if the config has it watched."""
         if self._gateway.live.config.estimator.watch:
             try:
-                await self._read_standing()
+                await self._check_standing()
             except (ValueError, OSError) as error:
                 log.error("the standing is not known: %s", error)
 
     async def first_candidate(self) -> None:
-        """The candidate of a config just taken. One that can't be loaded is counted, and the gateway serves without."""
+        """Loads a new config's candidate. If that fails it is counted, and the gateway serves without one."""
         self._refused = {}
         _replace_candidate(self._gateway, None)
         try:
-            await self._look_for_candidate()
+            await self._check_candidate()
         except (ValueError, OSError) as error:
             log.error("there is no candidate: %s", error)
             self._gateway.metrics.candidate_loads.labels("refused").inc()
 
     async def run(self) -> None:
-        """For ever."""
-        looks = {"estimator": self._look, "candidate": self._look_for_candidate, "standing": self._read_standing}
-        told = dict.fromkeys(looks, "")
+        """Never returns."""
+        metrics = self._gateway.metrics
+        loads = {"estimator": metrics.estimator_loads, "candidate": metrics.candidate_loads}
+        checks = {
+            "estimator": self._check_estimator, "candidate": self._check_candidate, "standing": self._check_standing,
+        }  # fmt: skip
+        logged = dict.fromkeys(checks, "")
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            for name, look in looks.items():
+            for name, check in checks.items():
                 try:
-                    await look()
-                    told[name] = ""
+                    await check()
+                    logged[name] = ""
                 except (ValueError, OSError) as error:
-                    if str(error) != told[name]:  # told once
-                        told[name] = str(error)
+                    if str(error) != logged[name]:  # once, not every few seconds
+                        logged[name] = str(error)
                         log.error("the %s stays as it is: %s", name, error)
-                        if name == "estimator":
-                            self._gateway.metrics.estimator_loads.labels("refused").inc()
-                        elif name == "candidate":
-                            self._gateway.metrics.candidate_loads.labels("refused").inc()
+                        if name in loads:
+                            loads[name].labels("refused").inc()
 
-    async def _look(self) -> None:
+    async def _check_estimator(self) -> None:
         """Loads a new checkpoint beside the old one and swaps. Raises ValueError or OSError for a bad one."""
         gateway, live = self._gateway, self._gateway.live
         path = live.config.estimator.path
         if path == "builtin":
             return
-        found = await asyncio.to_thread(_state, path, live.scorer.version)
+        found = await asyncio.to_thread(_new_content, path, live.scorer.version)
         if found is None or found == self._refused.get("estimator"):
             return
         try:
@@ -78,21 +80,21 @@ class CheckpointWatcher:
         except ValueError:
             self._refused["estimator"] = found
             raise
-        if gateway.live is not live:  # a reload came first, and has what is current
+        if gateway.live is not live:  # a reload was faster, and has loaded what is current
             scorer.close()
             return
         replace_live(gateway, replace(live, scorer=scorer))
         gateway.metrics.estimator_loads.labels("applied").inc()
         log.info("the estimator is now %s", scorer.version)
 
-    async def _look_for_candidate(self) -> None:
+    async def _check_candidate(self) -> None:
         """The same for the candidate."""
         gateway = self._gateway
         settings, old = gateway.live.config, gateway.control.candidate
         path = settings.estimator.candidate
         if path is None:
             return
-        found = await asyncio.to_thread(_state, path, "" if old is None else old.version)
+        found = await asyncio.to_thread(_new_content, path, "" if old is None else old.version)
         if found is None or found == self._refused.get("candidate"):
             return
         try:
@@ -107,58 +109,48 @@ class CheckpointWatcher:
         gateway.metrics.candidate_loads.labels("applied").inc()
         log.info("the candidate is now %s", fresh.version)
 
-    async def _read_standing(self) -> None:
-        home = standing.checkpoints_directory(self._gateway.live.config.estimator.path)
-        if home is not None:
-            self._gateway.control.judge(await asyncio.to_thread(standing.read_standing, home))
+    async def _check_standing(self) -> None:
+        directory = standing.checkpoints_directory(self._gateway.live.config.estimator.path)
+        if directory is not None:
+            self._gateway.control.apply_standing(await asyncio.to_thread(standing.read_standing, directory))
 
 
 async def open_scorer(settings: Config, metrics: Metrics) -> Scorer:
-    """The estimator that a config names. Raises ValueError where it can't serve."""
+    """The estimator that a config names. Raises ValueError if it can't serve."""
     estimator = settings.estimator
     runtime, columns = await asyncio.to_thread(
         scoring.load_runtime, estimator.path, tuple(settings.pools), settings.routing.rule
     )
-    fixed_threshold(settings, runtime)  # before it is in service: a ValueError where the target asks for more
+    fixed_threshold(settings, runtime)  # raises ValueError for a target that it can't meet, before it is in service
     return Scorer(runtime, columns, estimator.deadline_ms / 1000, metrics)
 
 
 async def open_candidate(settings: Config, path: str, metrics: Metrics) -> Candidate:
-    """The candidate in `path`. Raises ValueError where it can't be one."""
+    """The candidate in `path`. Raises ValueError if it can't be one."""
     rule = settings.routing.rule
     runtime, columns = await asyncio.to_thread(scoring.load_runtime, path, tuple(settings.pools), rule)
     return Candidate(runtime, columns, rule, calibrated_threshold(settings, runtime), metrics)
 
 
 def replace_live(gateway: Gateway, live: Live) -> None:
-    """Swaps between two requests; those under way finish with what they hold, so their scorer closes a little later."""
+    """Swaps between two requests. Running ones finish with what they hold, so their scorer closes a little later."""
     old, gateway.live = gateway.live, live
     gateway.control.follow(live.config, live.scorer.runtime)
-    show(gateway)
     if old.scorer is not live.scorer:
         delay = old.config.timeouts.total_s if old.config.estimator.deadline_ms > 1000 else 5.0
         asyncio.get_running_loop().call_later(delay, old.scorer.close)
         gateway.retire(old.scorer)
 
 
-def show(gateway: Gateway) -> None:
-    """Tells the metrics which estimator is in service."""
-    gateway.metrics.estimator_info.clear()
-    gateway.metrics.estimator_info.labels(gateway.live.scorer.version).set(1)
-
-
 def _replace_candidate(gateway: Gateway, fresh: Candidate | None) -> None:
-    old, gateway.control.candidate = gateway.control.candidate, fresh
+    old = gateway.control.replace_candidate(fresh)
     if old is not None:
         old.close()
         gateway.retire(old)
-    gateway.metrics.candidate_info.clear()
-    if fresh is not None:
-        gateway.metrics.candidate_info.labels(fresh.version).set(1)
 
 
-def _state(path: str, version: str) -> State | None:
-    """What `path` holds now; None where that is `version`."""
+def _new_content(path: str, version: str) -> Content | None:
+    """What `path` holds now; None while that is `version`."""
     if not scoring.has_changed(path, version):
         return None
     place = checkpoint.resolve(path)

@@ -1,7 +1,7 @@
-"""What stands around a decision: the target's threshold, a key's budgets, drift, the floor, the candidate.
+"""What surrounds a decision: the target's threshold, keys' budgets, drift, the floor, the candidate.
 
-`Control` outlives reloads and checkpoints; a `Accounting` is what it knows of one request. All of it runs on the event
-loop, between a request's scores and its departure, without waiting.
+`Control` outlives reloads and checkpoints; `Accounting` is its share of one request. All of it runs on the event loop
+between a request's scores and its departure; it is synchronous, does no I/O and knows no metrics (state_metrics.py).
 """
 
 import logging
@@ -11,46 +11,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from depo_gateway.estimator.calibration import Curve
 from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.gateway.budgets import Account, Budgets
 from depo_gateway.gateway.candidate import Candidate, Offer
 from depo_gateway.gateway.config import Config
-from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.routing import Decision, Eligible
 from depo_gateway.gateway.score_drift import ScoreDrift
 from depo_gateway.gateway.scoring import Scored
 from depo_gateway.gateway.threshold_controller import Step, ThresholdController
+from depo_gateway.gateway.thresholds import controller_of, curve_of, fixed_threshold, last_pool, spent_in
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class Accounting:
-    """One request: what its decision stood on, and what has to be put right when it ends otherwise."""
+    """One request: what its decision was based on, and what has to be corrected if it ends otherwise."""
 
-    requested_threshold: float | None = None  # the threshold in auto-0.85
-    decisive_confidence: float | None = None  # the confidence that decides about the last pool; None: nothing does
+    requested_threshold: float | None = None  # the one in auto-0.85
+    decisive_confidence: float | None = None  # compared with the threshold for the last pool; None: nothing is
     typical: bool = False  # scored by the full stage, among all pools, as calibrations are
     version: str = ""
-    # All of one moment: a reload puts others in their place, and what was counted is put right where it was.
+    # The objects that counted the request: a reload replaces them, and corrections must reach the same ones.
     config: Config | None = None
     controller: ThresholdController | None = None
     account: Account | None = None
     paid: bool = False
     step: Step | None = None
 
-    def scored(self, confidence: Mapping[str, float], candidates: Eligible, pools: int, scored: Scored) -> None:
-        """Notes what a prompt's scores came to, `pools` being how many the config has."""
+    def note_scores(self, confidence: Mapping[str, float], candidates: Eligible, pools: int, scored: Scored) -> None:
+        """Records what a prompt's scores came to; `pools` is the number that the config has."""
         self.version = scored.version
         below = [confidence[name] for name in candidates.pools[:-1] if name in confidence]
         self.decisive_confidence = max(below, default=None)
         self.typical = scored.stage != "cheap" and len(candidates.pools) == pools
 
-    def pays(self) -> bool:
+    def pay(self) -> bool:
         """Whether the last pool may answer after all, where another one was chosen."""
         if self.account is not None and not self.paid:
             self.paid = self.account.pay()
@@ -59,79 +58,108 @@ class Accounting:
 
 
 class Control:
-    """One gateway's."""
+    """One gateway's control of decisions. Its state changes by its methods alone."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
-        self.budgets = Budgets()
-        self.candidate: Candidate | None = None
-        self.floor: Standing | None = None  # labels say that the scores are no better than a coin
-        self.drift = ScoreDrift(None)
-        self.controller: ThresholdController | None = None
+    def __init__(self) -> None:
+        self._budgets = Budgets()
+        self._candidate: Candidate | None = None
+        self._floor: Standing | None = None  # set: labels show the scores to be no better than random routing
+        self._drift = ScoreDrift(None)
+        self._controller: ThresholdController | None = None
         self._fixed = 1.0
         self._config: Config | None = None
         self._version = ""
 
-    def follow(self, config: Config, runtime: Runtime) -> None:
-        """Takes a new config or a new checkpoint, and keeps what still holds."""
-        before, self._config = self._config, config
-        rules = config.routing
-        curve = curve_of(runtime, config)
-        if before is None or runtime.version != self._version or _reading(before) != _reading(config):
-            self._version = runtime.version
-            self.drift = ScoreDrift(curve)
-            self.floor = None
-            if self.controller is not None:
-                self.controller.expect(curve)
-        if before is None or before.routing.target != rules.target or _prices(before) != _prices(config):
-            self.controller = _controller(config, curve)
-        self._fixed = fixed_threshold(config, runtime)
-        self.budgets.apply(config.auth.keys if config.auth else (), time.monotonic())
-        self._show()
+    # What it shows.
 
     @property
     def threshold(self) -> float:
-        return self._fixed if self.controller is None else self.controller.threshold
+        return self._fixed if self._controller is None else self._controller.threshold
 
-    def coin(self, shares: Mapping[str, float]) -> dict[str, float] | None:
-        """Each pool's chance where the scores must not decide; None where they do.
+    @property
+    def target_wanted(self) -> float:
+        """The bound of routing.target; NaN without one that is followed."""
+        return math.nan if self._controller is None else self._controller.wanted
 
-        The last pool's is the target's, or what the scores used to send there; the others divide the rest as usual.
-        """
-        if self.floor is None or self._config is None:
-            return None
-        *others, last = self._config.pools
-        large = self.floor.large_share if self.controller is None else self.controller.rank
-        rest = sum(shares.get(name, 0.0) for name in others)
-        weights = {
-            name: (1.0 - large) * (shares.get(name, 0.0) / rest if rest > 0 else 1 / len(others)) for name in others
+    @property
+    def target_share(self) -> float:
+        """What that target bounds, over the last decisions; NaN without one, or before the first."""
+        return math.nan if self._controller is None else self._controller.realised
+
+    @property
+    def score_drift(self) -> float:
+        return self._drift.distance
+
+    @property
+    def routes_by_share(self) -> bool:
+        """Whether the floor is in force: scores don't decide."""
+        return self._floor is not None
+
+    @property
+    def candidate(self) -> Candidate | None:
+        return self._candidate
+
+    def budgets_left(self) -> dict[str, float]:
+        """Calls of the last pool that each key with a large_share has saved up."""
+        return self._budgets.left()
+
+    def describe(self) -> dict[str, Any]:
+        """For /admin/status."""
+        state: dict[str, Any] = {
+            "threshold": round(self.threshold, 6),
+            "drift": _rounded(self.score_drift),
+            "routes_by_share": self.routes_by_share,
+            "candidate": self._candidate.version if self._candidate else None,
         }
-        return weights | {last: large}
+        if self._controller is not None:
+            state["target"] = {"wanted": self.target_wanted, "realised": _rounded(self.target_share)}
+        if self._floor is not None:
+            state["standing"] = {
+                "advantage": self._floor.advantage, "low": self._floor.low, "high": self._floor.high,
+                "labels": self._floor.labels, "time": self._floor.time,
+            }  # fmt: skip
+        return state
 
-    def judge(self, standing: Standing | None) -> None:
-        """Takes what labels say; what they say of another checkpoint means nothing."""
+    # What changes between requests.
+
+    def follow(self, config: Config, runtime: Runtime) -> None:
+        """Takes a new config or a new checkpoint, and keeps the state that is still valid."""
+        before, self._config = self._config, config
+        curve = curve_of(runtime, config)
+        if before is None or runtime.version != self._version or _meaning(before) != _meaning(config):
+            self._version = runtime.version
+            self._drift = ScoreDrift(curve)
+            self._floor = None
+            if self._controller is not None:
+                self._controller.expect(curve)
+        if before is None or before.routing.target != config.routing.target or _prices(before) != _prices(config):
+            self._controller = controller_of(config, curve)
+        self._fixed = fixed_threshold(config, runtime)
+        self._budgets.apply(config.auth.keys if config.auth else (), time.monotonic())
+
+    def apply_standing(self, standing: Standing | None) -> None:
+        """Sets or lifts the floor by what labels say of the checkpoint in service; of another one it is ignored."""
         worse = standing is not None and standing.version == self._version and not standing.beats_random
-        if worse and self.floor is None and standing is not None:
+        if worse and self._floor is None and standing is not None:
             log.error(
-                "labels show the estimator %s no better than a coin at the same share (%+.4f, from %+.4f to %+.4f, "
-                "%d labels): requests are routed by share until it is refreshed",
+                "labels show the estimator %s to be no better than random routing at the same share (%+.4f, from "
+                "%+.4f to %+.4f, %d labels): requests are routed by share until it is refreshed",
                 *(standing.version, standing.advantage, standing.low, standing.high, standing.labels),
             )
-        elif not worse and self.floor is not None:
-            log.warning("labels no longer hold against the estimator %s: its scores decide again", self._version)
-        self.floor = standing if worse else None
-        self._show()
+        elif not worse and self._floor is not None:
+            log.warning("labels no longer speak against the estimator %s: its scores decide again", self._version)
+        self._floor = standing if worse else None
 
-    def show_budgets(self) -> None:
-        """Brings the metric of the keys' budgets up to date; a key that a reload took away is no longer in it."""
-        gauge = self.metrics.key_large_share_left
-        gauge.clear()
-        for name, calls in self.budgets.left().items():
-            gauge.labels(name).set(calls)
+    def replace_candidate(self, fresh: Candidate | None) -> Candidate | None:
+        """Takes a new candidate, or none; the one before is the caller's to close."""
+        before, self._candidate = self._candidate, fresh
+        return before
+
+    # The life of a request.
 
     def admit(self, key: str) -> None:
         """Raises ApiError, 429, for a key that is over its requests a minute."""
-        account = self.budgets.account(key)
+        account = self._budgets.account(key)
         wait = account.admit(time.monotonic()) if account is not None else 0.0
         if account is not None and wait > 0:
             raise ApiError(
@@ -141,49 +169,62 @@ class Control:
                 headers=((b"retry-after", b"%d" % math.ceil(wait)),),
             )
 
+    def random_shares(self, shares: Mapping[str, float]) -> dict[str, float] | None:
+        """Each pool's probability while the floor is in force; None while the scores decide.
+
+        The last pool's is the target's, or the share that the scores used to send there; the others divide the rest as
+        usual.
+        """
+        if self._floor is None or self._config is None:
+            return None
+        *others, last = self._config.pools
+        large = self._floor.large_share if self._controller is None else self._controller.rank
+        rest = sum(shares.get(name, 0.0) for name in others)
+        weights = {
+            name: (1.0 - large) * (shares.get(name, 0.0) / rest if rest > 0 else 1 / len(others)) for name in others
+        }
+        return weights | {last: large}
+
     def commit(
         self, accounting: Accounting, key: str, asked: Any, candidates: Eligible, decision: Decision
     ) -> Decision:
-        """The decision as the key's budget lets it be, counted.
+        """Counts a decision; the one returned is within the key's budget.
 
         Args:
             asked: what was scored, or would have been.
 
         Raises:
-            ApiError: 429, the last pool was wanted, no other will do, and the key's share of it is used up.
+            ApiError: 429, only the last pool can serve the request, and the key has used up its share of it.
         """
         config = accounting.config = self._config
         assert config is not None
         decision = self._within_budget(accounting, key, candidates, decision)
         if decision.reason is Reason.PINNED:
             return decision
-        if self.controller is not None:
-            spent = _spent(config, decision.pool)
-            obeys = accounting.requested_threshold is None and decision.reason.obeys_threshold
-            stays_below = decision.reason is Reason.STICKY and decision.pool != _last(config)
-            obeys = obeys or self.floor is not None or stays_below
-            accounting.controller = self.controller
-            accounting.step = self.controller.decided(spent, accounting.decisive_confidence if obeys else None)
-        if accounting.decisive_confidence is not None and accounting.typical and accounting.version == self._version:
-            self.drift.saw(accounting.decisive_confidence)
-        if self.candidate is not None and accounting.decisive_confidence is not None:
-            followed = decision.pool if decision.reason.obeys_threshold else None
-            self.candidate.offer(Offer(asked, candidates, decision.threshold or 0.0, followed))
-        self._show()
+        decisive = accounting.decisive_confidence
+        if self._controller is not None:
+            accounting.controller = self._controller
+            obeys = self._obeys(accounting, decision, last_pool(config))
+            accounting.step = self._controller.count(spent_in(config, decision.pool), decisive if obeys else None)
+        if decisive is not None and accounting.typical and accounting.version == self._version:
+            self._drift.observe(decisive)
+        if self._candidate is not None and decisive is not None:
+            live = decision.pool if decision.reason.obeys_threshold else None
+            self._candidate.offer(Offer(asked, candidates, decision.threshold or 0.0, live))
         return decision
 
     def conclude(self, accounting: Accounting, pool: str | None, tokens: int, answered: bool = True) -> None:
-        """Puts right what `commit` counted.
+        """Corrects what `commit` counted.
 
         Args:
-            pool: who answered, or was at work when the client hung up or time was over; None if nobody was.
+            pool: the one that answered, or was working when the client hung up or time ran out; None if none was.
             tokens: 0 if not known.
-            answered: False where `pool` was at work only.
+            answered: False if `pool` was only working.
         """
         config, account, controller = accounting.config, accounting.account, accounting.controller
         if config is None:
             return
-        served_last = pool == _last(config)
+        served_last = pool == last_pool(config)
         if account is not None and accounting.paid and not served_last:
             account.refund()
         if account is not None and pool is not None and answered and not (accounting.paid and served_last):
@@ -194,37 +235,19 @@ class Control:
         target = config.routing.target
         if tokens > 0 and target is not None and target.cost is not None:
             weight = controller.weight(tokens)
-        controller.correct(accounting.step, None if pool is None else _spent(config, pool), weight)
-        self._show()
+        controller.correct(accounting.step, None if pool is None else spent_in(config, pool), weight)
 
-    def describe(self) -> dict[str, Any]:
-        """For /admin/status."""
-        told: dict[str, Any] = {
-            "threshold": round(self.threshold, 6),
-            "drift": None if math.isnan(self.drift.distance) else round(self.drift.distance, 4),
-            "routes_by_share": self.floor is not None,
-            "candidate": self.candidate.version if self.candidate else None,
-        }
-        if self.controller is not None:
-            realised = self.controller.realised
-            told["target"] = {
-                "wanted": self.controller.wanted,
-                "realised": None if math.isnan(realised) else round(realised, 4),
-            }
-        if self.floor is not None:
-            told["standing"] = {
-                "advantage": self.floor.advantage, "low": self.floor.low, "high": self.floor.high,
-                "labels": self.floor.labels, "time": self.floor.time,
-            }  # fmt: skip
-        return told
+    def _obeys(self, accounting: Accounting, decision: Decision, last: str) -> bool:
+        """Whether another threshold could have changed where the request went."""
+        if accounting.requested_threshold is None and decision.reason.obeys_threshold:
+            return True
+        return self.routes_by_share or (decision.reason is Reason.STICKY and decision.pool != last)
 
     def _within_budget(self, accounting: Accounting, key: str, candidates: Eligible, decision: Decision) -> Decision:
         assert self._config is not None
-        account = accounting.account = self.budgets.account(key)
-        if account is None or account.key.large_share is None:
-            return decision
-        last = _last(self._config)
-        if decision.pool != last:
+        account = accounting.account = self._budgets.account(key)
+        last = last_pool(self._config)
+        if account is None or account.key.large_share is None or decision.pool != last:
             return decision
         accounting.paid = account.pay()
         if accounting.paid:
@@ -235,17 +258,9 @@ class Control:
             raise share_used_up(account, last, insists)
         return replace(decision, pool=below[0], reason=Reason.BUDGET, propensity=1.0)
 
-    def _show(self) -> None:
-        metrics = self.metrics
-        metrics.threshold.set(self.threshold)
-        metrics.target_share.set(math.nan if self.controller is None else self.controller.realised)
-        metrics.target_wanted.set(math.nan if self.controller is None else self.controller.wanted)
-        metrics.score_drift.set(self.drift.distance)
-        metrics.router_floor.set(self.floor is not None)
-
 
 def share_used_up(account: Account, last: str, insists: bool = False) -> ApiError:
-    """For a request that only the last pool may answer; `insists`: because its sender wants so."""
+    """For a request that only the last pool may answer; `insists`: because the client asks for that pool."""
     return ApiError(
         429,
         f"The key {account.key.name!r} has used up its share of pool {last} "
@@ -255,91 +270,14 @@ def share_used_up(account: Account, last: str, insists: bool = False) -> ApiErro
     )
 
 
-def curve_of(runtime: Runtime, config: Config) -> Curve | None:
-    """The calibration's curve for the config's rule, None where it has none or was measured with other pools."""
-    pools, known = tuple(config.pools), runtime.pools
-    by_order = len(known) == len(pools) and not set(known) >= set(pools)
-    fits = len(known) == 1 or known == pools or by_order
-    return runtime.calibration.curves.get(config.routing.rule) if fits else None
-
-
-def fixed_threshold(config: Config, runtime: Runtime) -> float:
-    """The threshold that stands still under this checkpoint; under a target of share or cost, where it starts.
-
-    Raises:
-        ValueError: one sentence, the checkpoint's calibration can't say what keeps the quality wanted.
-    """
-    routing = config.routing
-    if routing.target is None:
-        return routing.threshold
-    if routing.target.quality is None:
-        return calibrated_threshold(config, runtime) or routing.threshold
-    refusal = f"routing.target.quality can't be kept with the estimator {runtime.version}: "
-    if curve_of(runtime, config) is None:
-        known = ", ".join(runtime.pools)
-        raise ValueError(
-            f"{refusal}its calibration has no curve for the rule {routing.rule} and the pools "
-            f"{', '.join(config.pools)} (it has {', '.join(runtime.calibration.curves) or 'none'} for {known}); "
-            "make one with depo-train calibrate"
-        )
-    try:
-        return runtime.calibration.threshold(routing.rule, quality=routing.target.quality)
-    except ValueError as error:
-        raise ValueError(f"{refusal}{error}") from None
-
-
-def calibrated_threshold(config: Config, runtime: Runtime) -> float | None:
-    """What this checkpoint's own calibration makes of the target; None without a target, or where it can't say.
-
-    Raises:
-        ValueError: see `fixed_threshold`.
-    """
-    target = config.routing.target
-    if target is None:
-        return None
-    if target.quality is not None:
-        return fixed_threshold(config, runtime)
-    if curve_of(runtime, config) is None:
-        return None
-    return runtime.calibration.threshold(config.routing.rule, large_share=_start(config))
-
-
-def _start(config: Config) -> float:
-    """The last pool's share that spends what is wanted, if everything else goes to the cheapest."""
-    target = config.routing.target
-    assert target is not None
-    if target.cost is None:
-        return target.large_share or 0.0
-    prices = [pool.cost for pool in config.pools.values()]
-    least = prices[0] / prices[-1]
-    return 1.0 if least >= 1.0 else (target.cost - least) / (1.0 - least)
-
-
-def _controller(config: Config, curve: Curve | None) -> ThresholdController | None:
-    target = config.routing.target
-    if target is None or target.quality is not None:
-        return None
-    wanted = target.cost if target.cost is not None else target.large_share
-    assert wanted is not None
-    return ThresholdController(wanted, _start(config), curve)
-
-
-def _last(config: Config) -> str:
-    return next(reversed(list(config.pools)))
-
-
-def _spent(config: Config, pool: str) -> float:
-    """What a request in this pool counts for: its price, relative to the last one's, or whether it is the last."""
-    pools, target, last = config.pools, config.routing.target, _last(config)
-    if target is not None and target.cost is not None and pool in pools:  # a reload may have taken it away
-        return pools[pool].cost / pools[last].cost
-    return float(pool == last)
-
-
-def _reading(config: Config) -> tuple[object, ...]:
-    """What a confidence depends on, the checkpoint aside."""
+def _meaning(config: Config) -> tuple[object, ...]:
+    """What the meaning of a confidence depends on, beside the checkpoint."""
     return config.routing.rule, tuple(config.pools)
 
 
 def _prices(config: Config) -> dict[str, float]:
     return {name: pool.cost for name, pool in config.pools.items()}
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)

@@ -57,8 +57,8 @@ def _choose(
     if scored is None:
         return routing.without_scores(candidates, rules.on_overload, gateway.shares, threshold, draw)
     confidence = routing.confidences(scored.quality, rules.rule, candidates)
-    request.accounting.scored(confidence, candidates, len(request.live.config.pools), scored)
-    shares = gateway.control.coin(gateway.shares) if asked is None else None
+    request.accounting.note_scores(confidence, candidates, len(request.live.config.pools), scored)
+    shares = gateway.control.random_shares(gateway.shares) if asked is None else None
     if shares is not None:
         return routing.by_share(confidence, candidates, shares, threshold, scored.version, draw)
     share = rules.explore if explore else 0.0

@@ -172,7 +172,7 @@ class _Search:
     def _within_budget(self, name: str) -> bool:
         """Whether the key's share lets this pool answer, where it is the last one and was not the first choice."""
         accounting, last = self.request.accounting, list(self.request.live.pools)[-1]
-        if name != last or name == self.order[0] or accounting.pays():
+        if name != last or name == self.order[0] or accounting.pay():
             return True
         if name == self.decision.pool and accounting.account is not None:  # needed for its context, not for an outage
             raise share_used_up(accounting.account, last)

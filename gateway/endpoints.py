@@ -22,6 +22,7 @@ from depo_gateway.gateway.openai.authorization import bearer_key
 from depo_gateway.gateway.openai.errors import ApiError, error_body
 from depo_gateway.gateway.openai.query import json_object, query_of
 from depo_gateway.gateway.state import Gateway, RequestState
+from depo_gateway.gateway.state_metrics import show_state
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        gateway.control.show_budgets()
+        show_state(gateway)
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/admin/")

@@ -1,4 +1,4 @@
-"""How far live confidences have come from those that the checkpoint was calibrated on."""
+"""The distance between live confidences and those that the checkpoint was calibrated on."""
 
 import math
 from collections import deque
@@ -8,22 +8,22 @@ import numpy as np
 from depo_gateway.estimator.calibration import Curve
 
 DRIFT_WINDOW = 2000
-ENOUGH = 200  # below it the distance is mostly chance: of 200 alike its 95th percentile is .096, of 2,000 .030
-EVERY = 50
+ENOUGH = 200  # fewer give mostly noise: with equal distributions the 95th percentile is .096 of 200, .030 of 2,000
+EVERY = 50  # confidences between two computations
 
 
 class ScoreDrift:
-    """The Kolmogorov-Smirnov distance between the last WINDOW confidences and a calibration's."""
+    """The Kolmogorov-Smirnov distance between the last DRIFT_WINDOW confidences and a calibration's."""
 
     def __init__(self, curve: Curve | None) -> None:
-        """`curve`: None where the checkpoint has none for this rule and these pools; then the distance stays NaN."""
-        self.distance = math.nan  # in [0, 1]; NaN: too few so far
+        """`curve`: None if the checkpoint has none for this rule and these pools; the distance then stays NaN."""
+        self.distance = math.nan  # in [0, 1]; NaN: too few confidences so far
         self._curve = curve
         self._seen: deque[float] = deque(maxlen=DRIFT_WINDOW)
         self._count = 0
 
-    def saw(self, confidence: float) -> None:
-        """One confidence of the full stage, among all pools, which is what the curve was measured with."""
+    def observe(self, confidence: float) -> None:
+        """Adds a confidence of the full stage among all pools: the kind that the curve was measured with."""
         self._seen.append(confidence)
         self._count += 1
         if self._curve is not None and self._count >= ENOUGH and self._count % EVERY == 0:

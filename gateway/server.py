@@ -1,17 +1,18 @@
-"""Two listening sockets, the tasks beside them, and an end that loses nothing."""
+"""The process: two listening sockets, background tasks, reloads, and a shutdown that finishes what is running."""
 
 import asyncio
 import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import uvicorn
 
 from depo_gateway import __version__
-from depo_gateway.gateway import app, checkpoint_watcher, config, endpoints, pools, scoring
+from depo_gateway.gateway import app, config, endpoints, pools, scoring
+from depo_gateway.gateway.checkpoint_watcher import CheckpointWatcher, open_scorer, replace_live
 from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.control import Control
 from depo_gateway.gateway.http_protocol import uvicorn_config
@@ -22,13 +23,14 @@ from depo_gateway.gateway.records import Recorder, identity
 from depo_gateway.gateway.state import Gateway, Live
 from depo_gateway.gateway.upstream import Upstream
 
-KEEP_ALIVE_SECONDS = 75  # longer than the load balancers in front, which then are the ones that close
+KEEP_ALIVE_SECONDS = 75  # longer than load balancers' idle timeouts, so that they are the ones that close
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 log = logging.getLogger(__name__)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, whose signals are this module's to handle."""
+    """uvicorn's server without its signal handlers; this module has its own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -41,21 +43,21 @@ def bind(host: str, port: int, setting: str) -> socket.socket:
     Raises:
         ValueError: names the setting and what is wrong with the address.
     """
-    made = None
+    opened = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        made = socket.socket(family, socket.SOCK_STREAM)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((host, port))
-        made.listen(2048)
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((host, port))
+        opened.listen(2048)
     except OSError as error:
-        if made is not None:
-            made.close()
+        if opened is not None:
+            opened.close()
         raise ValueError(
             f"can't listen on {host}:{port}: {error.strerror}; choose another address for {setting} or free this one"
         ) from None
-    made.setblocking(False)
-    return made
+    opened.setblocking(False)
+    return opened
 
 
 async def serve(
@@ -65,18 +67,42 @@ async def serve(
     stop: asyncio.Event | None = None,
     apis: Apis = APIS,
 ) -> None:
-    """Serves until SIGTERM or SIGINT (or `stop`) and then until the last answer's end, drain_s at most.
+    """Serves until SIGTERM or SIGINT (or `stop`), and then until the running requests end, drain_s at most.
 
     Args:
-        path: the file `settings` came from, which /admin/reload reads again.
-        ready: is told both addresses once the gateway takes requests.
+        path: the file that `settings` came from; /admin/reload reads it again.
+        ready: called with both addresses once the gateway takes requests.
         apis: the endpoints that serve models, by path.
 
     Raises:
         ValueError: the user's mistake, in one sentence.
     """
-    loop = asyncio.get_running_loop()
     stop = stop or asyncio.Event()
+    sockets, gateway = await _build(settings, apis)
+    watcher = CheckpointWatcher(gateway)
+    await watcher.first_standing()
+    await watcher.first_candidate()
+    tasks = _Tasks(gateway, watcher)
+    servers = _servers(gateway, None if path is None else _Reload(path, gateway, watcher, tasks))
+    serving = [asyncio.create_task(server.serve([item])) for server, item in zip(servers, sockets, strict=True)]
+    try:
+        with _stopped_by_signals(stop):
+            await pools.check_all(gateway.live.pools, gateway.upstream)
+            await tasks.restart()
+            if ready is not None:
+                ready(*(_address(item) for item in sockets))
+            await stop.wait()
+        await _drain(gateway)
+    finally:
+        for server in servers:
+            server.should_exit = True
+        await asyncio.gather(*serving)
+        await tasks.stop()
+        await _close(gateway)
+
+
+async def _build(settings: Config, apis: Apis) -> tuple[list[socket.socket], Gateway]:
+    """The listening sockets (public, admin) and the gateway behind them. Raises ValueError for the user's mistake."""
     metrics = Metrics(__version__)
     with contextlib.ExitStack() as opened:
         sockets = [
@@ -87,91 +113,99 @@ async def serve(
         if recorder is not None:
             opened.callback(recorder.close, 0.0)
         live = await _live(settings, metrics)
-        opened.pop_all()  # from here on the servers close them
-    upstream = Upstream(settings.timeouts.connect_s)
-    budget = pools.RetryBudget(settings.retries.budget, settings.retries.per_second)
-    runtime, control = live.scorer.runtime, Control(metrics)
-    control.follow(settings, runtime)
-    shares = scoring.usual_shares(runtime, tuple(settings.pools), settings.routing.rule, control.threshold)
-    gateway = Gateway(live, metrics, upstream, budget, control, recorder=recorder, shares=shares, apis=apis)
+        opened.pop_all()  # from here on the servers and _close close them
+    control = Control()
+    control.follow(settings, live.scorer.runtime)
+    rule = settings.routing.rule
+    gateway = Gateway(
+        live,
+        metrics,
+        Upstream(settings.timeouts.connect_s),
+        pools.RetryBudget(settings.retries.budget, settings.retries.per_second),
+        control,
+        recorder=recorder,
+        apis=apis,
+        shares=scoring.usual_shares(live.scorer.runtime, tuple(settings.pools), rule, control.threshold),
+    )
     gateway.idle.set()
-    watching = checkpoint_watcher.CheckpointWatcher(gateway)
-    await watching.first_standing()
-    await watching.first_candidate()
-    checkpoint_watcher.show(gateway)
-    tasks = _Tasks(gateway, watching)
-    one_reload = asyncio.Lock()
+    return sockets, gateway
 
-    async def reload() -> str:
-        async with one_reload:  # of two, the later file stays, and no records section is closed that the other takes up
-            return await apply()
 
-    async def apply() -> str:
-        assert path is not None
-        fresh = await asyncio.to_thread(config.load_config, path)
+def _servers(gateway: Gateway, reload: endpoints.Reload | None) -> list[_Server]:
+    """uvicorn's servers of the public and of the admin address."""
+    public = app.create_app(gateway, endpoints.create_public(gateway))
+    admin = endpoints.create_admin(gateway, reload)
+    header_bytes = gateway.live.config.limits.header_bytes
+    return [_Server(uvicorn_config(item, header_bytes, KEEP_ALIVE_SECONDS)) for item in (public, admin)]
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop: asyncio.Event) -> Iterator[None]:
+    """Within it, SIGTERM and SIGINT set `stop`. After it, a signal ends the process at once."""
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+class _Reload:
+    """Reads the config file again and applies it to the running gateway."""
+
+    def __init__(self, path: Path, gateway: Gateway, watcher: CheckpointWatcher, tasks: "_Tasks") -> None:
+        self._path, self._gateway, self._watcher, self._tasks = path, gateway, watcher, tasks
+        self._one = asyncio.Lock()
+
+    async def __call__(self) -> str:
+        """The version of the estimator then in service. Raises ValueError or OSError; the old config then stays."""
+        async with self._one:  # of two reloads the later file applies, and neither closes the other's recorder
+            settings = await asyncio.to_thread(config.load_config, self._path)
+            self._check_addresses(settings)
+            live, recorder = await self._open(settings)
+            await self._apply(live, recorder)
+        log.info("the config %s is applied", self._path)
+        return self._gateway.live.scorer.version
+
+    def _check_addresses(self, settings: Config) -> None:
         for name in ("listen", "admin"):
-            here, there = getattr(gateway.live.config, name), getattr(fresh, name)
+            here, there = getattr(self._gateway.live.config, name), getattr(settings, name)
             if (here.host, here.port) != (there.host, there.port):
                 raise ValueError(f"{name}'s address can't change while the gateway runs; restart it")
-        live = await _live(fresh, metrics)
+
+    async def _open(self, settings: Config) -> tuple[Live, Recorder | None]:
+        """What the config needs that can fail, before anything is replaced."""
+        gateway = self._gateway
+        live = await _live(settings, gateway.metrics)
         try:
-            recorder = await asyncio.to_thread(_recorder, fresh, metrics, gateway.recorder)
+            recorder = await asyncio.to_thread(_recorder, settings, gateway.metrics, gateway.recorder)
         except (ValueError, OSError):
             live.scorer.close()
             raise
-        await pools.check_all(live.pools, upstream)
-        checkpoint_watcher.replace_live(gateway, live)
-        await watching.first_standing()
-        upstream.set_connect_seconds(fresh.timeouts.connect_s)
-        gateway.budget = pools.RetryBudget(fresh.retries.budget, fresh.retries.per_second)
+        await pools.check_all(live.pools, gateway.upstream)
+        return live, recorder
+
+    async def _apply(self, live: Live, recorder: Recorder | None) -> None:
+        gateway, settings = self._gateway, live.config
+        replace_live(gateway, live)
+        await self._watcher.first_standing()
+        gateway.upstream.set_connect_seconds(settings.timeouts.connect_s)
+        gateway.budget = pools.RetryBudget(settings.retries.budget, settings.retries.per_second)
         old, gateway.recorder = gateway.recorder, recorder
         if old is not None and old is not recorder:
             await asyncio.to_thread(old.close)
-        await tasks.restart()
-        await watching.first_candidate()
-        log.info("the config %s is applied", path)
-        return gateway.live.scorer.version
-
-    public = app.create_app(gateway, endpoints.create_public(gateway))
-    admin = endpoints.create_admin(gateway, reload if path else None)
-    servers = [
-        _Server(uvicorn_config(item, settings.limits.header_bytes, KEEP_ALIVE_SECONDS)) for item in (public, admin)
-    ]
-    serving = [asyncio.create_task(server.serve([made])) for server, made in zip(servers, sockets, strict=True)]
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
-        loop.add_signal_handler(number, stop.set)
-    try:
-        await pools.check_all(gateway.live.pools, upstream)
-        await tasks.restart()
-        if ready is not None:
-            ready(*(_address(item) for item in sockets))
-        await stop.wait()
-        for number in signals:  # a second signal ends the process at once
-            loop.remove_signal_handler(number)
-        await _drain(gateway)
-    finally:
-        for server in servers:
-            server.should_exit = True
-        await asyncio.gather(*serving)
-        await tasks.stop()
-        await upstream.close()
-        if gateway.recorder is not None:
-            await asyncio.to_thread(gateway.recorder.close)
-        candidate = (gateway.control.candidate,) if gateway.control.candidate else ()
-        working = (*gateway.retired, gateway.live.scorer, *candidate)
-        for scorer in working:
-            scorer.close()
-        for scorer in working:
-            await asyncio.to_thread(scorer.join)
+        await self._tasks.restart()
+        await self._watcher.first_candidate()
 
 
 class _Tasks:
     """The health checks and the checkpoint watcher of the config in force."""
 
-    def __init__(self, gateway: Gateway, watching: checkpoint_watcher.CheckpointWatcher) -> None:
+    def __init__(self, gateway: Gateway, watcher: CheckpointWatcher) -> None:
         self._gateway = gateway
-        self._watching = watching
+        self._watcher = watcher
         self._running: list[asyncio.Task[None]] = []
 
     async def restart(self) -> None:
@@ -179,7 +213,7 @@ class _Tasks:
         gateway = self._gateway
         self._running = [asyncio.create_task(pools.watch_health(gateway.live.pools, gateway.upstream))]
         if gateway.live.config.estimator.watch:
-            self._running.append(asyncio.create_task(self._watching.run()))
+            self._running.append(asyncio.create_task(self._watcher.run()))
 
     async def stop(self) -> None:
         for task in self._running:
@@ -189,10 +223,10 @@ class _Tasks:
 
 
 def _recorder(settings: Config, metrics: Metrics, running: Recorder | None = None) -> Recorder | None:
-    """What a config's records section wants; the one that runs already, where it is the same section.
+    """The recorder of a config's records section: the running one if the section is the same; None without one.
 
     Raises:
-        ValueError: the database's address or driver can't be.
+        ValueError: the database's address or driver can't be used.
     """
     if settings.records is None:
         return None
@@ -202,13 +236,13 @@ def _recorder(settings: Config, metrics: Metrics, running: Recorder | None = Non
 
 
 async def _live(settings: Config, metrics: Metrics) -> Live:
-    scorer = await checkpoint_watcher.open_scorer(settings, metrics)
+    scorer = await open_scorer(settings, metrics)
     keys = {key.sha256: key.name for key in settings.auth.keys} if settings.auth else {}
     return Live(settings, pools.open_pools(settings, metrics), keys, served_names(settings.pools), scorer)
 
 
 async def _drain(gateway: Gateway) -> None:
-    """/readyz says no from now on; what runs may finish, and what still comes is served on a connection that closes."""
+    """Lets running requests finish while /readyz fails; new ones are still served, on connections that then close."""
     gateway.draining = True
     log.info("stopping: %d requests are still running", gateway.active)
     try:
@@ -216,6 +250,19 @@ async def _drain(gateway: Gateway) -> None:
             await gateway.idle.wait()
     except TimeoutError:
         log.warning("%d requests were still running after timeouts.drain_s and are cut off", gateway.active)
+
+
+async def _close(gateway: Gateway) -> None:
+    """Closes what the gateway holds, after its last request, and waits for all worker threads."""
+    await gateway.upstream.close()
+    if gateway.recorder is not None:
+        await asyncio.to_thread(gateway.recorder.close)
+    candidate = (gateway.control.candidate,) if gateway.control.candidate else ()
+    working = (*gateway.retired, gateway.live.scorer, *candidate)
+    for worker in working:
+        worker.close()
+    for worker in working:
+        await asyncio.to_thread(worker.join)
 
 
 def _address(item: socket.socket) -> str:

@@ -14,10 +14,10 @@ from prometheus_client import Counter
 from depo_gateway import __version__
 from depo_gateway.estimator.calibration import Curve
 from depo_gateway.gateway.config import Config
-from depo_gateway.gateway.control import curve_of
 from depo_gateway.gateway.pools import Pool
 from depo_gateway.gateway.recent_requests import SLICE_SECONDS, EndedRequest, RecentRequests, TimeSlice
 from depo_gateway.gateway.state import Gateway
+from depo_gateway.gateway.thresholds import curve_of
 
 PAGE = Path(__file__).with_name("status.html")
 PRIVATE = {"cache-control": "no-store", "x-content-type-options": "nosniff"}

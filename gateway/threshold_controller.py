@@ -1,18 +1,18 @@
-"""routing.target: a threshold that follows live traffic, so that what it spends stays at what was wanted. Pure.
+"""routing.target: a threshold that follows live traffic, so that the spending stays at the target. Pure.
 
 Every routed request moves a balance by `wanted - spent`: spent is 1 in the last pool and 0 elsewhere, or, for a cost,
-the pool's price relative to the last one's. The balance says which rank of the confidences the threshold has to be: the
-wanted share while it is near 0, the lowest (all stay) at -REACH, the highest (all go to the last pool) at REACH. So it
-never goes further than REACH + 1, and as it telescopes, what any n decisions spend differs from what was wanted by at
-most 2 (REACH + 1) / n, whatever the traffic does: 1.3 points of 2,000. That is the online quantile update of adaptive
-conformal inference (Gibbs and Candès 2021, arXiv 2106.00170, proposition 4.1), with a rank that is cubic in the balance
-instead of linear: it hardly moves the threshold where nothing is wrong, for a threshold that jitters costs quality.
+the pool's price relative to the last one's. The balance sets the rank of the threshold among the confidences: the
+wanted share while it is near 0, the lowest (all stay) at -REACH, the highest (all go to the last pool) at REACH. So the
+balance never exceeds REACH + 1. As it telescopes, the spending of any n decisions differs from the target by at most
+2 (REACH + 1) / n, whatever the traffic does: 1.3 points of 2,000. This is the online quantile update of adaptive
+conformal inference (Gibbs and Candès 2021, arXiv 2106.00170, proposition 4.1) with a rank that is cubic in the balance
+instead of linear: it hardly moves the threshold near balance 0, because a threshold that jitters costs quality.
 
-Decisions that do not obey (a conversation that keeps its pool, a fallback) move the balance too and are made up for,
-as far as LIMIT; beyond that they are forgotten, or the end of an outage would be followed by its opposite.
+Decisions that the threshold does not make (a conversation that keeps its pool, a fallback) move the balance too and are
+compensated, up to LIMIT. The rest is dropped: otherwise the end of an outage would be followed by its opposite.
 
-Against a fixed threshold at the right rank, 0.3 to 0.7% of what routing gains over a coin is lost (a linear rank of
-step .03 loses 1.3 to 2.7%); the fixed one's share is off by up to 3 points in a window without any change of traffic.
+Compared with a fixed threshold at the right rank, 0.3 to 0.7% of routing's gain over random routing is lost (a linear
+rank of step .03 loses 1.3 to 2.7%); the fixed one's share is off by up to 3 points in a window of unchanged traffic.
 """
 
 import math
@@ -25,28 +25,28 @@ import numpy as np
 
 from depo_gateway.estimator.calibration import Curve
 
-SHARE_WINDOW = 2000  # decisions: of the bound, of the reference and of the share shown
-REACH = 12.0  # decisions; a longer one costs less quality and leaves less room for what comes late
+SHARE_WINDOW = 2000  # decisions: of the bound, of the confidences compared with and of the share shown
+REACH = 12.0  # decisions; a longer one costs less quality and leaves less room for late corrections
 LIMIT = 19.5  # decisions; twice that is a little less than the two points of a window
-TOKENS_SMOOTHING = 0.005  # of the mean tokens of an answer, in which a cost is weighed
-PRIOR = 200  # confidences that the calibration counts for; live ones count one each
+TOKENS_SMOOTHING = 0.005  # of the moving mean of an answer's tokens, by which costs are weighted
+PRIOR = 200  # confidences that stand for the calibration; each live one counts as one
 ABOVE_ALL = math.nextafter(1.0, 2.0)  # a threshold that no confidence reaches
 
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One decision in the balance, as it stands there now."""
+    """One decision as the balance counts it now."""
 
-    spent: float | None  # None: taken back
+    spent: float | None  # None: not counted
     weight: float = 1.0
-    recent: bool = True  # one of the last WINDOW
+    recent: bool = True  # among the last SHARE_WINDOW
 
 
 class ThresholdController:
     """Follows one wanted mean of `spent`, in [0, 1]."""
 
     def __init__(self, wanted: float, start: float, curve: Curve | None) -> None:
-        """`start`: the rank that usually spends what is wanted; `curve`: of the confidences before any were seen."""
+        """`start`: the rank that usually meets the target; `curve`: the calibration's, before live confidences."""
         self.wanted = wanted
         self.start = start
         self.balance = 0.0
@@ -56,9 +56,9 @@ class ThresholdController:
         self.expect(curve)
 
     def expect(self, curve: Curve | None) -> None:
-        """Forgets the confidences seen: another checkpoint makes others."""
+        """Forgets the live confidences: those of another checkpoint are distributed differently."""
         prior = [step / 20 for step in range(20)] if curve is None else sample(curve, PRIOR)
-        random.Random(0).shuffle(prior)  # they leave oldest first, and should leave evenly
+        random.Random(0).shuffle(prior)  # the oldest leave first; shuffled, they leave evenly
         self._seen = deque(prior)
         self._sorted = sorted(prior)
 
@@ -77,16 +77,15 @@ class ThresholdController:
         if rank >= 1.0:
             return ABOVE_ALL
         value = self._sorted[int(rank * len(self._sorted))]
-        if self.balance > 0:  # equal confidences stay or go together: now this, now that, around a balance of 0
+        if self.balance > 0:  # equal confidences go together: they alternate around a balance of 0
             value = math.nextafter(value, math.inf)
         return min(ABOVE_ALL, max(0.0, value))
 
-    def decided(self, spent: float, confidence: float | None) -> Step:
+    def count(self, spent: float, confidence: float | None) -> Step:
         """Counts one decision.
 
         Args:
-            confidence: what the threshold was compared with; None where `spent` would have been the same whatever the
-                threshold.
+            confidence: the one compared with the threshold; None where the threshold had no influence.
         """
         if confidence is None:
             confidence = math.copysign(math.inf, 0.5 - spent)
@@ -104,7 +103,7 @@ class ThresholdController:
         return step
 
     def correct(self, step: Step, spent: float | None, weight: float = 1.0) -> None:
-        """Says how a decision ended: another pool answered, none did (None), its cost weighs `weight`."""
+        """Updates a decision once it has ended: another pool answered, or none (None); its cost weighs `weight`."""
         change = self._off(spent, weight) - self._off(step.spent, step.weight)
         self.balance = min(LIMIT, max(-LIMIT, self.balance + change))
         self._add(step, -1)
@@ -112,13 +111,13 @@ class ThresholdController:
         self._add(step, 1)
 
     def weight(self, tokens: int) -> float:
-        """What an answer of so many tokens weighs beside those of late, and counts it among them."""
+        """The weight of an answer of so many tokens relative to the recent mean, which it updates."""
         self._tokens = self._tokens + TOKENS_SMOOTHING * (tokens - self._tokens) if self._tokens else float(tokens)
         return tokens / self._tokens
 
     @property
     def realised(self) -> float:
-        """The mean of `spent` over the last WINDOW decisions; NaN before the first."""
+        """The mean of `spent` over the last SHARE_WINDOW decisions; NaN before the first."""
         return self._spent / self._weight if self._weight > 0 else math.nan
 
     def _off(self, spent: float | None, weight: float) -> float:
@@ -131,7 +130,7 @@ class ThresholdController:
 
 
 def sample(curve: Curve, count: int) -> list[float]:
-    """`count` evenly ranked confidences of the distribution that a calibration's curve tells, rising.
+    """`count` evenly ranked confidences of the distribution behind a calibration's curve, rising.
 
     The last pool's share at a threshold is the share of the confidences below it.
     """

@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -67,7 +68,7 @@ async def serve_and_read(checkpoint: Path, place: Path) -> dict[str, Any]:
     store = Store(url)
     records = [item.record for item in store.logged(REQUESTS)]
     store.close()
-    traffic = logged_traffic.read(url, None, REQUESTS, ("small", "large"), TextConfig())
+    traffic = logged_traffic.read_traffic(url, None, REQUESTS, ("small", "large"), TextConfig())
     return {
         "header": header,
         "counted": counted,
@@ -83,7 +84,9 @@ async def serve_and_read(checkpoint: Path, place: Path) -> dict[str, Any]:
 def result(row: str, checkpoint: Path, place: Path) -> dict[str, Any]:
     place.mkdir()
     command = [sys.executable, __file__, row, str(checkpoint), str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from depo_gateway.estimator import checkpoint, standing, text
+from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.estimator.runtime import Runtime
@@ -278,8 +279,8 @@ def test_evaluate_reads_the_records() -> None:
 @pytest.mark.parametrize("name", ["learner.yaml", "learner_model.yaml"])
 def test_every_setting_of_learner_yaml_is_taken(name: str) -> None:
     raw = yaml.safe_load(Path(name).read_text())
-    settings = learner_settings.load(Path(name))
-    assert Path(learner_settings.database(settings.records).removeprefix("sqlite:///")).samefile("records.db")
+    settings = learner_settings.load_settings(Path(name))
+    assert Path(database_url(settings.records).removeprefix("sqlite:///")).samefile("records.db")
     if name == "learner.yaml":
         assert settings.reference is not None
         assert Path(settings.reference).samefile("outcomes.jsonl")

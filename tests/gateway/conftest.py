@@ -70,7 +70,7 @@ async def running(raw: dict[str, Any], path: Path | None = None, apis: Apis = AP
     addresses: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     task = asyncio.create_task(
-        server.serve(config.parse(raw), path, lambda *both: addresses.set_result(both), stop, apis)
+        server.serve(config.parse_config(raw), path, lambda *both: addresses.set_result(both), stop, apis)
     )  # fmt: skip
     await asyncio.wait((task, addresses), return_when=asyncio.FIRST_COMPLETED)
     if task.done():

@@ -18,7 +18,6 @@ from depo_gateway.gateway.auth_config import Key
 from depo_gateway.gateway.budgets import BURST, Account, Budgets
 from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.control import Accounting, Control
-from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.routing import Decision, Eligible
 from tests.gateway.backend import FakeVllm, Script
@@ -232,10 +231,10 @@ BOTH, PINNED = Eligible(("small", "large")), Eligible(("large",))
 
 def control(**limits: Any) -> Control:
     """One that has taken a config with the key `bounded`; it never sees a checkpoint."""
-    made = Control(Metrics("0"))
+    made = Control()
     made._config = bounded(**limits)
     assert made._config.auth is not None
-    made.budgets.apply(made._config.auth.keys, 0.0)
+    made._budgets.apply(made._config.auth.keys, 0.0)
     return made
 
 
@@ -259,7 +258,7 @@ def test_refused_requests_earn_nothing() -> None:
 @pytest.mark.parametrize("pool", [None, "small"])
 def test_what_nobody_answered_earns_nothing(pool: str | None) -> None:
     ruled = control(large_share=0.1)
-    account = ruled.budgets.account("bounded")
+    account = ruled._budgets.account("bounded")
     assert account is not None
     account.calls = 0.0
     for _ in range(50):
@@ -274,13 +273,13 @@ async def test_a_new_checkpoint_or_config_loses_no_refund() -> None:
     accountings = [Accounting() for _ in range(10)]
     for accounting in accountings:
         ruled.commit(accounting, "bounded", "hi", BOTH, Decision("large", Reason.UNSURE))
-    account = ruled.budgets.account("bounded")
+    account = ruled._budgets.account("bounded")
     assert account is not None
     assert account.calls == 5.0
-    ruled.budgets.apply(bounded(large_share=0.5).auth.keys, 1.0)  # type: ignore[union-attr]
+    ruled._budgets.apply(bounded(large_share=0.5).auth.keys, 1.0)  # type: ignore[union-attr]
     for accounting in accountings:
         ruled.conclude(accounting, None, 0)
-    assert ruled.budgets.account("bounded") is account
+    assert ruled._budgets.account("bounded") is account
     assert account.calls == BURST
 
 

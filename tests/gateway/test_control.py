@@ -20,7 +20,6 @@ from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.gateway import checkpoint_watcher, config
 from depo_gateway.gateway.control import Accounting, Control
-from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.routing import Decision, Eligible
 from depo_gateway.gateway.threshold_controller import SHARE_WINDOW
 from tests.conftest import WORDS
@@ -176,7 +175,7 @@ async def test_a_quality_is_the_checkpoints_to_say(
 
 
 def test_requests_under_way_over_a_reload_are_put_right_where_they_were_counted(tiny_checkpoint: Path) -> None:
-    runtime, control = Runtime.load(tiny_checkpoint), Control(Metrics("0"))
+    runtime, control = Runtime.load(tiny_checkpoint), Control()
     read = [config.parse_config(settings([], [], tiny_checkpoint) | {
         "pools": {name: {"model": name, "backends": [{"url": "http://x"}]} for name in ("small", "large")},
         "routing": {"target": {"large_share": share}},
@@ -186,15 +185,15 @@ def test_requests_under_way_over_a_reload_are_put_right_where_they_were_counted(
     both, large = Eligible(("small", "large")), Decision("large", Reason.UNSURE, 0.5, 0.9)
     for accounting in accountings:
         control.commit(accounting, "", "hi", both, large)
-    old = control.controller
+    old = control._controller
     control.follow(read[1], runtime)
-    assert control.controller is not old is not None
+    assert control._controller is not old is not None
     control.commit(Accounting(decisive_confidence=0.5), "", "hi", both, large)
-    assert control.controller is not None
-    before = (control.controller.balance, control.controller.realised)
+    assert control._controller is not None
+    before = (control._controller.balance, control.target_share)
     for accounting in accountings:
         control.conclude(accounting, None, 0)
-    assert (control.controller.balance, control.controller.realised) == before
+    assert (control._controller.balance, control.target_share) == before
     assert np.isnan(old.realised)
 
 
@@ -240,7 +239,7 @@ async def test_a_router_no_better_than_a_coin_becomes_one(
         with caplog.at_level(logging.ERROR):
             standing.write_standing(home, judged(first, False))
             assert await gateway.settles("gateway_router_floor", 1)
-        assert f"labels show the estimator {first} no better than a coin" in caplog.text
+        assert f"labels show the estimator {first} to be no better than random routing" in caplog.text
         answers = [await gateway.chat(f"easy {index}") for index in range(300)]
         assert {answer.headers["x-depo-reason"] for answer in answers} == {"explore"}
         share = sum(answer.headers["x-depo-pool"] == "large" for answer in answers) / 300

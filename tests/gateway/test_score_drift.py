@@ -21,7 +21,7 @@ def curve_of(confidences: list[float]) -> Curve:
 def seen(curve: Curve | None, confidences: list[float]) -> float:
     watched = ScoreDrift(curve)
     for confidence in confidences:
-        watched.saw(confidence)
+        watched.observe(confidence)
     return watched.distance
 
 

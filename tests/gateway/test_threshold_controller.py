@@ -34,7 +34,7 @@ def routed(controller: ThresholdController, confidences: Sequence[float]) -> lis
     large = []
     for confidence in confidences:
         large.append(int(confidence < controller.threshold))
-        controller.decided(large[-1], confidence)
+        controller.count(large[-1], confidence)
     return large
 
 
@@ -87,7 +87,7 @@ def test_a_change_of_traffic_that_knows_the_controller() -> None:
             up = (index // 3000) % 2 == 0  # for a while all to the large pool, then all away from it
             confidence = 0.0 if up else 1.0
             large.append(int(confidence < threshold))
-            controller.decided(large[-1], confidence)
+            controller.count(large[-1], confidence)
         assert worst(large, wanted) <= BOUND
 
 
@@ -149,7 +149,7 @@ def test_what_the_threshold_does_not_decide_is_made_up_for() -> None:
         bound = 1 if index % 5 == 0 else 0 if index % 10 == 1 else None
         spent = int(confidence < controller.threshold) if bound is None else bound
         large.append(spent)
-        controller.decided(spent, confidence if bound is None else None)
+        controller.count(spent, confidence if bound is None else None)
     assert worst(large, 0.4) < 0.02
     assert abs(controller.balance) < threshold_controller.REACH
 
@@ -161,7 +161,7 @@ def test_after_an_outage_the_target_holds_at_once() -> None:
     for index in range(9000):
         confidence = chance.random()
         spent = int(confidence < controller.threshold)
-        step = controller.decided(spent, confidence)
+        step = controller.count(spent, confidence)
         if 3000 <= index < 6000:
             controller.correct(step, 1.0)
             spent = 1
@@ -173,11 +173,11 @@ def test_after_an_outage_the_target_holds_at_once() -> None:
 def test_a_correction_is_as_if_it_had_been_so_from_the_start() -> None:
     one, two = ThresholdController(0.3, 0.3, None), ThresholdController(0.3, 0.3, None)
     for spent in (0.0, 1.0, 0.0):
-        one.correct(one.decided(0.0, 0.5), spent)
-        two.decided(spent, 0.5)
+        one.correct(one.count(0.0, 0.5), spent)
+        two.count(spent, 0.5)
     assert one.balance == pytest.approx(two.balance)
     assert one.realised == two.realised == pytest.approx(1 / 3)
-    step = one.decided(1.0, 0.5)
+    step = one.count(1.0, 0.5)
     one.correct(step, None)  # nobody answered
     assert one.balance == pytest.approx(two.balance)
     assert one.realised == two.realised
@@ -186,9 +186,9 @@ def test_a_correction_is_as_if_it_had_been_so_from_the_start() -> None:
 def test_the_share_shown_is_that_of_the_last_decisions() -> None:
     controller = ThresholdController(0.3, 0.3, None)
     assert math.isnan(controller.realised)
-    first = controller.decided(1.0, 0.5)
+    first = controller.count(1.0, 0.5)
     for _ in range(SHARE_WINDOW):
-        controller.decided(0.0, 0.5)
+        controller.count(0.0, 0.5)
     assert controller.realised == 0.0
     controller.correct(first, 0.0)  # long out of the window
     assert controller.realised == 0.0
@@ -207,7 +207,7 @@ def test_a_cost_is_weighed_by_tokens(wanted: float) -> None:
         spent.append(1.0 if confidence < controller.threshold else price)
         length = 100 if index < 4000 else 300
         tokens.append(1 + int(chance.expovariate(1.0) * (1.5 - confidence) * length))
-        open_steps.append(controller.decided(spent[-1], confidence))
+        open_steps.append(controller.count(spent[-1], confidence))
         if index >= 50:
             controller.correct(open_steps[index - 50], spent[index - 50], controller.weight(tokens[index - 50]))
     spent_sums, token_sums = (
