@@ -23,8 +23,8 @@ PLACES = (
     *("gateway", "estimator", "training", "depo_gateway", "benchmarks", "dashboards"),
     *("tests", "helm", "docs", "docker", "examples"),
 )
-
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for place in PLACES for path in (ROOT / place).rglob("*.md"))])
+
 
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
@@ -157,6 +157,14 @@ def test_the_architecture_has_a_line_for_every_folder_and_no_other() -> None:
     assert len(named) == len(set(named))
 
 
+def test_the_readme_has_a_line_for_every_folder_and_no_other() -> None:
+    tree = re.search(r"^```\n(gateway/ .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert tree is not None
+    named = re.findall(r"^(\w+)/ +\w", tree[1], re.MULTILINE)
+    assert len(named) == len(tree[1].splitlines())
+    assert set(named) == set(PLACES)
+
+
 def test_the_glossary_has_thirty_terms_nine_for_day_one_and_all_in_use() -> None:
     parts = (ROOT / "docs/glossary.md").read_text().split("\n## ")[1:]
     terms = [re.findall(r"^- \*\*(.+?)\*\*: ", part, re.MULTILINE) for part in parts]
@@ -235,7 +243,9 @@ def test_the_page_on_alerts_counts_them_and_names_those_that_page() -> None:
     page = OPERATIONS["alerts"]
     assert f"has {len(rules)} alerts" in page
     assert set(re.findall(r"\[(Depo\w+)\]\(\.\./runbooks/\1\.md\)", page)) == paging
-    assert set(re.findall(r"^\| \[(Depo\w+)\]", (ROOT / "docs/runbooks/README.md").read_text(), re.MULTILINE)) == set(rules)
+    assert set(re.findall(r"^\| \[(Depo\w+)\]", (ROOT / "docs/runbooks/README.md").read_text(), re.MULTILINE)) == set(
+        rules
+    )
 
 
 def test_the_index_of_operations_links_every_page() -> None:

@@ -64,7 +64,7 @@ def known() -> dict[str, set[str]]:
 @functools.cache
 def sources() -> str:
     """The code that labels the series: a label's values stand in it."""
-    return "".join(path.read_text() for package in ("gateway", "training") for path in (ROOT / package).glob("*.py"))
+    return "".join(path.read_text() for package in ("gateway", "training") for path in (ROOT / package).rglob("*.py"))
 
 
 def promtool(*arguments: str | Path) -> None:
