@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.learner import Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, collate, create
+from depo_gateway.estimator.model import ModelConfig, collate, create_model
 from depo_gateway.estimator.text import TextConfig, prepare
 from depo_gateway.training.evaluation.report import scores_of
 from depo_gateway.training.evaluation.routing_metrics import (
@@ -148,7 +148,9 @@ def start(
 ) -> tuple[Learner, FitConfig]:
     config = FitConfig(LearnerConfig(**terms), patience=2 if trunk else FitConfig().patience)
     torch.manual_seed(config.seed)
-    model, tokenizer = create(ModelConfig(("small", "large"), TextConfig(pooling=pooling), wide=wide, trunk=trunk))
+    model, tokenizer = create_model(
+        ModelConfig(("small", "large"), TextConfig(pooling=pooling), wide=wide, trunk=trunk)
+    )
     return Learner(model, tokenizer, config.learner), config
 
 
@@ -205,7 +207,10 @@ def held_out(
     t_NK, d_NK = labels(examples, parsed.names)
     calibrated = calibrate(held[0].full, held[0].cheap, t_NK, d_NK, np.ones(len(examples)), parsed.names)
     quality = [
-        {stage: calibration.apply(calibrated.stages[stage], getattr(one, stage))[0] for stage in calibration.STAGES}
+        {
+            stage: calibration.apply_calibration(calibrated.stages[stage], getattr(one, stage))[0]
+            for stage in calibration.STAGES
+        }
         for one in held
     ]
     length = np.array([len(example.prompt) for example in examples], float)

@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 RULES = ("gain", "difficulty")
 STAGES = ("full", "cheap")
 GRID = 101
-LABELS = 20  # a Platt of fewer is noise
+MIN_LABELS = 20  # a Platt of fewer is noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +116,17 @@ def sigmoid(x: NDArray[np.floating]) -> Array:
     return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -60.0, 60.0))), np.float64)
 
 
-def apply(stage: Stage, logits_NKH: NDArray[np.floating]) -> tuple[Array, Array]:
+def apply_calibration(stage: Stage, logits_NKH: NDArray[np.floating]) -> tuple[Array, Array]:
     """Logits (N, K, 2) -> calibrated quality (N, K) and token confidence (N, K)."""
     quality = [sigmoid(p.slope * logits_NKH[:, k, 0] + p.offset) for k, p in enumerate(stage.quality)]
     token = [sigmoid(p.slope * logits_NKH[:, k, 1] + p.offset) for k, p in enumerate(stage.token_confidence)]
     return np.stack(quality, 1), np.stack(token, 1)
 
 
-def enough(targets: NDArray[np.floating], weights: NDArray[np.floating]) -> bool:
+def enough_labels(targets: NDArray[np.floating], weights: NDArray[np.floating]) -> bool:
     """Whether labels (N,), NaN where there is none, can fit a Platt: LABELS of them or more, and not all alike."""
     labelled = targets[~np.isnan(targets) & (weights > 0)]
-    return len(labelled) >= LABELS and bool(np.ptp(labelled) > 0)
+    return len(labelled) >= MIN_LABELS and bool(np.ptp(labelled) > 0)
 
 
 def fit_platt(logits: NDArray[np.floating], targets: NDArray[np.floating], weights: NDArray[np.floating]) -> Platt:
@@ -134,7 +134,7 @@ def fit_platt(logits: NDArray[np.floating], targets: NDArray[np.floating], weigh
 
     A slight pull (ridge of one prompt) to slope 1, offset 0 keeps it finite where the labels are separable.
     """
-    if not enough(targets, weights):
+    if not enough_labels(targets, weights):
         return Platt()
     seen = ~np.isnan(targets) & (weights > 0)
     x, t, w = np.asarray(logits, float)[seen], targets[seen], weights[seen]
@@ -171,7 +171,7 @@ def route(quality_NK: Array, rule: str, threshold: float) -> NDArray[np.int64]:
     return chosen
 
 
-def curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: str) -> Curve:
+def measure_curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: str) -> Curve:
     """Measure a rule on N prompts. Thresholds stand at 0, 1 and quantiles of confidence.
 
     That is the first pool's confidence, which what leaves it depends on, and the best of all but the last, which what

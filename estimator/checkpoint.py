@@ -17,7 +17,7 @@ from typing import Any
 
 from depo_gateway.estimator.text import TextConfig
 
-SCHEMA = 1
+MANIFEST_SCHEMA = 1
 MANIFEST, WEIGHTS, TOKENIZER, ENCODER, CALIBRATION = (
     "manifest.json", "model.safetensors", "tokenizer.json", "model.onnx", "calibration.json",
 )  # fmt: skip
@@ -49,14 +49,14 @@ class Manifest:
     text: TextConfig
     metrics: Mapping[str, Any]
     files: Mapping[str, str]  # name -> sha256
-    schema: int = SCHEMA
+    schema: int = MANIFEST_SCHEMA
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write(
+def write_checkpoint(
     directory: Path,
     files: Mapping[str, bytes],
     base: Base,
@@ -133,7 +133,7 @@ def resolve(place: str | Path) -> Path:
     raise ValueError(f"{place} is no checkpoint: it holds neither {MANIFEST} nor a `current` that names one")
 
 
-def load(path: Path) -> tuple[Manifest, dict[str, bytes]]:
+def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, bytes]]:
     """A checkpoint's manifest and files, each checked against its hash. Raises ValueError saying what is wrong."""
     manifest = load_manifest(path)
     files = {}
@@ -159,9 +159,9 @@ def load_manifest(path: Path) -> Manifest:
         raw = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
-    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+    if not isinstance(raw, dict) or raw.get("schema") != MANIFEST_SCHEMA:
         found = raw.get("schema") if isinstance(raw, dict) else None
-        raise ValueError(f"{place} has schema {found!r}; this version reads schema {SCHEMA}")
+        raise ValueError(f"{place} has schema {found!r}; this version reads schema {MANIFEST_SCHEMA}")
     try:
         base = raw["base"]
         layers = base["layers"]
@@ -181,7 +181,7 @@ def load_manifest(path: Path) -> Manifest:
             files=dict(raw["files"]),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{place} is not a manifest of schema {SCHEMA}: {error!r}") from None
+        raise ValueError(f"{place} is not a manifest of schema {MANIFEST_SCHEMA}: {error!r}") from None
     if missing := sorted(set(FILES) - set(manifest.files)):
         raise ValueError(f"{place} names no {missing[0]}")
     if odd := [name for name in manifest.files if not FILE_NAME.fullmatch(name)]:

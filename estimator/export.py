@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from depo_gateway.estimator import calibration, checkpoint
 from depo_gateway.estimator.calibration import Calibration
 from depo_gateway.estimator.checkpoint import Base, Manifest
-from depo_gateway.estimator.model import DeepPart, Estimator, attend, int8_of, weights_of
+from depo_gateway.estimator.model import DeepPart, Estimator, int8_of, set_attention, weights_of
 
 SMALL = 4096  # fewer numbers than this stay fp32
 EXACT = 1e-4  # of a step of int8; a matrix rounded before is off by 2e-5, for fp32 is not exact
@@ -32,7 +32,7 @@ EXACT = 1e-4  # of a step of int8; a matrix rounded before is off by 2e-5, for f
 def onnx_bytes(model: Estimator) -> bytes:
     """The deep part as ONNX, for any batch size and length. The model stays as it is."""
     part = DeepPart(copy.deepcopy(model)).cpu().eval()
-    attend(part.model, "eager")  # a learner may have set another; this one ONNX can hold
+    set_attention(part.model, "eager")  # a learner may have set another; this one ONNX can hold
     ids, mask = torch.randint(0, min(100, model.vocabulary), (2, 8)), torch.ones(2, 8, dtype=torch.long)
     axes = {0: "prompts", 1: "tokens"}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -104,7 +104,7 @@ def store_as_int8(exported: onnx.ModelProto) -> None:
     graph.node.extend(nodes)
 
 
-def write(
+def export_checkpoint(
     directory: Path,
     model: Estimator,
     tokenizer: Tokenizer,
@@ -126,4 +126,4 @@ def write(
     }
     config = model.config
     base = Base(config.encoder, config.layers, changed, config.wide, config.trunk, model.rounded)
-    return checkpoint.write(directory, files, base, config.pools, config.text, metrics, parent)
+    return checkpoint.write_checkpoint(directory, files, base, config.pools, config.text, metrics, parent)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from depo_gateway.estimator import losses, wide
 from depo_gateway.estimator.forward import dropout, fp32, sparing
-from depo_gateway.estimator.model import Estimator, attend, collate
+from depo_gateway.estimator.model import Estimator, collate, set_attention
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import Prepared, prepare
 
@@ -99,7 +99,7 @@ class Learner:
             parameter.requires_grad_(f"encoder.{name}" in self.trained)
         self.heads = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
         if self.trained:  # the eager attention that is exported keeps every layer's (B, heads, T, T) for the way back
-            attend(model, "sdpa")
+            set_attention(model, "sdpa")
         self.optimizers = optimizers_of(model, config)
         self.average = [parameter.detach().clone() for parameter in self.heads] if config.average else []
         self.settled = model.loaded  # the average is one of many steps already

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.text import SURFACE, Prepared, TextConfig, load_tokenizer
-from depo_gateway.estimator.vocabulary import narrow
+from depo_gateway.estimator.vocabulary import narrow_embeddings
 from depo_gateway.estimator.wide import BUCKETS
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -123,7 +123,7 @@ class DeepPart(nn.Module):
         return self.model.deep(self.model.embed(input_ids, attention_mask))
 
 
-def locate(encoder: str) -> str:
+def locate_encoder(encoder: str) -> str:
     """Where an encoder's files are: a directory wins, then an installed weights package, then the hub's name itself."""
     if Path(encoder).is_dir() or encoder not in PACKAGED:
         return encoder
@@ -135,7 +135,7 @@ def locate(encoder: str) -> str:
     return str(place) if place.is_dir() else encoder
 
 
-def create(
+def create_model(
     config: ModelConfig, kept: Tokenizer | None = None, rounded: bool = True, seed: int = 0
 ) -> tuple[Estimator, Tokenizer]:
     """A new estimator on a pretrained encoder, and its tokenizer. Raises ValueError if there is no such encoder.
@@ -143,7 +143,7 @@ def create(
     `kept`: a narrowed tokenizer (vocabulary.py) to use in place of the encoder's own. `rounded`: what is stored as
     int8 is rounded now; not for an encoder that will be trained whole. `seed` decides a trunk's first weights.
     """
-    place = locate(config.encoder)
+    place = locate_encoder(config.encoder)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # it reports the pooler we drop on purpose
     try:
@@ -154,11 +154,11 @@ def create(
         raise ValueError(
             f"encoder {config.encoder!r} can't be loaded; give a directory or an encoder's name: {first}"
         ) from None
-    encoder = trim(encoder, config.layers, config.encoder)
+    encoder = trim_encoder(encoder, config.layers, config.encoder)
     if rounded:
         round_to_int8(encoder)
     if kept is not None and kept.get_vocab_size() < tokenizer.get_vocab_size():
-        narrow(encoder, tokenizer, kept)
+        narrow_embeddings(encoder, tokenizer, kept)
         tokenizer = load_tokenizer(kept.to_str())
     limit = int(getattr(encoder.config, "max_position_embeddings", 512))
     if config.text.max_tokens > limit:
@@ -167,7 +167,7 @@ def create(
     return Estimator(config, encoder, tokenizer.get_vocab_size(), width, rounded, seed), tokenizer
 
 
-def trim(encoder: Any, layers: int, name: str) -> Any:
+def trim_encoder(encoder: Any, layers: int, name: str) -> Any:
     """Keep the first `layers` layers (0: all) and drop what only later ones use. `name` is for the error."""
     if layers:
         stack = stack_of(encoder)
@@ -193,7 +193,7 @@ def stack_of(encoder: nn.Module) -> nn.ModuleList | None:
     return None
 
 
-def attend(model: Estimator, how: str) -> None:
+def set_attention(model: Estimator, how: str) -> None:
     """Let the encoder's attention be computed by `how`, one of transformers' names: "eager", "sdpa"."""
     encoder: Any = model.encoder
     encoder.set_attn_implementation(how)
@@ -229,7 +229,7 @@ def collate(prepared: Sequence[Prepared], device: torch.device | None = None) ->
     return ids_BT.to(device), mask_BT.to(device)
 
 
-def subset(model: Estimator, pools: Sequence[str]) -> Estimator:
+def select_pools(model: Estimator, pools: Sequence[str]) -> Estimator:
     """A copy that predicts some of the pools only, in the order given; the encoder is shared. To export, not to train.
 
     Raises ValueError for a pool that the model does not have.
@@ -256,13 +256,13 @@ def weights_of(model: Estimator, trained: Sequence[str]) -> bytes:
     return safetensors.torch.save(kept)
 
 
-def load(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
+def load_model(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
     """A checkpoint to train further: its base encoder by name, and what was changed."""
-    manifest, files = checkpoint.load(path)
+    manifest, files = checkpoint.load_checkpoint(path)
     base = manifest.base
     config = ModelConfig(manifest.pools, manifest.text, base.encoder, base.layers, base.wide, base.trunk)
     kept = Tokenizer.from_str(files[checkpoint.TOKENIZER].decode())
-    model, tokenizer = create(config, kept, base.rounded)
+    model, tokenizer = create_model(config, kept, base.rounded)
     state = safetensors.torch.load(files[checkpoint.WEIGHTS])
     expected = {n for n in model.state_dict() if not n.startswith("encoder.")} | set(base.trained)
     if set(state) != expected:

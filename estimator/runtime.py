@@ -55,7 +55,7 @@ class Runtime:
     @staticmethod
     def load(path: Path, threads: int = 1) -> Runtime:
         """Load and check a checkpoint directory. Raises ValueError with one sentence saying what is wrong with it."""
-        manifest, files = checkpoint.load(path)
+        manifest, files = checkpoint.load_checkpoint(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -111,7 +111,7 @@ class Runtime:
         """(B, H) before calibration. Raises ValueError where there is no wide part (has_cheap)."""
         if self.wide is None:
             raise ValueError(f"checkpoint {self.version} has no wide part, and so no cheap stage")
-        return np.stack([wide.logits(self.wide, prepared.ids, prepared.surface) for prepared in batch])
+        return np.stack([wide.wide_logits(self.wide, prepared.ids, prepared.surface) for prepared in batch])
 
     def full_logits(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
         """(B, H) before calibration."""
@@ -125,7 +125,7 @@ class Runtime:
         return result
 
     def _scores(self, logits_BH: NDArray[np.float32], stage: str) -> list[Scores]:
-        quality_BK, token_BK = calibration.apply(
+        quality_BK, token_BK = calibration.apply_calibration(
             self.calibration.stages[stage], logits_BH.reshape(len(logits_BH), len(self.pools), 2)
         )
         return [Scores(tuple(q), tuple(t)) for q, t in zip(quality_BK.tolist(), token_BK.tolist(), strict=True)]

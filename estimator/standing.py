@@ -29,7 +29,7 @@ class Standing:
     large_share: float  # of the calls it was measured on, the last pool's
 
 
-def write(directory: Path, standing: Standing) -> None:
+def write_standing(directory: Path, standing: Standing) -> None:
     """Replaces the file in a checkpoints directory, atomically."""
     beside = directory / f".{STANDING}.{os.getpid()}"
     with open(beside, "w", encoding="utf-8") as file:
@@ -39,7 +39,7 @@ def write(directory: Path, standing: Standing) -> None:
     os.replace(beside, directory / STANDING)
 
 
-def read(directory: Path) -> Standing | None:
+def read_standing(directory: Path) -> Standing | None:
     """The standing in a checkpoints directory, None where there is none.
 
     Raises:
@@ -66,7 +66,7 @@ def read(directory: Path) -> Standing | None:
     return Standing(**values)
 
 
-def home(place: str) -> Path | None:
+def checkpoints_directory(place: str) -> Path | None:
     """The checkpoints directory that `estimator.path` means: where `current` lies, or a lone checkpoint's parent.
 
     None for the shipped estimator, which nobody measures.

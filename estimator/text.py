@@ -95,7 +95,7 @@ def prompt_of_messages(messages: Sequence[Mapping[str, object]]) -> tuple[str, s
     return turns[last][1], "\n".join(text for _, text in turns[max(0, last - CONTEXT_MESSAGES) : last])
 
 
-def read(config: TextConfig, asked: str | Sequence[Mapping[str, object]]) -> tuple[str, str]:
+def extract_text(config: TextConfig, asked: str | Sequence[Mapping[str, object]]) -> tuple[str, str]:
     """What a checkpoint reads of a request: (prompt, context), for prepare().
 
     Args:
@@ -109,12 +109,12 @@ def read(config: TextConfig, asked: str | Sequence[Mapping[str, object]]) -> tup
         return prompt_of_messages(asked)
     turns = _both_ends(asked, CHARS_PER_TOKEN * config.max_tokens)
     try:
-        return render(config.chat, turns), ""
+        return render_chat(config.chat, turns), ""
     except (jinja2.TemplateError, TypeError, ValueError):  # what a template raises, or provokes by odd messages
         return "\n".join(turn["content"] for turn in turns), ""
 
 
-def render(chat: str, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
+def render_chat(chat: str, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
     """Messages as a policy reads them: transformers' apply_chat_template(tokenize=False), without transformers.
 
     `chat` runs in Jinja's sandbox, but nothing stops one that loops for long: load checkpoints that you trust.
@@ -125,7 +125,7 @@ def render(chat: str, messages: Sequence[Mapping[str, object]], add_generation_p
     )
 
 
-def with_tokens(chat: str, tokens: Mapping[str, object]) -> str:
+def with_special_tokens(chat: str, tokens: Mapping[str, object]) -> str:
     """A tokenizer's chat template with its special tokens in it, so that it says all by itself.
 
     Args:

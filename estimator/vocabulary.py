@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from depo_gateway.estimator.text import clean
 
 
-def narrowed(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
+def narrow_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer with only the pieces that `texts` need.
 
     Raises ValueError if it is not WordPiece or adds special tokens in a way not known here.
@@ -59,7 +59,7 @@ def renumber(processor: dict[str, Any], ids: Mapping[str, int]) -> None:
             raise ValueError(f"the vocabulary can't be narrowed: this encoder's tokenizer ends with {other}")
 
 
-def narrow(encoder: Any, whole: Tokenizer, kept: Tokenizer) -> None:
+def narrow_embeddings(encoder: Any, whole: Tokenizer, kept: Tokenizer) -> None:
     """Leave the encoder only the embeddings of `kept`'s tokens, in its order. `whole` is its own tokenizer."""
     rows = []
     for token, _ in sorted(kept.get_vocab().items(), key=lambda item: item[1]):

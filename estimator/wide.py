@@ -39,7 +39,7 @@ def ngrams(ids: Sequence[int], vocabulary: int) -> tuple[NDArray[np.int64], NDAr
     return indices, (1.0 + np.log(counts)).astype(np.float32)
 
 
-def weighted(ids: Sequence[int], idf: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def tf_idf(ids: Sequence[int], idf: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """n-grams with tf-idf weights of unit length: (indices_F, values_F)."""
     indices, values = ngrams(ids, len(idf) - BUCKETS)
     values = values * idf[indices]
@@ -62,9 +62,9 @@ def standardise(
     return scaled
 
 
-def logits(wide: Wide, ids: Sequence[int], surface: Sequence[float]) -> NDArray[np.float32]:
+def wide_logits(wide: Wide, ids: Sequence[int], surface: Sequence[float]) -> NDArray[np.float32]:
     """One prompt -> (H,)."""
-    indices, values = weighted(ids, wide.idf)
+    indices, values = tf_idf(ids, wide.idf)
     seen = standardise(np.asarray(surface, np.float32), wide.surface_mean, wide.surface_scale)
     result: NDArray[np.float32] = values @ wide.weight[indices] + seen @ wide.surface_weight + wide.bias
     return result

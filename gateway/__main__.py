@@ -98,7 +98,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     from depo_gateway.gateway import server
 
-    settings = config.load(options.config)
+    settings = config.load_config(options.config)
 
     def ready(public: str, admin: str) -> None:
         addresses = f"metrics at {admin}/metrics, status page at {admin}/admin/"
@@ -122,19 +122,19 @@ def _check(options: argparse.Namespace) -> int:
     from depo_gateway.estimator.records.store import Store
     from depo_gateway.gateway import control, scoring
 
-    settings = config.load(options.config)
+    settings = config.load_config(options.config)
     pools, rule = tuple(settings.pools), settings.routing.rule
-    runtime, _ = scoring.load(settings.estimator.path, pools, rule)
+    runtime, _ = scoring.load_runtime(settings.estimator.path, pools, rule)
     control.calibrated_threshold(settings, runtime)
     if settings.estimator.candidate is not None:
         try:
-            runtime, _ = scoring.load(settings.estimator.candidate, pools, rule)
+            runtime, _ = scoring.load_runtime(settings.estimator.candidate, pools, rule)
             control.calibrated_threshold(settings, runtime)
         except ValueError as error:
             raise ValueError(f"estimator.candidate: {error}") from None
     if settings.records is not None:
-        Store(config.database(settings.records)).close()  # its address and driver; nobody is asked yet
-    print(config.resolved(settings), end="", flush=True)
+        Store(config.database_url(settings.records)).close()  # its address and driver; nobody is asked yet
+    print(config.resolved_yaml(settings), end="", flush=True)
     return 0
 
 

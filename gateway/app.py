@@ -75,7 +75,7 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
         async with asyncio.timeout(live.config.timeouts.total_s):
             query = notes.query = protocol.parse(endpoint, body)
             candidates, decision = await decide(gateway, live, query, key, request)
-            decision = gateway.control.commit(request.ruling, key, query.asked, candidates, decision)
+            decision = gateway.control.commit(request.accounting, key, query.asked, candidates, decision)
             notes.eligible, notes.decision = candidates.pools, decision
             exchange = await obtain(gateway, live, query, candidates, decision, request, headers)
             notes.decision, notes.served = exchange.decision, True
@@ -105,7 +105,7 @@ async def serve_request(gateway: Gateway, endpoint: Endpoint, scope: Scope, rece
         if exchange is not None:
             exchange.close()
         gateway.end()
-        gateway.control.conclude(request.ruling, request.working, request.tokens, exchange is not None)
+        gateway.control.conclude(request.accounting, request.working, request.tokens, exchange is not None)
         seconds = time.perf_counter() - request.started
         gateway.metrics.requests.labels(endpoint, request.pool, str(request.code)).inc()
         gateway.metrics.request_duration.labels(endpoint, request.pool).observe(seconds)

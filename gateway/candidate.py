@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from depo_gateway.estimator.runtime import Runtime
-from depo_gateway.estimator.text import read
+from depo_gateway.estimator.text import extract_text
 from depo_gateway.gateway import routing
 from depo_gateway.gateway.config import Rule
 from depo_gateway.gateway.metrics import Metrics
@@ -92,7 +92,7 @@ class Candidate:
                 self._metrics.candidate_agreement.labels("yes" if pool == offer.pool else "no").inc()
 
     def _decide(self, offer: Offer) -> str:
-        prepared = self._runtime.prepare(*read(self._runtime.manifest.text, offer.asked))
+        prepared = self._runtime.prepare(*extract_text(self._runtime.manifest.text, offer.asked))
         scores = self._runtime.score([prepared])[0]
         quality = {name: scores.quality[column] for name, column in self._columns.items()}
         confidence = routing.confidences(quality, self._rule, offer.candidates)

@@ -20,7 +20,7 @@ State = tuple[str, tuple[tuple[str, int, int], ...]]  # a checkpoint's place; na
 log = logging.getLogger(__name__)
 
 
-class Watch:
+class CheckpointWatcher:
     """Looks, and leaves alone what it has refused until something about it changes."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -108,16 +108,16 @@ class Watch:
         log.info("the candidate is now %s", fresh.version)
 
     async def _read_standing(self) -> None:
-        home = standing.home(self._gateway.live.config.estimator.path)
+        home = standing.checkpoints_directory(self._gateway.live.config.estimator.path)
         if home is not None:
-            self._gateway.control.judge(await asyncio.to_thread(standing.read, home))
+            self._gateway.control.judge(await asyncio.to_thread(standing.read_standing, home))
 
 
 async def open_scorer(settings: Config, metrics: Metrics) -> Scorer:
     """The estimator that a config names. Raises ValueError where it can't serve."""
     estimator = settings.estimator
     runtime, columns = await asyncio.to_thread(
-        scoring.load, estimator.path, tuple(settings.pools), settings.routing.rule
+        scoring.load_runtime, estimator.path, tuple(settings.pools), settings.routing.rule
     )
     fixed_threshold(settings, runtime)  # before it is in service: a ValueError where the target asks for more
     return Scorer(runtime, columns, estimator.deadline_ms / 1000, metrics)
@@ -126,7 +126,7 @@ async def open_scorer(settings: Config, metrics: Metrics) -> Scorer:
 async def open_candidate(settings: Config, path: str, metrics: Metrics) -> Candidate:
     """The candidate in `path`. Raises ValueError where it can't be one."""
     rule = settings.routing.rule
-    runtime, columns = await asyncio.to_thread(scoring.load, path, tuple(settings.pools), rule)
+    runtime, columns = await asyncio.to_thread(scoring.load_runtime, path, tuple(settings.pools), rule)
     return Candidate(runtime, columns, rule, calibrated_threshold(settings, runtime), metrics)
 
 
@@ -159,7 +159,7 @@ def _replace_candidate(gateway: Gateway, fresh: Candidate | None) -> None:
 
 def _state(path: str, version: str) -> State | None:
     """What `path` holds now; None where that is `version`."""
-    if not scoring.changed(path, version):
+    if not scoring.has_changed(path, version):
         return None
     place = checkpoint.resolve(path)
     with os.scandir(place) as entries:

@@ -144,7 +144,7 @@ class Config:
     records: Records | None = None  # None: none are kept
 
 
-def load(path: Path) -> Config:
+def load_config(path: Path) -> Config:
     """Reads and checks a gateway.yaml. Relative paths in it are relative to its own directory.
 
     Raises:
@@ -154,12 +154,12 @@ def load(path: Path) -> Config:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping with 'version' and 'pools', found {yaml_tree.kind_of(raw)}")
     try:
-        return parse(raw, path.parent)
+        return parse_config(raw, path.parent)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def parse(raw: Mapping[str, Any], directory: Path = Path()) -> Config:
+def parse_config(raw: Mapping[str, Any], directory: Path = Path()) -> Config:
     """A checked tree from plain YAML values; see `load`."""
     values = dict(raw)
     if "version" not in values:
@@ -185,7 +185,7 @@ def parse(raw: Mapping[str, Any], directory: Path = Path()) -> Config:
     return config
 
 
-def resolved(config: Config) -> str:
+def resolved_yaml(config: Config) -> str:
     """The tree as YAML, defaults filled in, key digests shortened so that a paste into a ticket gives nothing away."""
     tree = yaml_tree.plain(config)
     if config.records is not None:
@@ -220,7 +220,7 @@ def shown_url(records: Records) -> str | None:
     return re.sub(r"(?i)([?&][^=&]*passw[^=&]*=)[^&]*", r"\1***", shown)
 
 
-def database(records: Records) -> str:
+def database_url(records: Records) -> str:
     """The database's address, wherever it is written."""
     return records.url if records.url is not None else os.environ[records.url_env or ""]
 

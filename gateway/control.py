@@ -1,6 +1,6 @@
 """What stands around a decision: the target's threshold, a key's budgets, drift, the floor, the candidate.
 
-`Control` outlives reloads and checkpoints; a `Ruling` is what it knows of one request. All of it runs on the event
+`Control` outlives reloads and checkpoints; a `Accounting` is what it knows of one request. All of it runs on the event
 loop, between a request's scores and its departure, without waiting.
 """
 
@@ -20,9 +20,9 @@ from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.protocol import ApiError
 from depo_gateway.gateway.routing import Decision, Eligible
-from depo_gateway.gateway.score_drift import Drift
+from depo_gateway.gateway.score_drift import ScoreDrift
 from depo_gateway.gateway.scoring import Scored
-from depo_gateway.gateway.threshold_controller import Controller, Step
+from depo_gateway.gateway.threshold_controller import Step, ThresholdController
 
 OBEYING = ("confident", "unsure", "context", "accepts")  # reasons of decisions that the threshold makes
 
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Ruling:
+class Accounting:
     """One request: what its decision stood on, and what has to be put right when it ends otherwise."""
 
-    asked: float | None = None  # the threshold in auto-0.85
-    decisive: float | None = None  # the confidence that decides about the last pool; None: nothing does
+    requested_threshold: float | None = None  # the threshold in auto-0.85
+    decisive_confidence: float | None = None  # the confidence that decides about the last pool; None: nothing does
     typical: bool = False  # scored by the full stage, among all pools, as calibrations are
     version: str = ""
     # All of one moment: a reload puts others in their place, and what was counted is put right where it was.
     config: Config | None = None
-    controller: Controller | None = None
+    controller: ThresholdController | None = None
     account: Account | None = None
     paid: bool = False
     step: Step | None = None
@@ -48,7 +48,7 @@ class Ruling:
         """Notes what a prompt's scores came to, `pools` being how many the config has."""
         self.version = scored.version
         below = [confidence[name] for name in candidates.pools[:-1] if name in confidence]
-        self.decisive = max(below, default=None)
+        self.decisive_confidence = max(below, default=None)
         self.typical = scored.stage != "cheap" and len(candidates.pools) == pools
 
     def pays(self) -> bool:
@@ -67,8 +67,8 @@ class Control:
         self.budgets = Budgets()
         self.candidate: Candidate | None = None
         self.floor: Standing | None = None  # labels say that the scores are no better than a coin
-        self.drift = Drift(None)
-        self.controller: Controller | None = None
+        self.drift = ScoreDrift(None)
+        self.controller: ThresholdController | None = None
         self._fixed = 1.0
         self._config: Config | None = None
         self._version = ""
@@ -80,7 +80,7 @@ class Control:
         curve = curve_of(runtime, config)
         if before is None or runtime.version != self._version or _reading(before) != _reading(config):
             self._version = runtime.version
-            self.drift = Drift(curve)
+            self.drift = ScoreDrift(curve)
             self.floor = None
             if self.controller is not None:
                 self.controller.expect(curve)
@@ -142,7 +142,9 @@ class Control:
                 headers=((b"retry-after", b"%d" % math.ceil(wait)),),
             )
 
-    def commit(self, ruling: Ruling, key: str, asked: Any, candidates: Eligible, decision: Decision) -> Decision:
+    def commit(
+        self, accounting: Accounting, key: str, asked: Any, candidates: Eligible, decision: Decision
+    ) -> Decision:
         """The decision as the key's budget lets it be, counted.
 
         Args:
@@ -151,26 +153,26 @@ class Control:
         Raises:
             ApiError: 429, the last pool was wanted, no other will do, and the key's share of it is used up.
         """
-        config = ruling.config = self._config
+        config = accounting.config = self._config
         assert config is not None
-        decision = self._within_budget(ruling, key, candidates, decision)
+        decision = self._within_budget(accounting, key, candidates, decision)
         if decision.reason == "pinned":
             return decision
         if self.controller is not None:
             spent = _spent(config, decision.pool)
-            obeys = ruling.asked is None and decision.reason in OBEYING
+            obeys = accounting.requested_threshold is None and decision.reason in OBEYING
             obeys = obeys or self.floor is not None or (decision.reason == "sticky" and decision.pool != _last(config))
-            ruling.controller = self.controller
-            ruling.step = self.controller.decided(spent, ruling.decisive if obeys else None)
-        if ruling.decisive is not None and ruling.typical and ruling.version == self._version:
-            self.drift.saw(ruling.decisive)
-        if self.candidate is not None and ruling.decisive is not None:
+            accounting.controller = self.controller
+            accounting.step = self.controller.decided(spent, accounting.decisive_confidence if obeys else None)
+        if accounting.decisive_confidence is not None and accounting.typical and accounting.version == self._version:
+            self.drift.saw(accounting.decisive_confidence)
+        if self.candidate is not None and accounting.decisive_confidence is not None:
             followed = decision.pool if decision.reason in OBEYING else None
             self.candidate.offer(Offer(asked, candidates, decision.threshold or 0.0, followed))
         self._show()
         return decision
 
-    def conclude(self, ruling: Ruling, pool: str | None, tokens: int, answered: bool = True) -> None:
+    def conclude(self, accounting: Accounting, pool: str | None, tokens: int, answered: bool = True) -> None:
         """Puts right what `commit` counted.
 
         Args:
@@ -178,21 +180,21 @@ class Control:
             tokens: 0 if not known.
             answered: False where `pool` was at work only.
         """
-        config, account, controller = ruling.config, ruling.account, ruling.controller
+        config, account, controller = accounting.config, accounting.account, accounting.controller
         if config is None:
             return
         served_last = pool == _last(config)
-        if account is not None and ruling.paid and not served_last:
+        if account is not None and accounting.paid and not served_last:
             account.refund()
-        if account is not None and pool is not None and answered and not (ruling.paid and served_last):
+        if account is not None and pool is not None and answered and not (accounting.paid and served_last):
             account.earn()
-        if controller is None or ruling.step is None:
+        if controller is None or accounting.step is None:
             return
         weight = 1.0
         target = config.routing.target
         if tokens > 0 and target is not None and target.cost is not None:
             weight = controller.weight(tokens)
-        controller.correct(ruling.step, None if pool is None else _spent(config, pool), weight)
+        controller.correct(accounting.step, None if pool is None else _spent(config, pool), weight)
         self._show()
 
     def describe(self) -> dict[str, Any]:
@@ -216,19 +218,21 @@ class Control:
             }  # fmt: skip
         return told
 
-    def _within_budget(self, ruling: Ruling, key: str, candidates: Eligible, decision: Decision) -> Decision:
+    def _within_budget(self, accounting: Accounting, key: str, candidates: Eligible, decision: Decision) -> Decision:
         assert self._config is not None
-        account = ruling.account = self.budgets.account(key)
+        account = accounting.account = self.budgets.account(key)
         if account is None or account.key.large_share is None:
             return decision
         last = _last(self._config)
         if decision.pool != last:
             return decision
-        ruling.paid = account.pay()
-        if ruling.paid:
+        accounting.paid = account.pay()
+        if accounting.paid:
             return decision
         below = [name for name in candidates.pools if name != last]
-        insists = decision.reason == "pinned" or (ruling.asked is not None and ruling.asked >= 1.0)
+        insists = decision.reason == "pinned" or (
+            accounting.requested_threshold is not None and accounting.requested_threshold >= 1.0
+        )
         if insists or not below:
             raise share_used_up(account, last, insists)
         return replace(decision, pool=below[0], reason="budget", propensity=1.0)
@@ -313,13 +317,13 @@ def _start(config: Config) -> float:
     return 1.0 if least >= 1.0 else (target.cost - least) / (1.0 - least)
 
 
-def _controller(config: Config, curve: Curve | None) -> Controller | None:
+def _controller(config: Config, curve: Curve | None) -> ThresholdController | None:
     target = config.routing.target
     if target is None or target.quality is not None:
         return None
     wanted = target.cost if target.cost is not None else target.large_share
     assert wanted is not None
-    return Controller(wanted, _start(config), curve)
+    return ThresholdController(wanted, _start(config), curve)
 
 
 def _last(config: Config) -> str:

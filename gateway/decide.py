@@ -21,7 +21,7 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
             "model_not_found",
             "model",
         )
-    asked = request.ruling.asked = protocol.wanted_threshold(query.model)
+    asked = request.accounting.requested_threshold = protocol.wanted_threshold(query.model)
     if query.endpoint == "embeddings":
         raise ApiError(
             400,
@@ -54,7 +54,7 @@ async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: 
         )
     else:
         confidence = routing.confidences(scored.quality, config.routing.rule, candidates)
-        request.ruling.scored(confidence, candidates, len(config.pools), scored)
+        request.accounting.scored(confidence, candidates, len(config.pools), scored)
         explore, draw = config.routing.explore if served_by is None else 0.0, random.random()
         decision = (
             routing.decide(confidence, candidates, threshold, scored.version, explore, draw)

@@ -97,9 +97,9 @@ async def obtain(
         chosen = decision if name == decision.pool else replace(decision, pool=name, reason="fallback", propensity=1.0)
         if not pool.usable():
             continue
-        if name == last != first and not request.ruling.pays():
-            if name == decision.pool and request.ruling.account is not None:  # for its room, not for an outage
-                raise share_used_up(request.ruling.account, last)
+        if name == last != first and not request.accounting.pays():
+            if name == decision.pool and request.accounting.account is not None:  # for its room, not for an outage
+                raise share_used_up(request.accounting.account, last)
             failure, why = "the key's share of the last pool is used up", "budget"
             continue
         request.pool = name

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from depo_gateway.estimator.records.store import Feedback, Store, StoreError
 from depo_gateway.estimator.records.types import Record
-from depo_gateway.gateway.config import Records, database
+from depo_gateway.gateway.config import Records, database_url
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.request_notes import Answer, Notes, record_of
 
@@ -75,7 +75,7 @@ class Recorder:
         self.settings = settings
         self.identity = identity(settings)
         self.full = settings.prompts == "full"
-        self.store = Store(database(settings))
+        self.store = Store(database_url(settings))
         self._hash_key = self.identity[2].encode() or secrets.token_bytes(32)
         self._metrics = metrics
         self._inbox: queue.SimpleQueue[Notes | _Asked | None] = queue.SimpleQueue()
@@ -283,4 +283,4 @@ class Recorder:
 
 def identity(settings: Records) -> tuple[Records, str, str]:
     """What makes two records sections the same: the text, and what its environment variables hold."""
-    return settings, database(settings), os.environ.get(settings.hash_key_env or "", "")
+    return settings, database_url(settings), os.environ.get(settings.hash_key_env or "", "")

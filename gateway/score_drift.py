@@ -7,19 +7,19 @@ import numpy as np
 
 from depo_gateway.estimator.calibration import Curve
 
-WINDOW = 2000
+DRIFT_WINDOW = 2000
 ENOUGH = 200  # below it the distance is mostly chance: of 200 alike its 95th percentile is .096, of 2,000 .030
 EVERY = 50
 
 
-class Drift:
+class ScoreDrift:
     """The Kolmogorov-Smirnov distance between the last WINDOW confidences and a calibration's."""
 
     def __init__(self, curve: Curve | None) -> None:
         """`curve`: None where the checkpoint has none for this rule and these pools; then the distance stays NaN."""
         self.distance = math.nan  # in [0, 1]; NaN: too few so far
         self._curve = curve
-        self._seen: deque[float] = deque(maxlen=WINDOW)
+        self._seen: deque[float] = deque(maxlen=DRIFT_WINDOW)
         self._count = 0
 
     def saw(self, confidence: float) -> None:

@@ -22,7 +22,7 @@ from typing import Literal
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.runtime import ONNX_ERRORS, Runtime, Scores
-from depo_gateway.estimator.text import Prepared, read
+from depo_gateway.estimator.text import Prepared, extract_text
 from depo_gateway.gateway.metrics import Metrics
 
 CACHE_ENTRIES = 16_384
@@ -95,7 +95,7 @@ class Scorer:
         """
         started = time.perf_counter()
         try:
-            text, context = read(self.runtime.manifest.text, asked)
+            text, context = extract_text(self.runtime.manifest.text, asked)
             name = hashlib.blake2b(f"{len(text)}\0{text}{context}".encode(), digest_size=16).digest()
             known = self._cache.get(name)
             if known is not None:
@@ -234,7 +234,7 @@ def cores_granted(cores: int, cgroup: Path) -> int:
     return max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
-def load(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime, dict[str, int]]:
+def load_runtime(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime, dict[str, int]]:
     """The checkpoint that a config names, verified and warm, and which of its scores belongs to which pool.
 
     Takes a second: call it in a thread.
@@ -250,7 +250,7 @@ def load(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime, dict[st
             "set routing.rule: difficulty, or fit one with depo-train fit --pools"
         )
     turn = {"role": "user", "content": "What is 2 + 2?"}  # the first runs allocate: not in a request's time
-    prepared = runtime.prepare(*read(runtime.manifest.text, [turn]))
+    prepared = runtime.prepare(*extract_text(runtime.manifest.text, [turn]))
     try:
         if runtime.has_cheap:
             runtime.cheap([prepared])
@@ -287,7 +287,7 @@ def _columns(runtime: Runtime, pools: tuple[str, ...], by_order: bool) -> dict[s
     )
 
 
-def changed(path: str, version: str) -> bool:
+def has_changed(path: str, version: str) -> bool:
     """Whether `path` (a checkpoint, or a directory with `current`) now holds another version than `version`.
 
     Raises:

@@ -39,7 +39,7 @@ def seed(directory: Path, pools: tuple[str, ...]) -> str:
     if not (place / checkpoint.MANIFEST).exists():
         _clear(directory)
         _write(place, pools)
-    manifest, _ = checkpoint.load(place)  # it may be older than this run
+    manifest, _ = checkpoint.load_checkpoint(place)  # it may be older than this run
     if manifest.pools != pools:
         raise ValueError(
             f"{place} scores the pools {', '.join(manifest.pools)}, --pools names {', '.join(pools)}; "
@@ -86,11 +86,11 @@ def _clear(directory: Path) -> None:
 
 
 def _write(place: Path, pools: tuple[str, ...]) -> None:
-    shipped, files = checkpoint.load(checkpoint.BUILTIN)
+    shipped, files = checkpoint.load_checkpoint(checkpoint.BUILTIN)
     renamed = replace(calibration.loads(files[checkpoint.CALIBRATION]), pools=pools)
     files[checkpoint.CALIBRATION] = calibration.dumps(renamed)
     try:
-        checkpoint.write(place, files, shipped.base, pools, shipped.text, shipped.metrics, shipped.version)
+        checkpoint.write_checkpoint(place, files, shipped.base, pools, shipped.text, shipped.metrics, shipped.version)
     except (OSError, ValueError):  # the place is taken: another replica was quicker
         if not (place / checkpoint.MANIFEST).exists():
             raise

@@ -91,7 +91,7 @@ async def serve(
     shares = scoring.usual_shares(runtime, tuple(settings.pools), settings.routing.rule, control.threshold)
     gateway = Gateway(live, metrics, upstream, budget, control, recorder=recorder, shares=shares)
     gateway.idle.set()
-    watching = checkpoint_watcher.Watch(gateway)
+    watching = checkpoint_watcher.CheckpointWatcher(gateway)
     await watching.first_standing()
     await watching.first_candidate()
     checkpoint_watcher.show(gateway)
@@ -104,7 +104,7 @@ async def serve(
 
     async def apply() -> str:
         assert path is not None
-        fresh = await asyncio.to_thread(config.load, path)
+        fresh = await asyncio.to_thread(config.load_config, path)
         for name in ("listen", "admin"):
             here, there = getattr(gateway.live.config, name), getattr(fresh, name)
             if (here.host, here.port) != (there.host, there.port):
@@ -165,7 +165,7 @@ async def serve(
 class _Tasks:
     """The health checks and the checkpoint watcher of the config in force."""
 
-    def __init__(self, gateway: Gateway, watching: checkpoint_watcher.Watch) -> None:
+    def __init__(self, gateway: Gateway, watching: checkpoint_watcher.CheckpointWatcher) -> None:
         self._gateway = gateway
         self._watching = watching
         self._running: list[asyncio.Task[None]] = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from depo_gateway.gateway.candidate import Candidate
 from depo_gateway.gateway.config import Config, PoolConfig
-from depo_gateway.gateway.control import Control, Ruling
+from depo_gateway.gateway.control import Accounting, Control
 from depo_gateway.gateway.conversations import Conversations
 from depo_gateway.gateway.metrics import NONE, Metrics
 from depo_gateway.gateway.pools import Pool, RetryBudget
@@ -69,7 +69,7 @@ class Request:
     endpoint: Endpoint
     id: str
     started: float
-    ruling: Ruling = field(default_factory=Ruling)
+    accounting: Accounting = field(default_factory=Accounting)
     notes: Notes = field(default_factory=Notes)
     phase: str = "reading"  # reading | scoring | queue | waiting | streaming | done
     complete: float = 0.0  # when its last byte was here

@@ -25,7 +25,7 @@ import numpy as np
 
 from depo_gateway.estimator.calibration import Curve
 
-WINDOW = 2000  # decisions: of the bound, of the reference and of the share shown
+SHARE_WINDOW = 2000  # decisions: of the bound, of the reference and of the share shown
 REACH = 12.0  # decisions; a longer one costs less quality and leaves less room for what comes late
 LIMIT = 19.5  # decisions; twice that is a little less than the two points of a window
 TOKENS_SMOOTHING = 0.005  # of the mean tokens of an answer, in which a cost is weighed
@@ -42,7 +42,7 @@ class Step:
     recent: bool = True  # one of the last WINDOW
 
 
-class Controller:
+class ThresholdController:
     """Follows one wanted mean of `spent`, in [0, 1]."""
 
     def __init__(self, wanted: float, start: float, curve: Curve | None) -> None:
@@ -92,12 +92,12 @@ class Controller:
             confidence = math.copysign(math.inf, 0.5 - spent)
         self._seen.append(confidence)
         insort(self._sorted, confidence)
-        if len(self._seen) > WINDOW:
+        if len(self._seen) > SHARE_WINDOW:
             del self._sorted[bisect_left(self._sorted, self._seen.popleft())]
         step = Step(None)
         self._steps.append(step)
         self.correct(step, spent)
-        if len(self._steps) > WINDOW:
+        if len(self._steps) > SHARE_WINDOW:
             old = self._steps.popleft()
             self._add(old, -1)
             old.recent = False

@@ -59,7 +59,7 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     from depo_gateway.estimator import export
     from depo_gateway.estimator.calibration import Calibration, Platt, Stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
-    from depo_gateway.estimator.model import ModelConfig, create
+    from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
     from depo_gateway.estimator.text import TextConfig
 
@@ -71,7 +71,7 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
         words = [chance.choice(WORDS[2:]) for _ in range(chance.randint(2, 9))]
         words.insert(chance.randrange(len(words) + 1), "hard" if hard else "easy")
         examples.append(Example(" ".join(words), {"small": 0.0 if hard else 1.0, "large": 1.0}))
-    model, tokenizer = create(ModelConfig(("small", "large"), TextConfig(), str(tiny_encoder), 0))
+    model, tokenizer = create_model(ModelConfig(("small", "large"), TextConfig(), str(tiny_encoder), 0))
     learner = Learner(model, tokenizer, LearnerConfig())
     items = learner.items(examples)
     learner.fit_statistics(items)
@@ -80,7 +80,7 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
             learner.step_items(items[start : start + 50])
     straight = Stage((Platt(), Platt()), (Platt(), Platt()))
     place = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    export.write(
+    export.export_checkpoint(
         place, model, tokenizer, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {}
     )
     return place
@@ -105,13 +105,13 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
     from depo_gateway.estimator import calibration, export
     from depo_gateway.estimator.calibration import Calibration, Platt, Stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
-    from depo_gateway.estimator.model import ModelConfig, create
+    from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
-    from depo_gateway.estimator.text import CHAT, TextConfig, read, with_tokens
+    from depo_gateway.estimator.text import CHAT, TextConfig, extract_text, with_special_tokens
 
     torch.manual_seed(0)
     chance = random.Random(0)
-    chat = with_tokens(POLICY_CHAT, {"bos_token": "<s>", "eos_token": "</s>"})
+    chat = with_special_tokens(POLICY_CHAT, {"bos_token": "<s>", "eos_token": "</s>"})
     text = TextConfig(CHAT, "cls", 64, chat)
     examples = []
     for index in range(300):
@@ -122,9 +122,9 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
         messages = [
             {"role": role, "content": " ".join(words)} for role, words in zip(("system", "user"), turns, strict=True)
         ]
-        prompt, _ = read(text, messages[chance.randrange(2) if turn is turns[1] else 0 :])
+        prompt, _ = extract_text(text, messages[chance.randrange(2) if turn is turns[1] else 0 :])
         examples.append(Example(prompt, {"policy": 0.0 if hard else 1.0}))
-    model, tokenizer = create(
+    model, tokenizer = create_model(
         ModelConfig(("policy",), text, str(tiny_encoder), 0, wide=False, trunk=True), rounded=False
     )
     learner = Learner(model, tokenizer, LearnerConfig(train_layers=-1, encoder_learning_rate=2e-3, average=0.0))
@@ -137,7 +137,9 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
     quality = calibration.sigmoid(full[:, :, 0])
     observed = np.array([[example.quality["policy"]] for example in examples])
     straight = Stage((Platt(),), (Platt(),))
-    curves = {"difficulty": calibration.curve(quality, observed, np.ones(len(examples)), "difficulty")}
+    curves = {"difficulty": calibration.measure_curve(quality, observed, np.ones(len(examples)), "difficulty")}
     place = tmp_path_factory.mktemp("checkpoints") / "policy"
-    export.write(place, model, tokenizer, Calibration(("policy",), {"full": straight, "cheap": straight}, curves), {})
+    export.export_checkpoint(
+        place, model, tokenizer, Calibration(("policy",), {"full": straight, "cheap": straight}, curves), {}
+    )
     return place

@@ -185,7 +185,7 @@ def test_every_error_code_is_documented() -> None:
 
 
 def test_the_example_of_a_learner_is_taken() -> None:
-    found = learner_settings.load(ROOT / "examples/learner.yaml")
+    found = learner_settings.load_settings(ROOT / "examples/learner.yaml")
     assert list(found.pools) == ["small", "large"]
     assert (found.shadow.share, found.judge.kind) == (0.1, "model")
 
@@ -195,7 +195,7 @@ def test_example_configs_are_taken(path: Path) -> None:
     raw = yaml.safe_load(path.read_text())
     if "keys_file" in (raw.get("auth") or {}):
         raw["auth"] = "none"  # the keys are the reader's own
-    assert len(config.parse(raw, path.parent).pools) >= 2
+    assert len(config.parse_config(raw, path.parent).pools) >= 2
 
 
 def test_reasons_are_documented() -> None:

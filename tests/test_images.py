@@ -237,6 +237,6 @@ async def test_the_images_work_under_a_read_only_root(serving: Image, training: 
     finally:
         code, said = await asyncio.to_thread(ended, following)
     assert (code, "Read-only" in said, "Traceback" in said) == (0, False, False), said
-    checkpoint.load(checkpoint.resolve(checkpoints))
+    checkpoint.load_checkpoint(checkpoint.resolve(checkpoints))
     checked = serving.run("depo-gateway", "check", f"{CONFIG}/gateway.yaml")
     assert checked.returncode == 0, checked.stderr

@@ -146,7 +146,7 @@ async def test_two_gateways_one_postgresql_one_learner(
                 return (out / "current").read_text().strip() != "first"
 
             await until(published, learner)
-            fresh = checkpoint.load(checkpoint.resolve(out))[0].version
+            fresh = checkpoint.load_checkpoint(checkpoint.resolve(out))[0].version
             for gateway in gateways:
                 assert await gateway.settles("gateway_estimator_info", 1, 20.0, version=fresh)
 

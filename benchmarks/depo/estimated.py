@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.depo.encoder import save_encoder
 from benchmarks.depo.methods import RollOut
 from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.rl.group_labels import Group
 from depo_gateway.training.rl.selection_config import Choice, SelectionConfig
@@ -39,7 +39,7 @@ class Depo:
         self.dynamic, self.clip_high = config.dynamic, config.clip_high
         with tempfile.TemporaryDirectory() as place:
             save_encoder(Path(place), seed=seed)
-            model, tokenizer = create(
+            model, tokenizer = create_model(
                 ModelConfig(config.selection.pools, TextConfig(max_tokens=64), place, 0, wide=False, trunk=True),
                 rounded=False,
                 seed=seed,

@@ -16,7 +16,7 @@ from benchmarks.depo.catalog import DEPO as CATALOG
 from benchmarks.depo.catalog import depo_of, parse
 from benchmarks.depo.methods import RollOut
 from depo_gateway.estimator.learner import FAITHFUL, Item, Learner
-from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create
+from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.rl.group_labels import Group
@@ -96,7 +96,7 @@ def text_depo(name: str, prompts: Sequence[str], seed: int, steps: int, group_si
     layers = int(settings.pop("layers", 5))
     settings.setdefault("warmup_steps", WARMUP)
     config = depo_of(replace(CATALOG[kind], learner=weights), settings, steps, group_size)
-    model, tokenizer = create(
+    model, tokenizer = create_model(
         ModelConfig(config.selection.pools, TextConfig(), DEFAULT_ENCODER, layers, wide=False, trunk=True),
         rounded=False,
         seed=seed,

@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.replay.questions import GENERAL, GENERAL_MODELS, POOLS
 from depo_gateway.estimator import checkpoint, export
-from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.fitting.calibration import calibrate
 
@@ -144,11 +144,11 @@ def untrained(place: Path) -> Path:
     """A checkpoint that says the same of every prompt: what a cold start serves until there are labels."""
     if not (place / checkpoint.MANIFEST).is_file():
         torch.manual_seed(0)
-        model, tokenizer = create(ModelConfig(POOLS, TextConfig()))
+        model, tokenizer = create_model(ModelConfig(POOLS, TextConfig()))
         model.embedding_scale.zero_()
         nothing, unknown = np.zeros((2, len(POOLS), 2)), np.full((2, len(POOLS)), np.nan)
         calibrated = calibrate(nothing, nothing, unknown, unknown, np.ones(2), POOLS)
-        export.write(place, model, tokenizer, calibrated, {})
+        export.export_checkpoint(place, model, tokenizer, calibrated, {})
     return place
 
 

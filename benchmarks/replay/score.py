@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.replay.questions import POOLS, Question
 from depo_gateway.estimator import calibration, checkpoint
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.evaluation.routing_metrics import apgr, calibration_error
@@ -31,7 +31,7 @@ class Scorer:
     """Checkpoints on the default encoder, questions embedded once and kept in a file."""
 
     def __init__(self, questions: Sequence[Question], kept: Path) -> None:
-        model, tokenizer = create(ModelConfig(POOLS, TextConfig()))
+        model, tokenizer = create_model(ModelConfig(POOLS, TextConfig()))
         self._learner = Learner(model, tokenizer, LearnerConfig(average=0))
         examples = [Example(question.text, {}) for question in questions]
         self._items = self._read(examples, kept)
@@ -39,12 +39,12 @@ class Scorer:
 
     def quality(self, place: Path, questions: Sequence[Question]) -> Array:
         """Calibrated quality (N, K) by the checkpoint at `place`, as its runtime would give it."""
-        _, files = checkpoint.load(place)
+        _, files = checkpoint.load_checkpoint(place)
         state = safetensors.torch.load(files[checkpoint.WEIGHTS])
         self._learner.model.load_state_dict(state, strict=False)
         logits, _ = self._learner.predict([self._items[self._row[question.text]] for question in questions])
         stage = calibration.loads(files[checkpoint.CALIBRATION]).stages["full"]
-        return calibration.apply(stage, logits)[0]
+        return calibration.apply_calibration(stage, logits)[0]
 
     def _read(self, examples: Sequence[Example], kept: Path) -> list[Item]:
         if kept.exists():

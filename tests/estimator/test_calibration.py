@@ -19,7 +19,9 @@ def outcomes(seed: int = 0, n: int = 4000) -> tuple[calibration.Array, calibrati
 @pytest.fixture(scope="module")
 def calibrated() -> Calibration:
     quality, observed = outcomes()
-    curves = {rule: calibration.curve(quality, observed, np.ones(len(quality)), rule) for rule in calibration.RULES}
+    curves = {
+        rule: calibration.measure_curve(quality, observed, np.ones(len(quality)), rule) for rule in calibration.RULES
+    }
     stage = Stage((Platt(), Platt(2.0, -1.0)), (Platt(), Platt()))
     return Calibration(("small", "large"), {"full": stage, "cheap": stage}, curves, {"cost=0.5": {"gain": 0.7}})
 
@@ -105,7 +107,7 @@ def test_the_ends_of_a_curve(calibrated: Calibration) -> None:
 def test_a_curve_without_labels_of_every_pool_has_no_quality() -> None:
     quality, observed = outcomes()
     observed[:, 1] = np.nan
-    measured = calibration.curve(quality, observed, np.ones(len(quality)), "gain")
+    measured = calibration.measure_curve(quality, observed, np.ones(len(quality)), "gain")
     assert measured.quality is None
     stage = Stage((Platt(), Platt()), (Platt(), Platt()))
     unlabelled = Calibration(("small", "large"), {"full": stage, "cheap": stage}, {"gain": measured})
@@ -117,7 +119,7 @@ def test_the_highest_threshold_sends_everything_to_the_last_of_three_pools() -> 
     generator = np.random.default_rng(0)
     quality = np.stack([generator.uniform(a, b, 2000) for a, b in ((0.1, 0.4), (0.3, 0.9), (0.6, 0.95))], 1)
     stage = Stage((Platt(),) * 3, (Platt(),) * 3)
-    curves = {rule: calibration.curve(quality, quality, np.ones(2000), rule) for rule in calibration.RULES}
+    curves = {rule: calibration.measure_curve(quality, quality, np.ones(2000), rule) for rule in calibration.RULES}
     three = Calibration(("a", "b", "c"), {"full": stage, "cheap": stage}, curves)
     assert three.curves["difficulty"].shares[-1] == (0.0, 0.0, 1.0)
     for rule, share in (("difficulty", 0.1), ("difficulty", 0.9), ("gain", 0.6)):
@@ -129,7 +131,7 @@ def test_the_highest_threshold_sends_everything_to_the_last_of_three_pools() -> 
 def test_a_share_beyond_what_a_tie_at_one_lets_go_gets_one_and_says_what_that_does() -> None:
     generator = np.random.default_rng(0)
     quality = np.stack([generator.uniform(0.3, 0.9, 2000), np.full(2000, 0.6)], 1)  # the first is best in half
-    measured = calibration.curve(quality, quality, np.ones(2000), "gain")
+    measured = calibration.measure_curve(quality, quality, np.ones(2000), "gain")
     assert measured.thresholds[0] == 0.0
     assert measured.thresholds[-1] == 1.0
     stage = Stage((Platt(), Platt()), (Platt(), Platt()))
@@ -154,7 +156,7 @@ def test_a_share_beyond_what_a_tie_at_one_lets_go_gets_one_and_says_what_that_do
 def test_one_pools_large_share_is_what_it_is_not_sure_of() -> None:
     quality = np.random.default_rng(0).uniform(0.2, 0.8, (2000, 1))
     stage = Stage((Platt(),), (Platt(),))
-    measured = calibration.curve(quality, quality, np.ones(2000), "difficulty")
+    measured = calibration.measure_curve(quality, quality, np.ones(2000), "difficulty")
     alone = Calibration(("policy",), {"full": stage, "cheap": stage}, {"difficulty": measured})
     threshold = alone.threshold("difficulty", large_share=0.3)
     assert (quality < threshold).mean() == pytest.approx(0.3, abs=0.01)

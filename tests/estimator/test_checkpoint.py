@@ -14,12 +14,14 @@ FILES = {name: name.encode() for name in checkpoint.FILES}
 
 
 def write(place: Path) -> checkpoint.Manifest:
-    return checkpoint.write(place, FILES, Base("some/encoder", 5), ("small", "large"), TextConfig(), {"apgr": 0.6})
+    return checkpoint.write_checkpoint(
+        place, FILES, Base("some/encoder", 5), ("small", "large"), TextConfig(), {"apgr": 0.6}
+    )
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     written = write(tmp_path / "a")
-    manifest, files = checkpoint.load(tmp_path / "a")
+    manifest, files = checkpoint.load_checkpoint(tmp_path / "a")
     assert manifest == written
     assert files == FILES
     assert [path.name for path in tmp_path.iterdir()] == ["a"]  # nothing half-written is left beside it
@@ -32,7 +34,7 @@ def test_a_manifest_from_before_there_was_a_trunk_is_read(tmp_path: Path) -> Non
     for name in checkpoint.KIND:
         del raw["base"][name]
     place.write_text(json.dumps(raw))
-    assert checkpoint.load(tmp_path / "a")[0] == written
+    assert checkpoint.load_checkpoint(tmp_path / "a")[0] == written
     assert (written.base.wide, written.base.trunk, written.base.rounded) == (True, False, True)
 
 
@@ -46,7 +48,7 @@ def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        checkpoint.write(tmp_path / "a", FILES, Base("e", 5), ("small",), TextConfig(), {"not": object()})
+        checkpoint.write_checkpoint(tmp_path / "a", FILES, Base("e", 5), ("small",), TextConfig(), {"not": object()})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,10 +57,10 @@ def test_an_edited_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
     write(tmp_path / "a")
     (tmp_path / "a" / name).write_bytes(b"edited")
     with pytest.raises(ValueError, match=f"{name} does not match the manifest's sha256"):
-        checkpoint.load(tmp_path / "a")
+        checkpoint.load_checkpoint(tmp_path / "a")
     (tmp_path / "a" / name).unlink()
     with pytest.raises(ValueError, match=f"lacks {name}"):
-        checkpoint.load(tmp_path / "a")
+        checkpoint.load_checkpoint(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, change: dict[str,
     place = tmp_path / "a" / checkpoint.MANIFEST
     place.write_text(json.dumps({**json.loads(place.read_text()), **change}))
     with pytest.raises(ValueError, match=message):
-        checkpoint.load(tmp_path / "a")
+        checkpoint.load_checkpoint(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.MANIFEST])
@@ -97,22 +99,22 @@ def test_a_symlink_may_not_lead_out_of_the_checkpoint(tmp_path: Path, name: str)
     (tmp_path / "a" / "data").mkdir()
     place.rename(tmp_path / "a" / "data" / name)
     place.symlink_to(Path("data") / name)
-    checkpoint.load(tmp_path / "a")
+    checkpoint.load_checkpoint(tmp_path / "a")
     (tmp_path / "link").symlink_to("a")
-    checkpoint.load(tmp_path / "link")
+    checkpoint.load_checkpoint(tmp_path / "link")
     place.resolve().rename(tmp_path / name)
     place.unlink()
     place.symlink_to(tmp_path / name)
     with pytest.raises(ValueError, match=f"{name} leads out of it"):
-        checkpoint.load(tmp_path / "a")
+        checkpoint.load_checkpoint(tmp_path / "a")
 
 
 def test_a_manifest_that_is_no_json_or_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it has no manifest\.json"):
-        checkpoint.load(tmp_path)
+        checkpoint.load_checkpoint(tmp_path)
     (tmp_path / checkpoint.MANIFEST).write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        checkpoint.load(tmp_path)
+        checkpoint.load_checkpoint(tmp_path)
 
 
 def test_current_names_the_one_to_serve(tmp_path: Path) -> None:

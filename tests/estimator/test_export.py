@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from depo_gateway.estimator import checkpoint, export, model
 from depo_gateway.estimator.calibration import STAGES, Calibration, Platt, Stage
 from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
@@ -41,7 +41,7 @@ def taught(learner: Learner, steps: int = 4) -> Learner:
 def tuned(tiny_encoder: Path) -> Learner:
     """A learner whose last layer took a few small steps, by heads as large as a fitted model's."""
     torch.manual_seed(0)
-    built, tokenizer = create(ModelConfig(POOLS, TextConfig(max_tokens=32), str(tiny_encoder), 0))
+    built, tokenizer = create_model(ModelConfig(POOLS, TextConfig(max_tokens=32), str(tiny_encoder), 0))
     with torch.no_grad():
         built.deep_weight.normal_()
     learner = Learner(built, tokenizer, LearnerConfig(train_layers=1))
@@ -54,7 +54,7 @@ def written(tuned: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("tuned") / "first"
     with tuned.averaged() as fitted, pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "SMALL", 1024)  # or the tiny encoder's matrices would be too small for int8
-        export.write(place, fitted, tuned.tokenizer, CALIBRATED, {}, tuned.trained)
+        export.export_checkpoint(place, fitted, tuned.tokenizer, CALIBRATED, {}, tuned.trained)
     return place
 
 
@@ -93,19 +93,19 @@ def test_export_leaves_the_model_as_it_was(tuned: Learner) -> None:
 
 
 def test_a_frozen_learner_on_a_tuned_checkpoint_keeps_what_was_tuned(written: Path, tmp_path: Path) -> None:
-    loaded, tokenizer, manifest = model.load(written)
+    loaded, tokenizer, manifest = model.load_model(written)
     learner = taught(Learner(loaded, tokenizer, LearnerConfig()))
     assert learner.trained == ()
     with learner.averaged() as fitted:
-        again = export.write(tmp_path / "again", fitted, tokenizer, CALIBRATED, {}, learner.trained)
+        again = export.export_checkpoint(tmp_path / "again", fitted, tokenizer, CALIBRATED, {}, learner.trained)
     assert set(again.base.trained) == set(manifest.base.trained) != set()
-    reloaded = Learner(*model.load(tmp_path / "again")[:2], LearnerConfig())
+    reloaded = Learner(*model.load_model(tmp_path / "again")[:2], LearnerConfig())
     for expected in (full_logits(learner), served(tmp_path / "again")):
         assert np.abs(full_logits(reloaded) - expected).max() < 5e-4
 
 
 def test_one_odd_example_hardly_moves_a_loaded_learners_average(written: Path) -> None:
-    learner = Learner(*model.load(written)[:2], LearnerConfig())
+    learner = Learner(*model.load_model(written)[:2], LearnerConfig())
     before = learner.average[0].clone()
     learner.step([Example("what is easy", {"small": 0.0, "large": 0.0})])
     moved, live = (learner.average[0] - before).norm(), (learner.heads[0].detach() - before).norm()
@@ -116,7 +116,7 @@ def policy(encoder: Path, config: LearnerConfig, wide: bool, rounded: bool) -> L
     """A learner of an RL run after a few steps, with logits as large as a fitted one's."""
     pools = ("policy", "spread")
     made = ModelConfig(pools, TextConfig(max_tokens=32), str(encoder), 0, wide=wide, trunk=True)
-    built, tokenizer = create(made, rounded=rounded)
+    built, tokenizer = create_model(made, rounded=rounded)
     with torch.no_grad():
         built.trunk.heads.weight.normal_(std=0.1)
     learner = Learner(built, tokenizer, config)
@@ -145,10 +145,10 @@ def test_a_policys_estimator_is_served_as_it_predicts_and_loads_to_the_bit(
     stage = Stage((Platt(),), (Platt(),))
     calibrated = Calibration(("policy",), dict.fromkeys(STAGES, stage), {})
     with learner.averaged() as fitted:
-        part = model.subset(fitted, ("policy",))
+        part = model.select_pools(fitted, ("policy",))
         weights = {name: tensor.clone() for name, tensor in part.state_dict().items()}
-        export.write(tmp_path / "policy", part, learner.tokenizer, calibrated, {}, learner.trained)
-    loaded, tokenizer, manifest = model.load(tmp_path / "policy")
+        export.export_checkpoint(tmp_path / "policy", part, learner.tokenizer, calibrated, {}, learner.trained)
+    loaded, tokenizer, manifest = model.load_model(tmp_path / "policy")
     assert (manifest.base.wide, manifest.base.trunk, manifest.base.rounded) == (wide, True, rounded)
     assert weights.keys() == loaded.state_dict().keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in loaded.state_dict().items())

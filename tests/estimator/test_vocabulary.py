@@ -8,19 +8,19 @@ from tokenizers import Tokenizer, models, processors
 
 from depo_gateway.estimator import export
 from depo_gateway.estimator.calibration import STAGES, Calibration, Platt, Stage
-from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create, load, locate
+from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create_model, load_model, locate_encoder
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig, prepare
-from depo_gateway.estimator.vocabulary import narrow, narrowed
+from depo_gateway.estimator.vocabulary import narrow_embeddings, narrow_tokenizer
 
-if locate(DEFAULT_ENCODER) == DEFAULT_ENCODER:
+if locate_encoder(DEFAULT_ENCODER) == DEFAULT_ENCODER:
     pytest.skip("needs the encoder's weights package", allow_module_level=True)
 
 
 def test_the_domains_texts_read_as_before_and_others_fall_apart_into_characters() -> None:
-    model, whole = create(ModelConfig(("a", "b"), TextConfig(), layers=1))
+    model, whole = create_model(ModelConfig(("a", "b"), TextConfig(), layers=1))
     texts = ["3+4*9-2=", "What is the capital of France?"]
-    kept = narrowed(whole, texts)
+    kept = narrow_tokenizer(whole, texts)
     assert kept.get_vocab_size() < 500
     for text in texts:
         assert kept.encode(text).tokens == whole.encode(text).tokens
@@ -29,23 +29,23 @@ def test_the_domains_texts_read_as_before_and_others_fall_apart_into_characters(
     ids, kept_ids = (torch.tensor([t.encode(texts[1]).ids]) for t in (whole, kept))
     with torch.no_grad():
         before = model.embed(ids, torch.ones_like(ids))
-        narrow(model.encoder, whole, kept)
+        narrow_embeddings(model.encoder, whole, kept)
         after = model.embed(kept_ids, torch.ones_like(kept_ids))
     assert torch.equal(before, after)
 
 
 def test_what_can_not_be_narrowed_is_said() -> None:
     with pytest.raises(ValueError, match="only a WordPiece vocabulary can be narrowed, and this encoder's is BPE"):
-        narrowed(Tokenizer(models.BPE()), [])
-    model, whole = create(ModelConfig(("a", "b"), TextConfig(), layers=1))
-    settings = json.loads(narrowed(whole, []).to_str())
+        narrow_tokenizer(Tokenizer(models.BPE()), [])
+    model, whole = create_model(ModelConfig(("a", "b"), TextConfig(), layers=1))
+    settings = json.loads(narrow_tokenizer(whole, []).to_str())
     settings["model"]["vocab"]["qqq"] = len(settings["model"]["vocab"])
     with pytest.raises(ValueError, match="'qqq', which the encoder does not know"):
-        narrow(model.encoder, whole, Tokenizer.from_str(json.dumps(settings)))
+        narrow_embeddings(model.encoder, whole, Tokenizer.from_str(json.dumps(settings)))
 
 
 def test_special_tokens_keep_their_place_whatever_adds_them() -> None:
-    _, whole = create(ModelConfig(("a", "b"), TextConfig(), layers=1))
+    _, whole = create_model(ModelConfig(("a", "b"), TextConfig(), layers=1))
     sep, cls = (whole.token_to_id(name) for name in ("[SEP]", "[CLS]"))
     for processor in (
         processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls)),
@@ -53,26 +53,26 @@ def test_special_tokens_keep_their_place_whatever_adds_them() -> None:
     ):
         other = Tokenizer.from_str(whole.to_str())
         other.post_processor = processor
-        kept = narrowed(other, ["the capital \ud800"])
+        kept = narrow_tokenizer(other, ["the capital \ud800"])
         ids = kept.encode("the capital").ids
         assert [kept.id_to_token(i) for i in ids] == ["[CLS]", "the", "capital", "[SEP]"]
     other.post_processor = processors.Sequence([processor])
     with pytest.raises(ValueError, match="tokenizer ends with Sequence"):
-        narrowed(other, [])
+        narrow_tokenizer(other, [])
 
 
 def test_a_narrowed_checkpoint_serves_and_trains_on(tmp_path: Path) -> None:
     texts = [f"{i % 10}+{i // 10}=" for i in range(100)]
     config = ModelConfig(("a", "b"), TextConfig(max_tokens=32), layers=1)
-    _, whole = create(config)
-    model, tokenizer = create(config, narrowed(whole, texts))
+    _, whole = create_model(config)
+    model, tokenizer = create_model(config, narrow_tokenizer(whole, texts))
     with torch.no_grad():
         model.deep_weight.normal_()
     platt = (Platt(), Platt())
     stages = dict.fromkeys(STAGES, Stage(platt, platt))
-    export.write(tmp_path / "made", model, tokenizer, Calibration(("a", "b"), stages, {}), {})
+    export.export_checkpoint(tmp_path / "made", model, tokenizer, Calibration(("a", "b"), stages, {}), {})
     assert sum(file.stat().st_size for file in (tmp_path / "made").iterdir()) < 4e6
-    again, read, _ = load(tmp_path / "made")
+    again, read, _ = load_model(tmp_path / "made")
     prepared = [prepare(read, config.text, text) for text in texts]
     with torch.no_grad():
         deep_BH = again.deep(again.embed(*collate(prepared)))

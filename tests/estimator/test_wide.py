@@ -27,7 +27,7 @@ PINNED = [101, 102, 2003, 2054, 35096, 38992, 88884]
 def test_values_have_unit_length_and_rare_tokens_weigh_more() -> None:
     idf = wide.fit_idf([[1, 2], [1, 3], [1, 4]], 5)
     assert idf[1] < idf[2] < idf[0]
-    indices, values = wide.weighted([1, 2], idf)
+    indices, values = wide.tf_idf([1, 2], idf)
     assert float(values @ values) == pytest.approx(1.0)
     by_index = dict(zip(indices.tolist(), values.tolist(), strict=True))
     assert by_index[1] < by_index[2]
@@ -35,7 +35,7 @@ def test_values_have_unit_length_and_rare_tokens_weigh_more() -> None:
 
 def test_a_single_token_and_none_at_all() -> None:
     assert wide.ngrams([3], 5)[0].tolist() == [3]
-    indices, values = wide.weighted([], np.ones(5 + wide.BUCKETS, np.float32))
+    indices, values = wide.tf_idf([], np.ones(5 + wide.BUCKETS, np.float32))
     assert len(indices) == len(values) == 0
 
 

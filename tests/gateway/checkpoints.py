@@ -15,4 +15,4 @@ def version(tiny: Path, place: Path, offset: float, curves: Mapping[str, Curve] 
     stages = {"full": shifted, "cheap": shifted}
     files[checkpoint.CALIBRATION] = calibration.dumps(Calibration(pools, stages, curves or {}, {}))
     manifest = checkpoint.load_manifest(tiny)
-    return checkpoint.write(place, files, manifest.base, pools, manifest.text, {}).version
+    return checkpoint.write_checkpoint(place, files, manifest.base, pools, manifest.text, {}).version

@@ -69,7 +69,7 @@ async def running(raw: dict[str, Any], path: Path | None = None) -> AsyncIterato
     addresses: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     task = asyncio.create_task(
-        server.serve(config.parse(raw), path, lambda *both: addresses.set_result(both), stop)
+        server.serve(config.parse_config(raw), path, lambda *both: addresses.set_result(both), stop)
     )  # fmt: skip
     await asyncio.wait((task, addresses), return_when=asyncio.FIRST_COMPLETED)
     if task.done():
@@ -104,7 +104,7 @@ def slow_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     from depo_gateway.estimator import export
     from depo_gateway.estimator.calibration import Calibration, Platt, Stage
     from depo_gateway.estimator.learner import Learner, LearnerConfig
-    from depo_gateway.estimator.model import ModelConfig, create
+    from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
     from depo_gateway.estimator.text import TextConfig
 
@@ -114,10 +114,12 @@ def slow_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **shape)
     BertModel(config, add_pooling_layer=False).save_pretrained(encoder)
-    model, fast = create(ModelConfig(("small", "large"), TextConfig(max_tokens=2048), str(encoder), 0))
+    model, fast = create_model(ModelConfig(("small", "large"), TextConfig(max_tokens=2048), str(encoder), 0))
     learner = Learner(model, fast, LearnerConfig())
     learner.fit_statistics(learner.items([Example("easy one", {"small": 1.0, "large": 1.0})]))
     straight = Stage((Platt(), Platt()), (Platt(), Platt()))
     place = tmp_path_factory.mktemp("checkpoints") / "slow"
-    export.write(place, model, fast, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {})
+    export.export_checkpoint(
+        place, model, fast, Calibration(("small", "large"), {"full": straight, "cheap": straight}, {}), {}
+    )
     return place

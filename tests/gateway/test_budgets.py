@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from depo_gateway.gateway import budgets, config
 from depo_gateway.gateway.budgets import BURST, Account, Budgets
 from depo_gateway.gateway.config import Config, Key
-from depo_gateway.gateway.control import Control, Ruling
+from depo_gateway.gateway.control import Accounting, Control
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.protocol import ApiError
 from depo_gateway.gateway.routing import Decision, Eligible
@@ -239,18 +239,18 @@ def control(**limits: Any) -> Control:
 
 def bounded(**limits: Any) -> Config:
     pools = {name: {"model": f"org/{name}", "backends": [{"url": f"http://{name}"}]} for name in ("small", "large")}
-    return config.parse({"version": 1, "pools": pools, "auth": auth(bounded=limits)})
+    return config.parse_config({"version": 1, "pools": pools, "auth": auth(bounded=limits)})
 
 
 def test_refused_requests_earn_nothing() -> None:
     """A client that pins the last pool and tries again after each 429."""
     ruled, served = control(large_share=0.1), 0
     for _ in range(2000):
-        ruling = Ruling()
+        accounting = Accounting()
         with contextlib.suppress(ApiError):
-            ruled.commit(ruling, "bounded", "hi", PINNED, Decision("large", "pinned"))
+            ruled.commit(accounting, "bounded", "hi", PINNED, Decision("large", "pinned"))
             served += 1
-            ruled.conclude(ruling, "large", 10)
+            ruled.conclude(accounting, "large", 10)
     assert served <= 0.1 * served + BURST
 
 
@@ -261,23 +261,23 @@ def test_what_nobody_answered_earns_nothing(pool: str | None) -> None:
     assert account is not None
     account.calls = 0.0
     for _ in range(50):
-        ruling = Ruling()
-        ruled.commit(ruling, "bounded", "hi", BOTH, Decision("small", "confident"))
-        ruled.conclude(ruling, pool, 0, answered=False)
+        accounting = Accounting()
+        ruled.commit(accounting, "bounded", "hi", BOTH, Decision("small", "confident"))
+        ruled.conclude(accounting, pool, 0, answered=False)
     assert account.calls == 0.0
 
 
 async def test_a_new_checkpoint_or_config_loses_no_refund() -> None:
     ruled = control(large_share=0.5)
-    rulings = [Ruling() for _ in range(10)]
-    for ruling in rulings:
-        ruled.commit(ruling, "bounded", "hi", BOTH, Decision("large", "unsure"))
+    accountings = [Accounting() for _ in range(10)]
+    for accounting in accountings:
+        ruled.commit(accounting, "bounded", "hi", BOTH, Decision("large", "unsure"))
     account = ruled.budgets.account("bounded")
     assert account is not None
     assert account.calls == 5.0
     ruled.budgets.apply(bounded(large_share=0.5).auth.keys, 1.0)  # type: ignore[union-attr]
-    for ruling in rulings:
-        ruled.conclude(ruling, None, 0)
+    for accounting in accountings:
+        ruled.conclude(accounting, None, 0)
     assert ruled.budgets.account("bounded") is account
     assert account.calls == BURST
 

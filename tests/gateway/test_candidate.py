@@ -63,7 +63,7 @@ def told(metrics: Metrics) -> dict[str, float]:
 
 
 def test_it_says_what_it_would_have_done(tiny_checkpoint: Path) -> None:
-    runtime, columns = scoring.load(str(tiny_checkpoint), ("small", "large"), "gain")
+    runtime, columns = scoring.load_runtime(str(tiny_checkpoint), ("small", "large"), "gain")
     metrics = Metrics(__version__)
     judged = Candidate(runtime, columns, "gain", None, metrics)
     for text, pool in (("an easy sum", "small"), ("prove the hard theorem", "small"), ("hard theorem", None)):
@@ -74,7 +74,7 @@ def test_it_says_what_it_would_have_done(tiny_checkpoint: Path) -> None:
 
 
 def test_a_full_queue_is_not_waited_for(tiny_checkpoint: Path, gate: threading.Event) -> None:
-    runtime, columns = scoring.load(str(tiny_checkpoint), ("small", "large"), "gain")
+    runtime, columns = scoring.load_runtime(str(tiny_checkpoint), ("small", "large"), "gain")
     metrics = Metrics(__version__)
     slow = Candidate(replace(runtime, session=Gated(runtime.session, gate)), columns, "gain", None, metrics)  # type: ignore[arg-type]
     for index in range(candidate.QUEUE + 20):
@@ -88,7 +88,7 @@ def test_a_full_queue_is_not_waited_for(tiny_checkpoint: Path, gate: threading.E
 
 def test_one_that_fails_is_counted_and_goes_on(tiny_checkpoint: Path, gate: threading.Event) -> None:
     gate.set()
-    runtime, columns = scoring.load(str(tiny_checkpoint), ("small", "large"), "gain")
+    runtime, columns = scoring.load_runtime(str(tiny_checkpoint), ("small", "large"), "gain")
     metrics = Metrics(__version__)
     broken = Gated(runtime.session, gate, fails=True)
     judged = Candidate(replace(runtime, session=broken), columns, "gain", None, metrics)  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def test_one_that_fails_is_counted_and_goes_on(tiny_checkpoint: Path, gate: thre
 
 
 def test_a_closed_one_ends_with_prompts_in_its_queue(tiny_checkpoint: Path, gate: threading.Event) -> None:
-    runtime, columns = scoring.load(str(tiny_checkpoint), ("small", "large"), "gain")
+    runtime, columns = scoring.load_runtime(str(tiny_checkpoint), ("small", "large"), "gain")
     slow = Candidate(
         replace(runtime, session=Gated(runtime.session, gate)),  # type: ignore[arg-type]
         columns, "gain", None, Metrics(__version__),
@@ -167,7 +167,7 @@ async def test_a_candidate_that_hangs_delays_no_request(
     from depo_gateway.gateway import checkpoint_watcher
 
     async def hanging(settings: Any, path: str, metrics: Metrics) -> Candidate:
-        runtime, columns = scoring.load(path, ("small", "large"), "gain")
+        runtime, columns = scoring.load_runtime(path, ("small", "large"), "gain")
         gated: Runtime = replace(runtime, session=Gated(runtime.session, gate))  # type: ignore[arg-type]
         return Candidate(gated, columns, "gain", None, metrics)
 

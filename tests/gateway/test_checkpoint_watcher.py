@@ -18,13 +18,13 @@ async def test_what_was_refused_is_loaded_again_only_when_it_changes(
     start: StartGateway, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_watcher, "WATCH_SECONDS", 0.02)
-    load, loads = scoring.load, list[str]()
+    load, loads = scoring.load_runtime, list[str]()
 
     def counted(path: str, *arguments: Any) -> Any:
         loads.append(path)
         return load(path, *arguments)
 
-    monkeypatch.setattr(scoring, "load", counted)
+    monkeypatch.setattr(scoring, "load_runtime", counted)
     home = tmp_path / "checkpoints"
     version(tiny_checkpoint, home / "1", 9.0)
     checkpoint.publish(home / "1")

@@ -64,7 +64,7 @@ def tree(**changes: Any) -> dict[str, Any]:
 
 def mistake(raw: dict[str, Any], directory: Path = Path()) -> str:
     with pytest.raises(ValueError) as caught:
-        config.parse(raw, directory)
+        config.parse_config(raw, directory)
     message = str(caught.value)
     assert "\n" not in message
     assert "Traceback" not in message
@@ -74,7 +74,7 @@ def mistake(raw: dict[str, Any], directory: Path = Path()) -> str:
 def test_the_contracts_example_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "gateway.yaml"
     path.write_text(EXAMPLE)
-    read = config.load(path)
+    read = config.load_config(path)
     assert list(read.pools) == ["small", "large"]
     assert (read.routing.rule, read.routing.threshold, read.limits.queue_timeout_s) == ("gain", 0.85, 5.0)
     assert read.pools["small"].accepts == ("text", "tools")
@@ -87,33 +87,33 @@ def test_the_contracts_example_is_taken(tmp_path: Path) -> None:
 def test_the_contracts_targets_are_taken_instead_of_a_threshold(tmp_path: Path, target: dict[str, float]) -> None:
     path = tmp_path / "gateway.yaml"
     path.write_text(EXAMPLE.replace("threshold: 0.85", f"target: {target}"))
-    read = config.load(path)
+    read = config.load_config(path)
     assert read.routing.target == config.Target(**target)
-    shown = yaml.safe_load(config.resolved(read))["routing"]
+    shown = yaml.safe_load(config.resolved_yaml(read))["routing"]
     assert "threshold" not in shown
     assert {name: value for name, value in shown["target"].items() if value is not None} == target
 
 
 def test_a_resolved_target_is_a_target() -> None:
-    read = config.parse(tree(routing__target={"large_share": 0.3}, estimator__candidate="/there"))
-    assert config.parse(yaml.safe_load(config.resolved(read))) == read
+    read = config.parse_config(tree(routing__target={"large_share": 0.3}, estimator__candidate="/there"))
+    assert config.parse_config(yaml.safe_load(config.resolved_yaml(read))) == read
 
 
 def test_defaults_are_the_examples_values(tmp_path: Path) -> None:
     path = tmp_path / "gateway.yaml"
     path.write_text(EXAMPLE)
-    full, least = config.load(path), config.parse(tree())
+    full, least = config.load_config(path), config.parse_config(tree())
     for section in ("version", "listen", "admin", "routing", "estimator", "timeouts", "retries", "limits"):
         assert getattr(full, section) == getattr(least, section), section
     assert (least.auth, least.records) == (None, None)
 
 
 def test_a_resolved_config_is_a_config_but_for_its_keys(tmp_path: Path) -> None:
-    shown = config.resolved(config.parse(tree()))
-    assert config.parse(yaml.safe_load(shown)) == config.parse(tree())
+    shown = config.resolved_yaml(config.parse_config(tree()))
+    assert config.parse_config(yaml.safe_load(shown)) == config.parse_config(tree())
     path = tmp_path / "gateway.yaml"
     path.write_text(EXAMPLE)
-    shown = config.resolved(config.load(path))
+    shown = config.resolved_yaml(config.load_config(path))
     assert SHA not in shown
     assert "team-a" in shown
 
@@ -276,13 +276,13 @@ def test_version_and_pools_are_asked_for() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.9.1"])
 def test_a_loopback_address_may_be_open(host: str) -> None:
-    assert config.parse(tree(listen__host=host)).auth is None
+    assert config.parse_config(tree(listen__host=host)).auth is None
 
 
 def test_open_to_all_must_be_said_aloud() -> None:
-    read = config.parse(tree(listen__host="0.0.0.0", auth="none"))
+    read = config.parse_config(tree(listen__host="0.0.0.0", auth="none"))
     assert read.auth is None
-    assert "auth: none" in config.resolved(read)
+    assert "auth: none" in config.resolved_yaml(read)
 
 
 def test_a_backends_secret_stays_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def test_a_backends_secret_stays_in_the_environment(monkeypatch: pytest.MonkeyPa
         assert f"{where}: 'SMALL_KEY' holds" in message
         assert "cret" not in message
     monkeypatch.setenv("SMALL_KEY", "the-secret")
-    shown = config.resolved(config.parse(raw))
+    shown = config.resolved_yaml(config.parse_config(raw))
     assert "SMALL_KEY" in shown
     assert "the-secret" not in shown
 
@@ -313,7 +313,7 @@ def test_a_backends_secret_stays_in_the_environment(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_a_databases_password_is_not_shown(url: str) -> None:
-    shown = config.resolved(config.parse(tree(records__url=url)))
+    shown = config.resolved_yaml(config.parse_config(tree(records__url=url)))
     assert "the-secret" not in shown
     assert "host" in shown
     assert "/records" in shown
@@ -330,7 +330,7 @@ def test_a_keys_file_lies_beside_the_config(tmp_path: Path, form: str) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/keys.yaml").write_text(form.format(SHA))
     (tmp_path / "etc/gateway.yaml").write_text(yaml.safe_dump(tree(auth__keys_file="keys.yaml"), sort_keys=False))
-    read = config.load(tmp_path / "etc/gateway.yaml")
+    read = config.load_config(tmp_path / "etc/gateway.yaml")
     assert read.auth is not None
     assert read.auth.keys == (config.Key("a", SHA),)
 
@@ -356,22 +356,26 @@ def test_mistakes_in_a_keys_file_name_it(tmp_path: Path, content: str, words: st
 def test_a_relative_database_lies_beside_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECORDS", "sqlite:///there/records.db")
     for section in ({"url": "sqlite:///there/records.db"}, {"url_env": "RECORDS"}):
-        read = config.parse(tree(records=section), tmp_path).records
+        read = config.parse_config(tree(records=section), tmp_path).records
         assert read is not None
-        assert config.database(read) == f"sqlite:///{tmp_path}/there/records.db"
+        assert config.database_url(read) == f"sqlite:///{tmp_path}/there/records.db"
     monkeypatch.setenv("RECORDS", "postgresql://u:secret@there/db")
-    read = config.parse(tree(records={"url_env": "RECORDS"}), tmp_path).records
+    read = config.parse_config(tree(records={"url_env": "RECORDS"}), tmp_path).records
     assert read is not None
-    assert (config.database(read), config.shown_url(read)) == ("postgresql://u:secret@there/db", None)
+    assert (config.database_url(read), config.shown_url(read)) == ("postgresql://u:secret@there/db", None)
     monkeypatch.setenv("RECORDS", "sqlite:///:memory:")
     assert "records.url_env sqlite:///:memory: names no file" in mistake(tree(records={"url_env": "RECORDS"}))
 
 
 def test_a_relative_checkpoint_lies_beside_the_config(tmp_path: Path) -> None:
-    assert config.parse(tree(estimator__path="checkpoints"), tmp_path).estimator.path == str(tmp_path / "checkpoints")
-    assert config.parse(tree(estimator__path="/abs"), tmp_path).estimator.path == "/abs"
-    assert config.parse(tree(estimator__candidate="next"), tmp_path).estimator.candidate == str(tmp_path / "next")
-    assert config.parse(tree(), tmp_path).estimator.path == "builtin"
+    assert config.parse_config(tree(estimator__path="checkpoints"), tmp_path).estimator.path == str(
+        tmp_path / "checkpoints"
+    )
+    assert config.parse_config(tree(estimator__path="/abs"), tmp_path).estimator.path == "/abs"
+    assert config.parse_config(tree(estimator__candidate="next"), tmp_path).estimator.candidate == str(
+        tmp_path / "next"
+    )
+    assert config.parse_config(tree(), tmp_path).estimator.path == "builtin"
 
 
 @pytest.mark.parametrize(
@@ -392,7 +396,7 @@ def test_yaml_that_is_none(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "gateway.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        config.load(path)
+        config.load_config(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -405,21 +409,21 @@ pools:
   small: &base {model: s, cost: 1, backends: [{url: "http://s"}]}
   large: {<<: *base, model: l, cost: 2}
 """)
-    assert config.load(path).pools["large"].model == "l"
+    assert config.load_config(path).pools["large"].model == "l"
 
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     for path, words in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(ValueError, match=words):
-            config.load(path)
+            config.load_config(path)
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not UTF-8"):
-        config.load(binary)
+        config.load_config(binary)
 
 
 def test_every_message_of_load_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "gateway.yaml"
     path.write_text(yaml.safe_dump(tree(routing__treshold=1), sort_keys=False))
     with pytest.raises(ValueError, match=re.escape(f"{path}: unknown key 'routing.treshold'; did you mean")):
-        config.load(path)
+        config.load_config(path)

@@ -18,10 +18,10 @@ from depo_gateway.estimator.calibration import Curve
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.gateway import checkpoint_watcher, config
-from depo_gateway.gateway.control import Control, Ruling
+from depo_gateway.gateway.control import Accounting, Control
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.routing import Decision, Eligible
-from depo_gateway.gateway.threshold_controller import WINDOW
+from depo_gateway.gateway.threshold_controller import SHARE_WINDOW
 from tests.conftest import WORDS
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.checkpoints import version
@@ -51,14 +51,14 @@ async def pools_of(gateway: Running, texts: Sequence[str], lanes: int = 8, **fie
 
 def worst(went: Sequence[str], wanted: float) -> float:
     sums = np.concatenate([[0], np.cumsum([name == "large" for name in went])])
-    return float(np.abs((sums[WINDOW:] - sums[:-WINDOW]) / WINDOW - wanted).max())
+    return float(np.abs((sums[SHARE_WINDOW:] - sums[:-SHARE_WINDOW]) / SHARE_WINDOW - wanted).max())
 
 
 def measured(runtime: Runtime, texts: Sequence[str]) -> Curve:
     """What a calibration on these prompts says; the small pool is right where it is said to be."""
     scores = runtime.score([runtime.prepare(text) for text in texts])
     quality = np.array([item.quality for item in scores])
-    return calibration.curve(quality, (quality > 0.5).astype(float), np.ones(len(texts)), "gain")
+    return calibration.measure_curve(quality, (quality > 0.5).astype(float), np.ones(len(texts)), "gain")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ async def test_the_share_holds_through_a_change_of_traffic(start: StartGateway) 
         assert len(went) == 4400
         assert worst(went, 0.3) < 0.02
         assert await gateway.metric("gateway_target_share") == pytest.approx(
-            went[-WINDOW:].count("large") / WINDOW, abs=0.005
+            went[-SHARE_WINDOW:].count("large") / SHARE_WINDOW, abs=0.005
         )
         ties = await pools_of(gateway, ["the same easy question"] * 2200)
         assert worst([*went, *ties], 0.3) < 0.02
@@ -176,23 +176,23 @@ async def test_a_quality_is_the_checkpoints_to_say(
 
 def test_requests_under_way_over_a_reload_are_put_right_where_they_were_counted(tiny_checkpoint: Path) -> None:
     runtime, control = Runtime.load(tiny_checkpoint), Control(Metrics("0"))
-    read = [config.parse(settings([], [], tiny_checkpoint) | {
+    read = [config.parse_config(settings([], [], tiny_checkpoint) | {
         "pools": {name: {"model": name, "backends": [{"url": "http://x"}]} for name in ("small", "large")},
         "routing": {"target": {"large_share": share}},
     }) for share in (0.3, 0.5)]  # fmt: skip
     control.follow(read[0], runtime)
-    rulings = [Ruling(decisive=0.5) for _ in range(300)]
+    accountings = [Accounting(decisive_confidence=0.5) for _ in range(300)]
     both, large = Eligible(("small", "large")), Decision("large", "unsure", 0.5, 0.9)
-    for ruling in rulings:
-        control.commit(ruling, "", "hi", both, large)
+    for accounting in accountings:
+        control.commit(accounting, "", "hi", both, large)
     old = control.controller
     control.follow(read[1], runtime)
     assert control.controller is not old is not None
-    control.commit(Ruling(decisive=0.5), "", "hi", both, large)
+    control.commit(Accounting(decisive_confidence=0.5), "", "hi", both, large)
     assert control.controller is not None
     before = (control.controller.balance, control.controller.realised)
-    for ruling in rulings:
-        control.conclude(ruling, None, 0)
+    for accounting in accountings:
+        control.conclude(accounting, None, 0)
     assert (control.controller.balance, control.controller.realised) == before
     assert np.isnan(old.realised)
 
@@ -206,7 +206,7 @@ async def test_what_labels_say_is_known_before_the_first_request(
     home = tmp_path / "checkpoints"
     first = version(tiny_checkpoint, home / "1", 9.0)
     checkpoint.publish(home / "1")
-    standing.write(home, judged(first, False))
+    standing.write_standing(home, judged(first, False))
     async with FakeVllm() as small, FakeVllm() as large:
         for watches in (True, False):
             sections = {"estimator": {"path": str(home), "deadline_ms": 5000, "watch": watches}}
@@ -233,11 +233,11 @@ async def test_a_router_no_better_than_a_coin_becomes_one(
     checkpoint.publish(home / "1")
     sections = {"estimator": {"path": str(home), "deadline_ms": 5000}, "routing": {"target": target} if target else {}}
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large], **sections) as gateway:
-        standing.write(home, judged("another", False))
+        standing.write_standing(home, judged("another", False))
         await asyncio.sleep(0.2)
         assert await gateway.metric("gateway_router_floor") == 0
         with caplog.at_level(logging.ERROR):
-            standing.write(home, judged(first, False))
+            standing.write_standing(home, judged(first, False))
             assert await gateway.settles("gateway_router_floor", 1)
         assert f"labels show the estimator {first} no better than a coin" in caplog.text
         answers = [await gateway.chat(f"easy {index}") for index in range(300)]
@@ -252,9 +252,9 @@ async def test_a_router_no_better_than_a_coin_becomes_one(
         (home / standing.STANDING).write_text("{")  # unreadable: nothing changes
         await asyncio.sleep(0.2)
         assert await gateway.metric("gateway_router_floor") == 1
-        standing.write(home, judged(first, True))
+        standing.write_standing(home, judged(first, True))
         assert await gateway.settles("gateway_router_floor", 0)
-        standing.write(home, judged(first, False))
+        standing.write_standing(home, judged(first, False))
         assert await gateway.settles("gateway_router_floor", 1)
         second = version(tiny_checkpoint, home / "2", 8.0)  # the same content in the same second has the same name
         checkpoint.publish(home / "2")

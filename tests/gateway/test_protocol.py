@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depo_gateway.estimator.text import TextConfig, read
+from depo_gateway.estimator.text import TextConfig, extract_text
 from depo_gateway.gateway import protocol
 from depo_gateway.gateway.protocol import ApiError, Query, UsageTap
 
@@ -204,7 +204,7 @@ def test_depth_up_to_1024_passes() -> None:
 
 def scored(messages: list[Any], **fields: Any) -> tuple[str, str]:
     query = chat(orjson.dumps({"model": "auto", "messages": messages, **fields}))
-    return read(TextConfig(), query.asked)
+    return extract_text(TextConfig(), query.asked)
 
 
 def test_the_last_user_turn_is_scored_with_the_conversation_before_it() -> None:

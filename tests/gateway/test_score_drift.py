@@ -9,17 +9,17 @@ import pytest
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.calibration import Curve
 from depo_gateway.gateway import score_drift
-from depo_gateway.gateway.score_drift import Drift
+from depo_gateway.gateway.score_drift import ScoreDrift
 
 
 def curve_of(confidences: list[float]) -> Curve:
     small = np.array(confidences)
     quality = np.stack([small, np.ones_like(small)], 1)
-    return calibration.curve(quality, np.full_like(quality, np.nan), np.ones(len(small)), "gain")
+    return calibration.measure_curve(quality, np.full_like(quality, np.nan), np.ones(len(small)), "gain")
 
 
 def seen(curve: Curve | None, confidences: list[float]) -> float:
-    watched = Drift(curve)
+    watched = ScoreDrift(curve)
     for confidence in confidences:
         watched.saw(confidence)
     return watched.distance
@@ -55,5 +55,5 @@ def test_it_is_silent_until_there_are_enough() -> None:
 def test_what_is_long_past_is_forgotten() -> None:
     chance = random.Random(1)
     curve = curve_of([chance.random() for _ in range(5000)])
-    values = [chance.random() / 2 for _ in range(5000)] + [chance.random() for _ in range(score_drift.WINDOW)]
+    values = [chance.random() / 2 for _ in range(5000)] + [chance.random() for _ in range(score_drift.DRIFT_WINDOW)]
     assert seen(curve, values) < 0.05

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from depo_gateway import __version__, gateway
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.runtime import Runtime
-from depo_gateway.estimator.text import read
+from depo_gateway.estimator.text import extract_text
 from depo_gateway.gateway import scoring
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.scoring import Scorer
@@ -250,7 +250,7 @@ async def test_a_checkpoint_without_a_wide_part_answers_in_time_or_not_at_all(
             break
         await asyncio.sleep(0.01)
     assert late is not None
-    expected = policy.score([policy.prepare(*read(policy.manifest.text, chat))])[0]
+    expected = policy.score([policy.prepare(*extract_text(policy.manifest.text, chat))])[0]
     assert (late.stage, late.quality) == ("cached", {"small": pytest.approx(expected.quality[0], abs=1e-5)})
 
 
@@ -341,23 +341,23 @@ async def test_a_closed_scorers_threads_end(make: Make) -> None:
 
 
 def test_a_checkpoint_scores_pools_by_name(tiny_checkpoint: Path) -> None:
-    assert scoring.load(str(tiny_checkpoint), ("small", "large"), "gain")[1] == {"small": 0, "large": 1}
+    assert scoring.load_runtime(str(tiny_checkpoint), ("small", "large"), "gain")[1] == {"small": 0, "large": 1}
 
 
 def test_a_checkpoint_of_other_pools_is_refused(tiny_checkpoint: Path) -> None:
     for pools in (("tiny", "large"), ("small", "large", "huge")):
         with pytest.raises(ValueError, match="scores the pools small, large, the config has") as caught:
-            scoring.load(str(tiny_checkpoint), pools, "gain")
+            scoring.load_runtime(str(tiny_checkpoint), pools, "gain")
         assert ", ".join(pools) in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
 def test_a_policys_checkpoint_routes_by_difficulty_only(tiny_policy_checkpoint: Path) -> None:
-    runtime, columns = scoring.load(str(tiny_policy_checkpoint), ("small", "large"), "difficulty")
+    runtime, columns = scoring.load_runtime(str(tiny_policy_checkpoint), ("small", "large"), "difficulty")
     assert columns == {"small": 0}
     assert not runtime.has_cheap
     with pytest.raises(ValueError, match=r"scores one pool \(policy\) and can't route by gain; set routing.rule"):
-        scoring.load(str(tiny_policy_checkpoint), ("small", "large"), "gain")
+        scoring.load_runtime(str(tiny_policy_checkpoint), ("small", "large"), "gain")
 
 
 def test_damage_is_one_sentence(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_damage_is_one_sentence(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_checkpoint, place)
     (place / checkpoint.ENCODER).write_bytes(b"x")
     with pytest.raises(ValueError, match=r"model\.onnx does not match"):
-        scoring.load(str(place), ("small", "large"), "gain")
+        scoring.load_runtime(str(place), ("small", "large"), "gain")
 
 
 # Swapping.
@@ -386,9 +386,9 @@ def test_an_encoder_that_loads_and_cannot_run_is_refused(tiny_checkpoint: Path, 
     graph = helper.make_graph(nodes, "broken", [ids, mask], [out], [shape])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     files[checkpoint.ENCODER] = model.SerializeToString()
-    checkpoint.write(tmp_path / "broken", files, manifest.base, manifest.pools, manifest.text, {})
+    checkpoint.write_checkpoint(tmp_path / "broken", files, manifest.base, manifest.pools, manifest.text, {})
     with pytest.raises(ValueError, match=r"broken can't be used: .*reshape"):
-        scoring.load(str(tmp_path / "broken"), ("small", "large"), "gain")
+        scoring.load_runtime(str(tmp_path / "broken"), ("small", "large"), "gain")
 
 
 async def test_a_new_checkpoint_is_taken_while_requests_run_and_a_bad_one_is_not(

@@ -27,7 +27,7 @@ def scores(runtime: Runtime) -> tuple[float, ...]:
 
 def loaded(directory: Path) -> Runtime:
     """As a gateway whose pools are POOLS loads it."""
-    runtime, columns = scoring.load(str(directory), POOLS, "gain")
+    runtime, columns = scoring.load_runtime(str(directory), POOLS, "gain")
     assert columns == {POOLS[0]: 0, POOLS[1]: 1}
     return runtime
 
@@ -83,7 +83,7 @@ def test_one_that_was_killed_is_taken_up_again(tmp_path: Path) -> None:
         process.wait()
         unfinished += not (place / "current").exists()
         if (place / "builtin").exists():
-            checkpoint.load(place / "builtin")
+            checkpoint.load_checkpoint(place / "builtin")
         seed(place, POOLS)
         loaded(place)
         if unfinished and number >= 2:

@@ -50,8 +50,8 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    made = Gate(scoring.load)
-    monkeypatch.setattr(scoring, "load", made.load)
+    made = Gate(scoring.load_runtime)
+    monkeypatch.setattr(scoring, "load_runtime", made.load)
     return made
 
 

@@ -206,7 +206,7 @@ def test_cost_is_relative_to_the_last_pool() -> None:
     def pools(*costs: float) -> config.Config:
         backends = [{"url": "http://127.0.0.1:1"}]
         named = {f"p{i}": {"model": f"m{i}", "cost": cost, "backends": backends} for i, cost in enumerate(costs)}
-        return config.parse({"version": 1, "pools": named})
+        return config.parse_config({"version": 1, "pools": named})
 
     three = Curve((0.0, 1.0), ((1.0, 0.0, 0.0), (0.5, 0.25, 0.25)), None)
     assert status.relative_cost(three, pools(1, 2, 4)) == pytest.approx([0.25, 0.5])

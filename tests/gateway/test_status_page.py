@@ -220,7 +220,7 @@ async def test_pools_stand_in_the_configs_order_whatever_they_are_called(
     manifest, known = checkpoint.load_manifest(tiny_checkpoint), calibration.loads(files[checkpoint.CALIBRATION])
     names = ("constructor", "70")
     files[checkpoint.CALIBRATION] = calibration.dumps(Calibration(names, known.stages, {}, {}))
-    checkpoint.write(tmp_path / "named", files, manifest.base, names, manifest.text, {})
+    checkpoint.write_checkpoint(tmp_path / "named", files, manifest.base, names, manifest.text, {})
     async with FakeVllm() as one:
         raw = settings([one], [one], tmp_path / "named")
         backends = [{"url": one.url}]

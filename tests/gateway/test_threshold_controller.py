@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.calibration import Curve
 from depo_gateway.gateway import threshold_controller
-from depo_gateway.gateway.threshold_controller import WINDOW, Controller
+from depo_gateway.gateway.threshold_controller import SHARE_WINDOW, ThresholdController
 
-BOUND = 2 * (threshold_controller.REACH + 1) / WINDOW  # of the docstring
+BOUND = 2 * (threshold_controller.REACH + 1) / SHARE_WINDOW  # of the docstring
 Source = Callable[[random.Random], float]
 
 SOURCES: dict[str, Source] = {
@@ -29,7 +29,7 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def routed(controller: Controller, confidences: Sequence[float]) -> list[int]:
+def routed(controller: ThresholdController, confidences: Sequence[float]) -> list[int]:
     """Where a gateway sends prompts of these confidences: 1 is the last pool."""
     large = []
     for confidence in confidences:
@@ -38,7 +38,7 @@ def routed(controller: Controller, confidences: Sequence[float]) -> list[int]:
     return large
 
 
-def worst(values: Sequence[float], wanted: float, window: int = WINDOW) -> float:
+def worst(values: Sequence[float], wanted: float, window: int = SHARE_WINDOW) -> float:
     """The largest error of the mean over any `window` values in a row."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return float(np.abs((sums[window:] - sums[:-window]) / window - wanted).max())
@@ -62,23 +62,25 @@ def test_every_window_is_within_two_points(
 ) -> None:
     chance = random.Random(seed)
     curve = None if calibrated is None else curve_of([SOURCES[calibrated](chance) for _ in range(500)])
-    confidences = list(stream(chance, [*parts, ("even", WINDOW)]))
-    large = routed(Controller(wanted, wanted, curve), confidences)
+    confidences = list(stream(chance, [*parts, ("even", SHARE_WINDOW)]))
+    large = routed(ThresholdController(wanted, wanted, curve), confidences)
     assert worst(large, wanted) <= BOUND < 0.02
-    assert worst(large, wanted, 100) <= BOUND * WINDOW / 100  # the bound is one on the count, in a window of any length
+    assert (
+        worst(large, wanted, 100) <= BOUND * SHARE_WINDOW / 100
+    )  # the bound is one on the count, in a window of any length
 
 
 def test_a_threshold_that_adapts_by_its_reference_alone_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the test above says something: without the balance the same change of traffic breaks the bound."""
-    monkeypatch.setattr(Controller, "rank", property(lambda self: self.start))
+    monkeypatch.setattr(ThresholdController, "rank", property(lambda self: self.start))
     confidences = list(stream(random.Random(0), [("sure", 4000), ("unsure", 4000)]))
-    assert worst(routed(Controller(0.3, 0.3, None), confidences), 0.3) > 0.1
+    assert worst(routed(ThresholdController(0.3, 0.3, None), confidences), 0.3) > 0.1
 
 
 def test_a_change_of_traffic_that_knows_the_controller() -> None:
     """An adversary that always sends what moves the balance the wrong way gains no more than the bound."""
     for wanted in (0.1, 0.3, 0.7):
-        controller = Controller(wanted, wanted, None)
+        controller = ThresholdController(wanted, wanted, None)
         large = []
         for index in range(12_000):
             threshold = controller.threshold
@@ -94,7 +96,7 @@ def test_the_threshold_hardly_moves_where_nothing_is_wrong() -> None:
     chance = np.random.default_rng(0)
     confidences = chance.random(30_000)
     for wanted in (0.1, 0.3, 0.5):
-        large = np.array(routed(Controller(wanted, wanted, None), list(confidences)), bool)[4000:]
+        large = np.array(routed(ThresholdController(wanted, wanted, None), list(confidences)), bool)[4000:]
         gains = 1.0 - confidences[4000:]
         count = int(large.sum())
         best = np.sort(gains)[::-1][:count].sum()
@@ -106,14 +108,14 @@ def curve_of(confidences: Sequence[float]) -> Curve:
     """What a calibration says of two pools whose confidences were these."""
     small = np.array(confidences)
     quality = np.stack([small, np.ones_like(small)], 1)
-    return calibration.curve(quality, np.full_like(quality, np.nan), np.ones(len(small)), "gain")
+    return calibration.measure_curve(quality, np.full_like(quality, np.nan), np.ones(len(small)), "gain")
 
 
 def test_it_starts_at_the_calibrations_threshold() -> None:
     chance = random.Random(1)
     confidences = [SOURCES["sure"](chance) for _ in range(5000)]
     for wanted in (0.1, 0.3, 0.8):
-        threshold = Controller(wanted, wanted, curve_of(confidences)).threshold
+        threshold = ThresholdController(wanted, wanted, curve_of(confidences)).threshold
         assert threshold == pytest.approx(float(np.quantile(confidences, wanted)), abs=0.01)
 
 
@@ -125,13 +127,13 @@ def test_equal_confidences_at_the_end_of_a_curve_keep_their_mass() -> None:
 @pytest.mark.parametrize("name", ["all tied", "ties", "three values"])
 def test_equal_confidences_stay_or_go_around_a_balance_of_nothing(name: str) -> None:
     """Not around one of REACH, from where the next change of traffic would have no room."""
-    controller = Controller(0.3, 0.3, None)
+    controller = ThresholdController(0.3, 0.3, None)
     routed(controller, list(stream(random.Random(5), [(name, 4000)])))
     assert abs(controller.balance) < 3.0
 
 
 def test_another_checkpoints_confidences_begin_anew() -> None:
-    controller = Controller(0.5, 0.5, None)
+    controller = ThresholdController(0.5, 0.5, None)
     routed(controller, [0.9] * 3000)
     controller.expect(curve_of([index / 1000 for index in range(1000)]))
     controller.balance = 0.0
@@ -141,7 +143,7 @@ def test_another_checkpoints_confidences_begin_anew() -> None:
 def test_what_the_threshold_does_not_decide_is_made_up_for() -> None:
     """Every fifth request is bound to the large pool, every tenth to the small one."""
     chance = random.Random(2)
-    controller, large = Controller(0.4, 0.4, None), []
+    controller, large = ThresholdController(0.4, 0.4, None), []
     for index in range(12_000):
         confidence = chance.random()
         bound = 1 if index % 5 == 0 else 0 if index % 10 == 1 else None
@@ -155,7 +157,7 @@ def test_what_the_threshold_does_not_decide_is_made_up_for() -> None:
 def test_after_an_outage_the_target_holds_at_once() -> None:
     """The small pool is down for 3,000 requests. What was spent then is not taken back from those that follow."""
     chance = random.Random(3)
-    controller, large = Controller(0.3, 0.3, None), []
+    controller, large = ThresholdController(0.3, 0.3, None), []
     for index in range(9000):
         confidence = chance.random()
         spent = int(confidence < controller.threshold)
@@ -169,7 +171,7 @@ def test_after_an_outage_the_target_holds_at_once() -> None:
 
 
 def test_a_correction_is_as_if_it_had_been_so_from_the_start() -> None:
-    one, two = Controller(0.3, 0.3, None), Controller(0.3, 0.3, None)
+    one, two = ThresholdController(0.3, 0.3, None), ThresholdController(0.3, 0.3, None)
     for spent in (0.0, 1.0, 0.0):
         one.correct(one.decided(0.0, 0.5), spent)
         two.decided(spent, 0.5)
@@ -182,15 +184,15 @@ def test_a_correction_is_as_if_it_had_been_so_from_the_start() -> None:
 
 
 def test_the_share_shown_is_that_of_the_last_decisions() -> None:
-    controller = Controller(0.3, 0.3, None)
+    controller = ThresholdController(0.3, 0.3, None)
     assert math.isnan(controller.realised)
     first = controller.decided(1.0, 0.5)
-    for _ in range(WINDOW):
+    for _ in range(SHARE_WINDOW):
         controller.decided(0.0, 0.5)
     assert controller.realised == 0.0
     controller.correct(first, 0.0)  # long out of the window
     assert controller.realised == 0.0
-    assert controller._weight == WINDOW
+    assert controller._weight == SHARE_WINDOW
 
 
 @pytest.mark.parametrize("wanted", [0.3, 0.5, 0.8])
@@ -198,7 +200,7 @@ def test_a_cost_is_weighed_by_tokens(wanted: float) -> None:
     """Answers come 50 requests later, hard prompts have the longer ones, and then all become three times as long."""
     chance = random.Random(4)
     price = 0.2
-    controller = Controller(wanted, (wanted - price) / (1 - price), None)
+    controller = ThresholdController(wanted, (wanted - price) / (1 - price), None)
     spent, tokens, open_steps = [], [], []
     for index in range(12_000):
         confidence = chance.random() if index < 6000 else chance.betavariate(2, 30)
@@ -211,6 +213,8 @@ def test_a_cost_is_weighed_by_tokens(wanted: float) -> None:
     spent_sums, token_sums = (
         np.concatenate([[0.0], np.cumsum(values)]) for values in (np.array(spent) * np.array(tokens), tokens)
     )
-    cost = (spent_sums[WINDOW:] - spent_sums[:-WINDOW]) / (token_sums[WINDOW:] - token_sums[:-WINDOW])
+    cost = (spent_sums[SHARE_WINDOW:] - spent_sums[:-SHARE_WINDOW]) / (
+        token_sums[SHARE_WINDOW:] - token_sums[:-SHARE_WINDOW]
+    )
     assert np.abs(cost - wanted).max() < 0.02
     assert controller.realised == pytest.approx(cost[-1], abs=0.01)

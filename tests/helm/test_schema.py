@@ -147,7 +147,7 @@ def gateway_takes(key: str, value: Any) -> bool:
     if key.startswith("estimator.") and value == "":
         return False  # the config's own directory, which nobody means
     try:
-        config.parse(merged(GATEWAY_BASE, more), Path("/nowhere"))
+        config.parse_config(merged(GATEWAY_BASE, more), Path("/nowhere"))
     except ValueError:
         return False
     return True
@@ -165,7 +165,7 @@ def learner_takes(key: str, value: Any) -> bool:
     elif key == "refresh.learn.min_labels":
         below |= nested("refresh.learn.newest", 10**9)
     try:
-        learner_settings.parse(merged(below, nested(key, value)), Path("/nowhere"))
+        learner_settings.parse_settings(merged(below, nested(key, value)), Path("/nowhere"))
     except ValueError:
         return False
     return True

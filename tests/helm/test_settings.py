@@ -46,7 +46,7 @@ def gateway_config(manifests: list[Manifest], tmp_path: Path, monkeypatch: pytes
         raw["auth"]["keys_file"] = str(keys)
     written = tmp_path / "gateway.yaml"
     written.write_text(yaml.safe_dump(raw, sort_keys=False))
-    return config.load(written)
+    return config.load_config(written)
 
 
 @case
@@ -93,7 +93,9 @@ def test_the_learner_takes_its_file(values: chart.Values, tmp_path: Path, monkey
     gateway = gateway_config(manifests, tmp_path, monkeypatch)
     pod = chart.pod_of(manifests, "learner")
     set_environment(pod, monkeypatch)
-    found = learner_settings.parse(chart.file_of(manifests, "learner", "learner.yaml"), Path("/etc/depo-gateway"))
+    found = learner_settings.parse_settings(
+        chart.file_of(manifests, "learner", "learner.yaml"), Path("/etc/depo-gateway")
+    )
     assert found.listen.host == "0.0.0.0"
     if pod.owner.startswith("Deployment/"):
         assert {port["name"]: port["containerPort"] for port in pod.main["ports"]}["metrics"] == found.listen.port
@@ -146,7 +148,7 @@ def test_every_setting_of_the_learner_reaches_its_file(monkeypatch: pytest.Monke
     raw = chart.file_of(chart.rendered(CASES["every-learner-setting"]), "learner", "learner.yaml")
     for section, wanted in EVERY_LEARNER_SETTING.items():
         assert raw[section] == wanted, section
-    assert learner_settings.parse(raw).refresh.learn.newest == 5000000
+    assert learner_settings.parse_settings(raw).refresh.learn.newest == 5000000
 
 
 def test_hashed_prompts_have_their_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from depo_gateway.estimator import calibration, checkpoint
-from depo_gateway.estimator.calibration import apply
+from depo_gateway.estimator.calibration import apply_calibration
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import calibration_data, logged_traffic
 from depo_gateway.training.evaluation.calibration_data import Split
@@ -84,18 +84,18 @@ def run(args: argparse.Namespace) -> int:
     calibrated = calibrate(
         full, cheap, rows.observed, rows.token, weights, names, runtime.calibration, np.ones(len(weights))
     )
-    quality, _ = apply(calibrated.stages["full"], full)
+    quality, _ = apply_calibration(calibrated.stages["full"], full)
     by_tokens = dataclasses.replace(calibrated, curves=curves(quality, rows.observed, rows.tokens, names))
     calibrated = calibration_data.with_logs(calibrated, rows, quality)
     guarantees = {} if tested is None else guarantees_of(quality, rows.observed, tested, losses, args.delta)
     found = thresholds_of(calibrated, targets, costs, by_tokens) | guaranteed(guarantees)
     calibrated = dataclasses.replace(calibrated, targets=found)
-    manifest, files = checkpoint.load(place)
+    manifest, files = checkpoint.load_checkpoint(place)
     files[checkpoint.CALIBRATION] = calibration.dumps(calibrated)
     on = {"examples": len(rows.texts)}
     proofs = {name: {rule: dataclasses.asdict(one) for rule, one in by.items()} for name, by in guarantees.items()}
     metrics = {**manifest.metrics, "calibrated_on": on, **({"guarantees": finite(proofs)} if proofs else {})}
-    written = checkpoint.write(
+    written = checkpoint.write_checkpoint(
         args.out, files, manifest.base, manifest.pools, manifest.text, metrics, parent=manifest.version
     )
     sys.stdout.write(

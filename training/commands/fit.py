@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from depo_gateway.estimator import calibration, checkpoint, export
-from depo_gateway.estimator.calibration import STAGES, Calibration, apply
+from depo_gateway.estimator.calibration import STAGES, Calibration, apply_calibration
 from depo_gateway.estimator.learner import WHOLE, LearnerConfig
-from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create
+from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import POOLINGS, TextConfig
-from depo_gateway.estimator.vocabulary import narrowed
+from depo_gateway.estimator.vocabulary import narrow_tokenizer
 from depo_gateway.training.evaluation.contamination import fingerprints
 from depo_gateway.training.evaluation.report import finite, report_of
 from depo_gateway.training.evaluation.routing_metrics import Measured, apgr_table
@@ -41,7 +41,7 @@ def reports_of(
     length = np.array([len(example.prompt) for example in examples], float)
     reports = {}
     for name, one, folds in zip(HELD_OUT, held, foldings_of(examples, config), strict=False):
-        quality = {stage: apply(calibrated.stages[stage], getattr(one, stage))[0] for stage in STAGES}
+        quality = {stage: apply_calibration(calibrated.stages[stage], getattr(one, stage))[0] for stage in STAGES}
         by_group = name == "groups"
         reports[name] = report_of(
             quality,
@@ -136,10 +136,10 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(config.seed)
     created = ModelConfig(pools.names, text, args.encoder, args.layers, trunk=args.trunk)
     rounded = args.train_layers != WHOLE
-    model, tokenizer = create(created, rounded=rounded, seed=config.seed)
+    model, tokenizer = create_model(created, rounded=rounded, seed=config.seed)
     if args.vocabulary == "used":
         texts = [part for example in examples for part in (example.prompt, example.context)]
-        model, tokenizer = create(created, narrowed(tokenizer, texts), rounded, config.seed)
+        model, tokenizer = create_model(created, narrow_tokenizer(tokenizer, texts), rounded, config.seed)
     learner, held, epochs = train(model, tokenizer, examples, config)
     t_NK, d_NK = labels(examples, pools.names)
     weights = np.array([example.weight for example in examples])
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         "fitted_on": fingerprints(examples),
     }
     with learner.averaged() as fitted:
-        manifest = export.write(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
+        manifest = export.export_checkpoint(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
     if args.publish:
         checkpoint.publish(args.out)
     told = [outcome(name, report) for name, report in reports.items()]

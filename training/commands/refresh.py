@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
 
         code: int = daemon.run(args)
         return code
-    settings = learner_settings.load(args.config, args.records)
+    settings = learner_settings.load_settings(args.config, args.records)
     from depo_gateway.training.online.refresh import refresh
 
     with checkpoint_retention.held(args.out):
-        labelled = labelled_of(learner_settings.database(settings.records), settings.refresh.learn.newest)
+        labelled = labelled_of(learner_settings.database_url(settings.records), settings.refresh.learn.newest)
         reference = reference_rows(settings, args.base, args.out)
         outcome = refresh(
             labelled, args.base, args.out, settings.refresh.learn, reference, cold=args.cold, publish=args.publish

@@ -32,7 +32,7 @@ class Evidence:
     """N prompts. Those of one unit, a conversation, are not independent of one another."""
 
     examples: Sequence[Example]
-    texts: Sequence[tuple[str, str]]  # as estimator.text.read() gives them
+    texts: Sequence[tuple[str, str]]  # as estimator.text.extract_text() gives them
     observed: Array  # (N, K) quality, NaN where there is no label
     token: Array  # (N, K) token confidence
     weights: Array  # (N,) for probabilities; 0: its labels tell nothing of prompts like it

@@ -21,7 +21,7 @@ from sqlalchemy import make_url
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Example, Label, Labelled, Record
 from depo_gateway.estimator.text import TextConfig
-from depo_gateway.estimator.text import read as text_of
+from depo_gateway.estimator.text import extract_text as text_of
 from depo_gateway.training.evaluation.off_policy import Array, Integers, Logs
 from depo_gateway.training.outcomes.label_precedence import believed
 

@@ -17,7 +17,7 @@ from depo_gateway.estimator import calibration
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
-from depo_gateway.estimator.text import read as text_of
+from depo_gateway.estimator.text import extract_text as text_of
 from depo_gateway.training.evaluation.routing_metrics import Array
 from depo_gateway.training.outcomes.table import Pools, parse_pools
 
@@ -42,7 +42,7 @@ def logits_of(runtime: Runtime, prompts: Sequence[tuple[str, str]], batch_size: 
 
 
 def logits_of_texts(runtime: Runtime, texts: Sequence[tuple[str, str]], batch_size: int = 32) -> tuple[Array, Array]:
-    """The same of what estimator.text.read() took from requests."""
+    """The same of what estimator.text.extract_text() took from requests."""
     prepared = [runtime.prepare(*text) for text in texts]
     order = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids))
     full: NDArray[np.float32] = np.zeros((len(prepared), 2 * len(runtime.pools)), np.float32)
@@ -68,7 +68,10 @@ def as_served(config: TextConfig, prompt: str, context: str) -> tuple[str, str]:
 def qualities_of(runtime: Runtime, full: Array, cheap: Array) -> dict[str, Array]:
     """Logits of both stages -> stage -> calibrated quality (N, K), for the stages that the checkpoint has."""
     served = {"full": full, "cheap": cheap} if runtime.has_cheap else {"full": full}
-    return {stage: calibration.apply(runtime.calibration.stages[stage], logits)[0] for stage, logits in served.items()}
+    return {
+        stage: calibration.apply_calibration(runtime.calibration.stages[stage], logits)[0]
+        for stage, logits in served.items()
+    }
 
 
 def write_scores(path: Path, questions: Sequence[str], quality: Array, pools: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from depo_gateway.estimator import calibration
-from depo_gateway.estimator.calibration import Calibration, Curve, Stage, apply, fit_platt
+from depo_gateway.estimator.calibration import Calibration, Curve, Stage, apply_calibration, fit_platt
 from depo_gateway.training.evaluation.routing_metrics import Array
 
 
@@ -44,25 +44,25 @@ def calibrate(
                 for pool, old, new in zip(pools, before.token_confidence, token, strict=True)
             )
         stages[name] = Stage(quality, token)
-    quality_NK, _ = apply(stages["full"], full)
+    quality_NK, _ = apply_calibration(stages["full"], full)
     return Calibration(pools, stages, curves(quality_NK, t_NK, weights if counts is None else counts, pools))
 
 
 def curves(quality_NK: Array, observed_NK: Array, counts: Array, pools: tuple[str, ...]) -> dict[str, Curve]:
     """Each rule's curve on prompts that count `counts` (N,)."""
     rules = calibration.RULES if len(pools) > 1 else ("difficulty",)
-    return {rule: calibration.curve(quality_NK, observed_NK, counts, rule) for rule in rules}
+    return {rule: calibration.measure_curve(quality_NK, observed_NK, counts, rule) for rule in rules}
 
 
 def lacking(labels_NK: Array, weights: Array, pools: tuple[str, ...]) -> list[str]:
     """The pools without enough labels to calibrate."""
-    return [pool for k, pool in enumerate(pools) if not calibration.enough(labels_NK[:, k], weights)]
+    return [pool for k, pool in enumerate(pools) if not calibration.enough_labels(labels_NK[:, k], weights)]
 
 
 def kept(observed_NK: Array, token_NK: Array, pools: tuple[str, ...], weights: Array | None = None) -> str:
     """What calibrate() left as it was, and why, a line each."""
     weights = np.ones(len(observed_NK)) if weights is None else weights
-    why = f"fewer than {calibration.LABELS} labels, or all alike"
+    why = f"fewer than {calibration.MIN_LABELS} labels, or all alike"
     lines = ""
     if short := lacking(observed_NK, weights, pools):
         lines += f"Quality of {', '.join(pools)} stays calibrated as it was: {why}, for {', '.join(short)}\n"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from depo_gateway.estimator import checkpoint, model
-from depo_gateway.estimator.calibration import Calibration, apply
+from depo_gateway.estimator.calibration import Calibration, apply_calibration
 from depo_gateway.estimator.calibration import loads as calibration_of
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.learner import Item
@@ -87,8 +87,8 @@ def standpoint_of(base: Path, out: Path, cold: bool, labelled: Sequence[Labelled
 def load(name: str, place: Path, pools: tuple[str, ...]) -> Known:
     """A checkpoint; of the shipped one, which is nobody's own, the pools are taken in order, as the gateway does."""
     place = checkpoint.resolve(place)
-    estimator, tokenizer, manifest = model.load(place)
-    calibration = calibration_of(checkpoint.load(place)[1][checkpoint.CALIBRATION])
+    estimator, tokenizer, manifest = model.load_model(place)
+    calibration = calibration_of(checkpoint.load_checkpoint(place)[1][checkpoint.CALIBRATION])
     if place == checkpoint.BUILTIN.resolve() and len(pools) == len(manifest.pools):
         estimator = renamed(estimator, pools)
         calibration = dataclasses.replace(calibration, pools=pools)
@@ -105,7 +105,7 @@ def pools_of_traffic(labelled: Sequence[Labelled]) -> tuple[str, ...]:
 def predicted_by(known: Known, items: Sequence[Item]) -> Array:
     """Calibrated qualities (N, K) as they are served, of items made for this checkpoint."""
     learner = known.start.learner(learner_config(RefreshConfig()))
-    return apply(known.calibration.stages["full"], learner.predict(items)[0])[0]
+    return apply_calibration(known.calibration.stages["full"], learner.predict(items)[0])[0]
 
 
 def honest(known: Known, traffic: Traffic) -> NDArray[np.bool_]:

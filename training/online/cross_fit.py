@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from depo_gateway.estimator.calibration import Stage, apply, fit_platt
+from depo_gateway.estimator.calibration import Stage, apply_calibration, fit_platt
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.training.evaluation.routing_metrics import Array
@@ -143,7 +143,7 @@ def held_out_loss(logits_NKH: Array, items: Sequence[Item], fair: NDArray[np.boo
 def calibrated(logits_NKH: Array, observed: Array, weights: Array) -> Array:
     """Qualities (N, K) by a joint calibration, fitted on the same rows."""
     turned = joint_calibration.fit(logits_NKH, observed, weights).apply(logits_NKH)
-    return apply(platts(turned, observed, weights), turned)[0]
+    return apply_calibration(platts(turned, observed, weights), turned)[0]
 
 
 def cross_calibrated(logits_NKH: Array, observed: Array, weights: Array, folds: NDArray[np.int64]) -> Array:
@@ -153,7 +153,7 @@ def cross_calibrated(logits_NKH: Array, observed: Array, weights: Array, folds: 
         rows = folds == fold
         found = joint_calibration.fit(logits_NKH[~rows], observed[~rows], weights[~rows])
         stage = platts(found.apply(logits_NKH[~rows]), observed[~rows], weights[~rows])
-        quality[rows] = apply(stage, found.apply(logits_NKH[rows]))[0]
+        quality[rows] = apply_calibration(stage, found.apply(logits_NKH[rows]))[0]
     return quality
 
 

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """0 after SIGTERM or SIGINT. ValueError for the user's mistakes, records without text among them."""
     if not args.publish:
         raise ValueError("--no-publish goes without --follow, which publishes what is better and nothing else")
-    settings = learner_settings.load(args.config, args.records)
+    settings = learner_settings.load_settings(args.config, args.records)
     out = Path(args.out)
     base = checkpoint.resolve(args.base)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint_retention.clear(out)
         _check_pools(settings, champion(base, out), args.cold)
         reference_rows(settings, base, out)  # a table that can't be read is told now, not at the first training
-        store = Store(learner_settings.database(settings.records))
+        store = Store(learner_settings.database_url(settings.records))
         process = RefreshProcess(settings, base, out, args.cold)
         learner = Learner(settings, base, out, store, process, metrics, pulse)
         with MetricsServer(settings.listen.host, settings.listen.port, metrics, pulse) as server:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import Calibration, apply, curve
+from depo_gateway.estimator.calibration import Calibration, apply_calibration, measure_curve
 from depo_gateway.estimator.learner import Item, Learner
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.contamination import surely_new_to
@@ -55,11 +55,11 @@ def calibrated_on(rows: NDArray[np.bool_], learned: Learned, at: Standpoint) -> 
     full, cheap, observed, weights = held.full[rows], held.cheap[rows], learned.observed[rows], learned.weights[rows]
     before = None if known is None else known.calibration
     calibration = calibrate(full, cheap, observed, tokens[rows], weights, at.pools, before)
-    quality, _ = apply(calibration.stages["full"], held.full)
+    quality, _ = apply_calibration(calibration.stages["full"], held.full)
     # where no prompt has every pool's label, what is missing is what is predicted: a quality target needs the curve
     likely = np.where(np.isnan(observed), quality[rows], observed)
     curves = {
-        rule: curve(quality[rows], likely, weights, rule) if measured.quality is None else measured
+        rule: measure_curve(quality[rows], likely, weights, rule) if measured.quality is None else measured
         for rule, measured in calibration.curves.items()
     }
     calibration = dataclasses.replace(calibration, curves=curves)
@@ -117,7 +117,7 @@ def on_reference(
     observed, _ = labels(examples, at.pools)
     if (~np.isnan(observed).any(1)).sum() < config.gate.least:
         return None
-    quality, _ = apply(calibration.stages["full"], learner.predict(cache.items(learner, examples))[0])
+    quality, _ = apply_calibration(calibration.stages["full"], learner.predict(cache.items(learner, examples))[0])
     served = None
     if at.champion is not None:
         reader = at.champion.start.learner(learner_config(config))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import enough, sigmoid
+from depo_gateway.estimator.calibration import enough_labels, sigmoid
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.training.evaluation.routing_metrics import Array
 
@@ -59,7 +59,7 @@ def fit(logits_NKH: Array, observed_NK: Array, weights: Array) -> Rotation:
     where labels are separable.
     """
     count = observed_NK.shape[1]
-    if count < 2 or not all(enough(observed_NK[:, k], weights) for k in range(count)):
+    if count < 2 or not all(enough_labels(observed_NK[:, k], weights) for k in range(count)):
         return none(count)
     z = logits_NKH[:, :, 0]
     mean = np.repeat(z.mean(1, keepdims=True), count, 1)

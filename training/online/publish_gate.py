@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import LABELS, confidence
+from depo_gateway.estimator.calibration import MIN_LABELS, confidence
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.training.evaluation.routing_metrics import Array, calibration_error, centred
 from depo_gateway.training.online.refresh_config import GateConfig
@@ -71,12 +71,12 @@ def judge(newest: Judged, reference: Judged | None, config: GateConfig, seed: in
         reference: a fixed set of prompts, or None.
     """
     labelled = int((~np.isnan(newest.observed).all(1) & (newest.trust > 0)).sum())
-    short = [pool for k, pool in enumerate(newest.pools) if (~np.isnan(newest.observed[:, k])).sum() < LABELS]
+    short = [pool for k, pool in enumerate(newest.pools) if (~np.isnan(newest.observed[:, k])).sum() < MIN_LABELS]
     if labelled < config.least:
         reason = f"{labelled} newest prompts have labels, and it takes {config.least} to tell harm from noise"
         return Verdict(False, (reason,), {"newest": {"prompts": labelled}})
     if short:
-        reason = f"pool {short[0]!r} has fewer than {LABELS} labels on the newest prompts"
+        reason = f"pool {short[0]!r} has fewer than {MIN_LABELS} labels on the newest prompts"
         return Verdict(False, (reason,), {"newest": {"prompts": labelled}})
     reasons: list[str] = []
     figures: dict[str, Any] = {}

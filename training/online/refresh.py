@@ -247,13 +247,15 @@ def decided(
         "fitted_on": fingerprints(traffic.examples),
     }
     with learner.averaged() as estimator:
-        manifest = export.write(place, estimator, best.start.tokenizer, calibration, metrics, parent=at.parent)
+        manifest = export.export_checkpoint(
+            place, estimator, best.start.tokenizer, calibration, metrics, parent=at.parent
+        )
     rows = np.flatnonzero(newest)
     now = standing_of(manifest.version, time.time(), quality[rows], learned.observed[rows], learned.folds[rows], share)
     if publish:
         checkpoint.publish(place)
         if now is not None:
-            standing.write(out, now)
+            standing.write_standing(out, now)
     return Outcome(manifest, verdict, count, now, (*notes, *lost), place)
 
 
@@ -281,7 +283,7 @@ def refused(
         file.flush()
         os.fsync(file.fileno())
     if now is not None:
-        standing.write(out, now)
+        standing.write_standing(out, now)
     return Outcome(None, verdict, count, now, notes)
 
 

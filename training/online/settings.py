@@ -98,7 +98,7 @@ class LearnerSettings:
     reference: str | None = None  # an outcome table that no refresh may do worse on
 
 
-def load(path: Path | None, records: str | None = None) -> LearnerSettings:
+def load_settings(path: Path | None, records: str | None = None) -> LearnerSettings:
     """A checked learner.yaml (None: all defaults). `records`, of the command line, stands over the file's.
 
     Relative paths in the file are relative to its own directory.
@@ -110,12 +110,12 @@ def load(path: Path | None, records: str | None = None) -> LearnerSettings:
     if raw is None:  # an empty file
         raw = {}
     try:
-        return parse(raw, Path() if path is None else path.parent, records)
+        return parse_settings(raw, Path() if path is None else path.parent, records)
     except ValueError as error:
         raise ValueError(str(error) if path is None else f"{path}: {error}") from None
 
 
-def parse(raw: Mapping[str, Any], directory: Path = Path(), records: str | None = None) -> LearnerSettings:
+def parse_settings(raw: Mapping[str, Any], directory: Path = Path(), records: str | None = None) -> LearnerSettings:
     """A checked tree from plain YAML values; see `load`."""
     tree: LearnerSettings = yaml_tree.build(LearnerSettings, raw, "")
     if records is not None:
@@ -128,7 +128,7 @@ def parse(raw: Mapping[str, Any], directory: Path = Path(), records: str | None 
     return tree
 
 
-def database(records: Records) -> str:
+def database_url(records: Records) -> str:
     """The database's address, wherever it is written."""
     return records.url if records.url is not None else os.environ[records.url_env or ""]
 
@@ -174,7 +174,7 @@ def _with_url(records: Records, directory: Path) -> Records:
             else "the records' address is missing; give --records URL, or records.url or records.url_env in the config"
         )
     addresses.check_secret(records.url_env, "records.url_env")
-    placed = addresses.placed_database(database(records), "the records' address", directory)
+    placed = addresses.placed_database(database_url(records), "the records' address", directory)
     if records.url_env is not None and not placed.startswith(addresses.SQLITE):
         return records  # a password stays where it is
     return Records(url=placed)

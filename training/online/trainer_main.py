@@ -29,7 +29,7 @@ def work(parent: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no result
     wish = json.loads(sys.stdin.readline())
-    settings = learner_settings.parse(wish["settings"])
+    settings = learner_settings.parse_settings(wish["settings"])
     cache = EmbeddingCache()
     for _ in sys.stdin:
         print(json.dumps(once(settings, Path(wish["base"]), Path(wish["out"]), wish["cold"], cache)), file=answers)
@@ -39,7 +39,7 @@ def work(parent: int) -> None:
 def once(settings: LearnerSettings, base: Path, out: Path, cold: bool, cache: EmbeddingCache) -> Mapping[str, Any]:
     """One refresh as plain values: {seq, published, reasons, figures, labels, notes, standing}, or {failed, words}."""
     try:
-        store = Store(learner_settings.database(settings.records))
+        store = Store(learner_settings.database_url(settings.records))
         try:
             _, seq = store.count_labels()  # before they are read: a label that comes meanwhile counts as new
             labelled = store.labelled(settings.refresh.learn.newest)

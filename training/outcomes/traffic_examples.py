@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depo_gateway.estimator.records.types import FEEDBACK, Example, Label, Labelled, Record
-from depo_gateway.estimator.text import TextConfig, read
+from depo_gateway.estimator.text import TextConfig, extract_text
 from depo_gateway.training.evaluation.routing_metrics import Array
 from depo_gateway.training.online.refresh_config import TrafficConfig
 from depo_gateway.training.outcomes.label_precedence import VERIFIERS, _rank
@@ -168,7 +168,7 @@ def _usable(
         )
         if not any(label.quality is not None for label in labels):
             continue
-        prompt, context = read(text, record.asked)
+        prompt, context = extract_text(text, record.asked)
         if prompt.strip():
             found.append(_Asked(record, labels, prompt, context))
     return found

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from depo_gateway.estimator.learner import WHOLE, Learner
-from depo_gateway.estimator.model import create
+from depo_gateway.estimator.model import create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.rl.config import DepoConfig
@@ -25,7 +25,7 @@ def new(args: DepoConfig, text: TextConfig, prompts: Sequence[str], accelerator:
     """
     config = args.learner()
     with plain_loading(args), torch.random.fork_rng(devices=[]):
-        model, tokenizer = create(args.estimator(text), rounded=config.train_layers != WHOLE, seed=args.seed)
+        model, tokenizer = create_model(args.estimator(text), rounded=config.train_layers != WHOLE, seed=args.seed)
     learner = Learner(model.to(accelerator.device), tokenizer, config, args.seed)
     frozen = not learner.trained
     if args.depo_wide or (frozen and not args.depo_trunk):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.calibration import Platt, enough, fit_platt, sigmoid
+from depo_gateway.estimator.calibration import Platt, enough_labels, fit_platt, sigmoid
 
 Array = NDArray[np.float64]
 WINDOW = 512  # recent labels, about the last few dozen steps: older ones speak of an older policy
@@ -89,7 +89,9 @@ class Beliefs:
         if not self.calibrate or not self.recent:
             return
         logits, rates, counts, weights = np.array(self.recent).T
-        if not enough(rates, weights):  # all alike, say: nothing is known of how predictions fare, as at the start
+        if not enough_labels(
+            rates, weights
+        ):  # all alike, say: nothing is known of how predictions fare, as at the start
             self.platt, self.strength = Platt(), float("inf")
             return
         self.platt = fit_platt(logits, rates, weights)

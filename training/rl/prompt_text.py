@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
-from depo_gateway.estimator.text import CHAT, TextConfig, read, with_tokens
+from depo_gateway.estimator.text import CHAT, TextConfig, extract_text, with_special_tokens
 
 
 def text_config(tokenizer: Any, chat_options: Mapping[str, Any] | None, max_tokens: int) -> TextConfig:
@@ -16,7 +16,7 @@ def text_config(tokenizer: Any, chat_options: Mapping[str, Any] | None, max_toke
         return TextConfig(pooling="cls", max_tokens=max_tokens)
     plain = {name: value for name, value in (chat_options or {}).items() if isinstance(value, str | bool | int | float)}
     settings = "".join(f"{{% set {name} = {json.dumps(value)} %}}\n" for name, value in plain.items())
-    chat = with_tokens(settings + chat, tokenizer.special_tokens_map)
+    chat = with_special_tokens(settings + chat, tokenizer.special_tokens_map)
     return TextConfig(CHAT, "cls", max_tokens, chat)
 
 
@@ -36,5 +36,5 @@ class Prompts(Sequence[str]):
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
-        text, _ = read(self.text, self.column[row])  # a chat template leaves nothing for a context
+        text, _ = extract_text(self.text, self.column[row])  # a chat template leaves nothing for a context
         return text

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator import export as exporting
 from depo_gateway.estimator.learner import Learner
-from depo_gateway.estimator.model import subset
+from depo_gateway.estimator.model import select_pools
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.rl.selection_config import POLICY
 from depo_gateway.training.rl.selector import Selector
@@ -117,7 +117,9 @@ def export(root: Path, step: int, learner: Learner, selector: Selector, limit: i
     calibrated = calibrate(full, full, rates[:, None], unknown, weights, (POLICY,))
     metrics = {"trained_by": "depo-train rl", "steps": step, "labels": len(recent)}
     with learner.averaged() as model:
-        exporting.write(place, subset(model, [POLICY]), learner.tokenizer, calibrated, metrics, learner.trained)
+        exporting.export_checkpoint(
+            place, select_pools(model, [POLICY]), learner.tokenizer, calibrated, metrics, learner.trained
+        )
     checkpoint.publish(place)
     for old in sorted(root.glob("step-*"), key=os.path.getmtime)[: -limit if limit else 0]:
         if old != place:

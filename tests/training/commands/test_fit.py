@@ -26,7 +26,7 @@ def test_fit_with_the_trunk_on_a_whole_encoder_is_served(tiny_encoder: Path, tmp
     assert main(["fit", *arguments, "--trunk", "--train-layers", "-1", "--out", str(tmp_path / "fitted")]) == 0
     base = checkpoint.load_manifest(tmp_path / "fitted").base
     assert (base.wide, base.trunk, base.rounded) == (True, True, False)
-    loaded, _, _ = model.load(tmp_path / "fitted")
+    loaded, _, _ = model.load_model(tmp_path / "fitted")
     assert set(base.trained) == {f"encoder.{name}" for name, _ in loaded.encoder.named_parameters()}
     runtime = Runtime.load(tmp_path / "fitted")
     easy, hard = runtime.score([runtime.prepare("what is the easy sum"), runtime.prepare("what is the hard sum")])

@@ -102,7 +102,7 @@ def test_every_method_runs_from_its_example(run: Run, tmp_path: Path, method: st
     root = tmp_path / "out/estimator"
     assert root.exists() == method.startswith("depo")
     if root.exists():
-        runtime, columns = scoring.load(str(root), ("small", "large"), "difficulty")
+        runtime, columns = scoring.load_runtime(str(root), ("small", "large"), "difficulty")
         assert columns == {"small": 0}
         assert checkpoint.resolve(root).name == "step-4"
         assert runtime.score([runtime.prepare("user: a: easy 000+59= = ")])[0].quality[0] >= 0.0

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from depo_gateway.estimator.calibration import Calibration, Platt, Stage, curve
+from depo_gateway.estimator.calibration import Calibration, Platt, Stage, measure_curve
 from depo_gateway.training.evaluation.targets import (
     large_share,
     parse_costs,
@@ -73,7 +73,7 @@ def test_a_target_that_is_missed_is_told() -> None:
     quality = np.tile([[0.9, 0.5], [0.4, 0.8]], (100, 1))  # under gain half the prompts always stay
     observed = np.tile([[0.0, 1.0], [0.0, 1.0]], (100, 1))
     stage = Stage((Platt(), Platt()), (Platt(), Platt()))
-    curves = {"gain": curve(quality, observed, np.ones(200), "gain")}
+    curves = {"gain": measure_curve(quality, observed, np.ones(200), "gain")}
     calibrated = Calibration(POOLS, {"full": stage, "cheap": stage}, curves)
     targets = [("large-share", 0.5), ("large-share", 0.7), ("quality", 0.5), ("quality", 0.9)]
     said = summary(

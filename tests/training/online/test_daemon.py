@@ -22,7 +22,7 @@ import yaml
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Label
-from depo_gateway.estimator.standing import read as read_standing
+from depo_gateway.estimator.standing import read_standing as read_standing
 from depo_gateway.training.online import checkpoint_retention, daemon
 from depo_gateway.training.online import settings as learner_settings
 from depo_gateway.training.online.daemon import State
@@ -162,7 +162,7 @@ def test_from_traffic_to_a_published_checkpoint(tmp_path: Path, store: Store, ti
             assert running.metric("labels_seen") >= 60
             assert running.metric("last_publish_timestamp_seconds") > time.time() - 100
             place = checkpoint.resolve(running.out)
-            manifest, _ = checkpoint.load(place)
+            manifest, _ = checkpoint.load_checkpoint(place)
             assert running.metric(f'info{{version="{manifest.version}"}}') == 1
             assert "learner_calibration_error" in running.get("/metrics")
             assert manifest.parent == checkpoint.load_manifest(tiny_checkpoint).version
@@ -229,7 +229,7 @@ async def test_a_training_that_dies_is_told_and_the_next_one_works(
     fill(store, 120, 1)
     out = tmp_path / "out"
     raw = {"records": {"url": f"sqlite:///{tmp_path}/records.db"}, "refresh": {"learn": LEARN}}
-    process = RefreshProcess(learner_settings.parse(raw), tiny_checkpoint, out, False)
+    process = RefreshProcess(learner_settings.parse_settings(raw), tiny_checkpoint, out, False)
     try:
         training = asyncio.create_task(process.refresh())
         while process._process is None:  # noqa: ASYNC110  a fact of the code's, not the test's
@@ -255,7 +255,7 @@ async def test_a_training_that_dies_is_told_and_the_next_one_works(
 async def test_a_training_that_can_not_start_is_tried_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("where nothing can be written")
-    settings = learner_settings.parse({"records": {"url": f"sqlite:///{tmp_path}/records.db"}})
+    settings = learner_settings.parse_settings({"records": {"url": f"sqlite:///{tmp_path}/records.db"}})
     with pytest.raises(TrainingFailed, match="no training process starts"):
         await RefreshProcess(settings, tmp_path, out, False).refresh()
 
@@ -264,7 +264,7 @@ async def test_what_another_try_would_repeat_is_a_mistake(tmp_path: Path, store:
     store.append([record(1, time.time(), pools=("small", "huge"))])
     (one,) = store.unshadowed(1)
     store.add_labels([Label(one.seq, "huge", "exact", 1.0)])
-    settings = learner_settings.parse({"records": {"url": f"sqlite:///{tmp_path}/records.db"}})
+    settings = learner_settings.parse_settings({"records": {"url": f"sqlite:///{tmp_path}/records.db"}})
     process = RefreshProcess(settings, tiny_checkpoint, tmp_path / "out", False)
     try:
         with pytest.raises(ValueError, match="the records know the pool 'huge'"):
@@ -310,7 +310,7 @@ def test_the_state_is_read_back_and_a_broken_one_is_none(tmp_path: Path) -> None
 async def test_training_is_due_by_labels_or_by_time_and_with_enough_of_them(tmp_path: Path, store: Store) -> None:
     raw: dict[str, Any] = {"records": {"url": "sqlite:///x"}, "refresh": {"every_labels": 30, "every_minutes": 10.0}}
     raw["refresh"]["learn"] = LEARN
-    settings = learner_settings.parse(raw)
+    settings = learner_settings.parse_settings(raw)
     process = RefreshProcess(settings, tmp_path, tmp_path, False)
     shared = daemon.Learner(settings, tmp_path, tmp_path, store, process, LearnerMetrics("0"), Pulse())
     now = time.time()
@@ -395,10 +395,10 @@ def test_killed_anywhere_current_names_a_whole_checkpoint(tmp_path: Path, store:
                         assert time.monotonic() < end
                         time.sleep(0.01)
         if (out / "current").exists():
-            manifest, _ = checkpoint.load(checkpoint.resolve(out))
+            manifest, _ = checkpoint.load_checkpoint(checkpoint.resolve(out))
             published.add(manifest.version)
         for path in out.glob("refresh-*"):
-            checkpoint.load(path)
+            checkpoint.load_checkpoint(path)
         standing = read_standing(out)
         assert standing is None or standing.labels > 0
     assert len(published) >= 6

@@ -8,7 +8,7 @@ import torch
 
 from depo_gateway.estimator.calibration import sigmoid
 from depo_gateway.estimator.learner import Learner, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.online import joint_calibration
@@ -55,7 +55,7 @@ def test_the_order_of_pools_is_never_turned_round() -> None:
 @pytest.mark.parametrize(("wide", "trunk"), [(True, False), (True, True), (False, True), (False, False)])
 def test_folded_weights_answer_with_rotated_logits(tiny_encoder: Path, wide: bool, trunk: bool) -> None:
     config = ModelConfig(("small", "large"), TextConfig(), str(tiny_encoder), 0, wide, trunk)
-    estimator, tokenizer = create(config)
+    estimator, tokenizer = create_model(config)
     generator = torch.Generator().manual_seed(0)
     learner = Learner(estimator, tokenizer, LearnerConfig(average=0.0))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from depo_gateway.training.online.reference_set import reference_rows
 def settings(table: Path | None, **pools: str) -> learner_settings.LearnerSettings:
     raw: dict[str, Any] = {"records": {"url": "sqlite:////x.db"}}
     raw["pools"] = {name: {"model": model, "backends": [{"url": "http://a"}]} for name, model in pools.items()}
-    return learner_settings.parse(raw | ({} if table is None else {"reference": str(table)}))
+    return learner_settings.parse_settings(raw | ({} if table is None else {"reference": str(table)}))
 
 
 def test_models_are_taken_for_their_pools(tmp_path: Path, tiny_checkpoint: Path) -> None:

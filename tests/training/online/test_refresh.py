@@ -86,7 +86,7 @@ def test_from_nothing_to_a_published_router_and_on(tiny_checkpoint: Path, tmp_pa
     assert gain[1::2].mean() > gain[::2].mean() + 0.4
     metrics = first.published.metrics
     assert (metrics["labels"], metrics["trained_to"], first.published.pools) == (300, 600, POOLS)
-    stands = standing.read(tmp_path)
+    stands = standing.read_standing(tmp_path)
     assert stands == first.standing
     assert stands is not None
     assert stands.beats_random
@@ -157,7 +157,7 @@ def test_a_worse_candidate_is_refused_and_goes_on_record(tiny_checkpoint: Path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [REFUSALS, "current", standing.STANDING, checkpoint.resolve(tmp_path).name]
     )
-    stands = standing.read(tmp_path)  # of the champion, on labels that say nothing any more
+    stands = standing.read_standing(tmp_path)  # of the champion, on labels that say nothing any more
     assert stands is not None
     assert (stands.version, stands.labels) == (before.published.version, 300)
 
@@ -202,11 +202,11 @@ def test_on_reference_prompts_that_the_champion_was_fitted_on_nobody_is_compared
     from depo_gateway.training.outcomes.table import Row
 
     rows = [Row(asked(i, 3), "", {pool: truth(pool, i) for pool in POOLS}, {}, "", "") for i in range(300)]
-    manifest, files = checkpoint.load(tiny_checkpoint)
+    manifest, files = checkpoint.load_checkpoint(tiny_checkpoint)
     for number, (count, compared, told) in enumerate(((200, 100, False), (300, 300, True))):
         known = {"fitted_on": contamination.fingerprints([Example(row.question, {}) for row in rows[:count]])}
         base = tmp_path / f"base{number}"
-        checkpoint.write(base, files, manifest.base, manifest.pools, manifest.text, known)
+        checkpoint.write_checkpoint(base, files, manifest.base, manifest.pools, manifest.text, known)
         outcome = refresh(shadowed(range(300)), base, tmp_path / f"out{number}", CONFIG, rows)
         assert outcome.verdict.figures["reference"]["prompts"] == compared
         assert any("fitted on the reference's prompts" in note for note in outcome.notes) == told
@@ -215,13 +215,13 @@ def test_on_reference_prompts_that_the_champion_was_fitted_on_nobody_is_compared
 def test_targets_are_carried_over_with_new_thresholds(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from depo_gateway.estimator import calibration
 
-    manifest, files = checkpoint.load(tiny_checkpoint)
+    manifest, files = checkpoint.load_checkpoint(tiny_checkpoint)
     targets = {"large-share=0.4": {"gain": 0.123}, "cost=0.5": {"gain": 0.1}}
     files[checkpoint.CALIBRATION] = calibration.dumps(
         replace(calibration.loads(files[checkpoint.CALIBRATION]), targets=targets)
     )
     base = tmp_path / "base"
-    checkpoint.write(base, files, manifest.base, manifest.pools, manifest.text, {})
+    checkpoint.write_checkpoint(base, files, manifest.base, manifest.pools, manifest.text, {})
     outcome = refresh(shadowed(range(400), flip=True), base, tmp_path / "out", CONFIG)
     assert outcome.place is not None
     written = Runtime.load(outcome.place).calibration
@@ -289,7 +289,7 @@ def test_embeddings_are_kept_by_encoder_and_the_oldest_make_room(tiny_checkpoint
     from depo_gateway.estimator.learner import Learner, LearnerConfig
     from depo_gateway.estimator.records.types import Example
 
-    estimator, tokenizer, _ = model.load(tiny_checkpoint)
+    estimator, tokenizer, _ = model.load_model(tiny_checkpoint)
     learner = Learner(estimator, tokenizer, LearnerConfig())
     examples = [Example(asked(i), {}) for i in range(8)]
     cache = EmbeddingCache(capacity=6)

@@ -18,39 +18,41 @@ RECORDS = {"url": "sqlite:///records.db"}
 def test_an_empty_file_learns_from_feedback_alone(tmp_path: Path) -> None:
     file = tmp_path / "learner.yaml"
     file.write_text("")
-    found = learner_settings.load(file, "sqlite:///records.db")
-    assert found == learner_settings.load(None, "sqlite:///records.db")
+    found = learner_settings.load_settings(file, "sqlite:///records.db")
+    assert found == learner_settings.load_settings(None, "sqlite:///records.db")
     assert (found.shadow.share, found.judge.kind, found.pools) == (0.0, "none", {})
-    assert learner_settings.database(found.records) == f"sqlite:///{Path.cwd()}/records.db"
+    assert learner_settings.database_url(found.records) == f"sqlite:///{Path.cwd()}/records.db"
 
 
 def test_paths_are_relative_to_the_file_and_the_command_line_stands_over_it(tmp_path: Path) -> None:
     file = tmp_path / "learner.yaml"
     file.write_text("records: {url: 'sqlite:///records.db'}\nreference: ours.jsonl\n")
-    found = learner_settings.load(file)
+    found = learner_settings.load_settings(file)
     assert found.records.url == f"sqlite:///{tmp_path}/records.db"
     assert found.reference == str(tmp_path / "ours.jsonl")
-    assert learner_settings.load(file, "sqlite:///other.db").records.url == f"sqlite:///{Path.cwd()}/other.db"
+    assert learner_settings.load_settings(file, "sqlite:///other.db").records.url == f"sqlite:///{Path.cwd()}/other.db"
 
 
 def test_a_file_named_in_the_environment_is_beside_the_config_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECORDS", "sqlite:///records.db")
-    found = learner_settings.parse({"records": {"url_env": "RECORDS"}}, tmp_path)
-    assert learner_settings.database(found.records) == f"sqlite:///{tmp_path}/records.db"
+    found = learner_settings.parse_settings({"records": {"url_env": "RECORDS"}}, tmp_path)
+    assert learner_settings.database_url(found.records) == f"sqlite:///{tmp_path}/records.db"
 
 
 def test_a_secret_address_stays_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECORDS", "postgresql://me:secret@db/records")
-    found = learner_settings.parse({"records": {"url_env": "RECORDS"}})
-    assert learner_settings.database(found.records) == "postgresql://me:secret@db/records"
+    found = learner_settings.parse_settings({"records": {"url_env": "RECORDS"}})
+    assert learner_settings.database_url(found.records) == "postgresql://me:secret@db/records"
     assert "secret" not in repr(found)
 
 
 def test_plain_values_make_the_same_tree_again() -> None:
-    found = learner_settings.parse({"records": {"url": "sqlite:////r.db"}, "pools": POOLS, "shadow": {"share": 0.5}})
-    assert learner_settings.parse(tree.plain(found)) == found
+    found = learner_settings.parse_settings(
+        {"records": {"url": "sqlite:////r.db"}, "pools": POOLS, "shadow": {"share": 0.5}}
+    )
+    assert learner_settings.parse_settings(tree.plain(found)) == found
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_plain_values_make_the_same_tree_again() -> None:
 def test_mistakes_are_one_sentence(raw: dict[str, Any], said: str) -> None:
     records = {} if "records" in raw or not raw else {"records": RECORDS}
     with pytest.raises(ValueError) as mistake:
-        learner_settings.parse({**records, **raw})
+        learner_settings.parse_settings({**records, **raw})
     assert said in str(mistake.value)
     assert "\n" not in str(mistake.value)
 

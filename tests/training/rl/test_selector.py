@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from depo_gateway.estimator.learner import FAITHFUL, Learner
-from depo_gateway.estimator.model import ModelConfig, create
+from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.rl.group_labels import Group
 from depo_gateway.training.rl.selection_config import SelectionConfig, Stream
@@ -24,7 +24,7 @@ NAN = float("nan")
 def learner(tiny_encoder: Path) -> Callable[[SelectionConfig], Learner]:
     def make(config: SelectionConfig) -> Learner:
         text = TextConfig(pooling="cls", max_tokens=32)
-        model, tokenizer = create(ModelConfig(config.pools, text, str(tiny_encoder), 0, wide=False, trunk=True))
+        model, tokenizer = create_model(ModelConfig(config.pools, text, str(tiny_encoder), 0, wide=False, trunk=True))
         faster = replace(FAITHFUL, trunk_learning_rate=1e-3, encoder_learning_rate=1e-3)  # runs here are short
         return Learner(model, tokenizer, faster)
 

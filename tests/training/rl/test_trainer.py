@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.runtime import Runtime
-from depo_gateway.estimator.text import CHAT, read
+from depo_gateway.estimator.text import CHAT, extract_text
 from depo_gateway.gateway import scoring
 from depo_gateway.training.rl.config import DepoConfig
 from depo_gateway.training.rl.group_labels import Group
@@ -242,14 +242,14 @@ def test_the_estimator_is_a_checkpoint_that_runs(tmp_path: Path, tiny_encoder: P
     assert runtime.pools == ("policy",)
     assert runtime.manifest.text.template == CHAT
     messages = policy.prompts(1, chat=True)[0]["prompt"]
-    text, context = read(runtime.manifest.text, messages)
+    text, context = extract_text(runtime.manifest.text, messages)
     assert text == "user: a: easy 000+59= = " == made.selector.prompts[0]
     assert made.learner is not None
     direct = made.learner.score([text])[0, 0]
     assert runtime.full_logits([runtime.prepare(text, context)])[0] == pytest.approx(direct, abs=1e-3)
     assert runtime.calibration.stages["full"].quality[0].slope > 0
     assert "difficulty" in runtime.calibration.curves
-    assert scoring.load(str(root), ("small", "large"), "difficulty")[1] == {"small": 0}  # the gateway takes it
+    assert scoring.load_runtime(str(root), ("small", "large"), "difficulty")[1] == {"small": 0}  # the gateway takes it
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from trl import GRPOTrainer
 
-from depo_gateway.estimator.text import TextConfig, read
+from depo_gateway.estimator.text import TextConfig, extract_text
 from depo_gateway.training.rl import estimator_replica
 from depo_gateway.training.rl.config import DepoConfig
 from depo_gateway.training.rl.dynamic_sampling import next_size
@@ -65,7 +65,7 @@ def test_chat_options_are_part_of_the_template() -> None:
     made = policy.tokenizer(chat=True)
     made.chat_template = "{% if thinking %}think {% endif %}{{ messages[0].content }}{{ eos_token }}"
     config = text_config(made, {"thinking": True, "tools": []}, 32)
-    assert read(config, [{"role": "user", "content": "hello"}])[0] == "think hello<eos>"
+    assert extract_text(config, [{"role": "user", "content": "hello"}])[0] == "think hello<eos>"
     assert text_config(policy.tokenizer(), None, 32).chat == ""
 
 
