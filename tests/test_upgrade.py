@@ -168,7 +168,7 @@ def test_every_setting_of_gateway_yaml_is_taken(place: Path, capsys: pytest.Capt
 
 
 def test_a_target_and_a_policys_estimator_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gateway_main(["check", "gateway_target.yaml"]) == 0
+    assert gateway_main(["check", "target.yaml"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["routing"]["target"]["large_share"] == 0.3
     assert (shown["routing"]["rule"], shown["auth"], shown["records"]["prompts"]) == ("difficulty", "none", "hash")
@@ -276,7 +276,7 @@ def test_evaluate_reads_the_records() -> None:
 # --- the learner ---
 
 
-@pytest.mark.parametrize("name", ["learner.yaml", "learner_model.yaml"])
+@pytest.mark.parametrize("name", ["learner.yaml", "judge_model.yaml"])
 def test_every_setting_of_learner_yaml_is_taken(name: str) -> None:
     raw = yaml.safe_load(Path(name).read_text())
     settings = learner_settings.load_settings(Path(name))
@@ -300,7 +300,7 @@ def test_the_learners_state_is_read() -> None:
 
 
 def test_a_refresh_publishes_from_the_records() -> None:
-    words = ["--base", "checkpoints/first", "--out", "again", "--config", "learner_model.yaml"]
+    words = ["--base", "checkpoints/first", "--out", "again", "--config", "judge_model.yaml"]
     assert training_main(["refresh", *words]) == 0
     runtime = Runtime.load(checkpoint.resolve("again"))
     metrics = runtime.manifest.metrics
