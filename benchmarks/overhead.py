@@ -1,11 +1,11 @@
-"""What the gateway costs: the same requests direct, through a pinned pool, and routed, in one run on one machine.
+"""Benchmark of the gateway's overhead: the same requests sent directly, to a pinned pool, and routed, in one run.
 
     python benchmarks/overhead.py [--rounds 3] [--seconds 1.0] [--estimator DIR] [--out overhead.md]
 
-A backend that answers at once runs in a process of its own, the gateway in another, the clients here; all of them share
-the machine's cores, so throughput is that of the whole arrangement. Variants take turns in every round, and the table
-shows medians over the rounds. `routed` sends prompts never seen before, `routed, cached` one prompt over and over,
-`cached, recorded` the same through a second gateway that writes a record of each, text and all, to SQLite.
+A backend that answers immediately, the gateway and the clients are separate processes on one machine and share its
+cores, so throughput is that of the whole setup. Variants alternate in every round, and the table shows medians over the
+rounds. `routed` sends new prompts, `routed, cached` always the same prompt, `cached, recorded` the same through another
+gateway that writes a record of each request, with its text, to SQLite.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PROMPT = (
 )
 
 
-# The backend: no asyncio streams, no tasks, one write a message.
+# The backend: no asyncio streams, no tasks, one write per message.
 
 
 def _chunk(data: bytes) -> bytes:
@@ -75,7 +75,7 @@ _END = _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 class Backend(asyncio.Protocol):
-    """Answers whole, or streams event by event, each in a turn of the loop of its own."""
+    """Answers as a whole, or streams event by event, each in its own iteration of the loop."""
 
     def connection_made(self, transport: Any) -> None:
         self._transport, self._body = transport, b""
@@ -112,19 +112,19 @@ async def serve_backend() -> None:
     await server.serve_forever()
 
 
-# The clients: each sends its next request when its answer is complete.
+# The clients: each sends its next request when an answer is complete.
 
 
 @dataclass
 class Sample:
-    """One variant's round: seconds of each request, to the end and to the first byte of the body."""
+    """One round of one variant: seconds of each request, to the end and to the first byte of the body."""
 
     elapsed_seconds: float = 0.0
     whole_seconds: list[float] = field(default_factory=list)
     first_seconds: list[float] = field(default_factory=list)
 
     def row(self) -> tuple[float, float, float, float]:
-        """Requests a second, then milliseconds: p50, p99, p50 to the first byte."""
+        """Requests per second, then milliseconds: p50, p99, p50 to the first byte."""
         whole = sorted(self.whole_seconds)
         p99 = whole[min(len(whole) - 1, int(len(whole) * 0.99))]
         first = statistics.median(self.first_seconds)
@@ -169,7 +169,7 @@ class Client(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._fail(f"the connection broke: {error}")
+        self._fail(f"the connection was lost: {error}")
 
     def _fail(self, message: str) -> None:
         if not self._done.done():
@@ -214,7 +214,7 @@ def backend() -> Iterator[int]:
 
 @contextlib.contextmanager
 def gateway(backend_port: int, options: argparse.Namespace, records: bool) -> Iterator[tuple[int, int, int]]:
-    """Its port, its admin port and its process."""
+    """Runs a gateway; yields its port, its admin port and its process id."""
     url = f"http://127.0.0.1:{backend_port}"
     config = {
         "version": 1,
@@ -235,18 +235,18 @@ def gateway(backend_port: int, options: argparse.Namespace, records: bool) -> It
         command = ("-m", "depo_gateway.gateway", "serve", "--config", str(place))
         with process(*command, stderr=subprocess.PIPE, env=environment) as started:
             assert started.stderr is not None
-            said = ""
+            last_line = ""
             for line in started.stderr:
-                said = line
+                last_line = line
                 found = re.search(r"serving http://[\d.]+:(\d+)/v1, metrics at http://[\d.]+:(\d+)/", line)
                 if found:
                     yield int(found[1]), int(found[2]), started.pid
                     return
-            raise ValueError(f"the gateway did not start: {said.strip()}")
+            raise ValueError(f"the gateway did not start: {last_line.strip()}")
 
 
 def memory(process: int) -> tuple[int, int]:
-    """Resident memory in MB: now, and at most until now."""
+    """Resident memory in MB: current and peak."""
     status = Path(f"/proc/{process}/status").read_text()
     now, most = (re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE) for name in ("VmRSS", "VmHWM"))
     assert now is not None
@@ -266,8 +266,8 @@ def outcomes(admin_port: int) -> dict[str, float]:
     return {name: float(value) for name, value in found}
 
 
-def until_written(admin_port: int) -> None:
-    """Waits for the records, so that no other variant pays for them."""
+def wait_until_written(admin_port: int) -> None:
+    """Waits until the records are written, so that they do not slow down other variants."""
     while not re.search(r"^gateway_records_waiting 0\.0$", metrics(admin_port), re.MULTILINE):
         time.sleep(0.05)
 
@@ -276,7 +276,7 @@ Cell = tuple[bool, int, str]  # stream, concurrency, variant
 
 
 async def run(options: argparse.Namespace) -> tuple[dict[Cell, list[Sample]], dict[str, float], str]:
-    """The samples, how prompts were scored, and what is to say of memory."""
+    """The samples, how prompts were scored, and a sentence on memory."""
     counter = itertools.count()
     samples: dict[Cell, list[Sample]] = {}
     cells = list(itertools.product((False, True), CONCURRENCIES, VARIANTS))
@@ -300,21 +300,21 @@ async def run(options: argparse.Namespace) -> tuple[dict[Cell, list[Sample]], di
                     sample = await measure(ports[variant], made, concurrency, options.seconds)
                     samples.setdefault(cell, []).append(sample)
                     if variant == RECORDED:
-                        until_written(recording_admin_port)
+                        wait_until_written(recording_admin_port)
                     progress.update()
         after = outcomes(admin_port)
         most, recorded = memory(plain)[1], memory(recording)[1]
-        used = f"Memory of a gateway: {start} MB at its start, at most {most} MB, {recorded} MB with records."
+        used = f"Memory of a gateway: {start} MB at start, {most} MB at most, {recorded} MB at most with records."
     return samples, {name: value - before.get(name, 0.0) for name, value in after.items()}, used
 
 
 def report(samples: dict[Cell, list[Sample]], scored: dict[str, float], used: str, options: argparse.Namespace) -> str:
     lines = [
-        "# What the gateway adds",
+        "# Overhead of the gateway",
         "",
         f"`python benchmarks/overhead.py --rounds {options.rounds} --seconds {options.seconds:g} --out FILE`: a "
-        "scripted backend asked directly, through the gateway with a pool named, routed with new prompts, routed "
-        f"with prompts whose scores are cached, and the same with records (prompts: {options.records}).",
+        "scripted backend, requested directly, through the gateway with a pinned pool, routed with new prompts, "
+        f"routed with cached scores, and the latter with records (prompts: {options.records}).",
         "",
         "| answers | clients | variant | requests/s | of direct | p50 ms | added | p99 ms | first byte p50 | added |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -331,10 +331,10 @@ def report(samples: dict[Cell, list[Sample]], scored: dict[str, float], used: st
     shares = ", ".join(f"{name} {value / total:.0%}" for name, value in sorted(scored.items()))
     lines += [
         "",
-        f"Medians over {options.rounds} rounds of {options.seconds:g} s a cell. Estimator {options.estimator}, "
+        f"Medians over {options.rounds} rounds of {options.seconds:g} s per cell. Estimator {options.estimator}, "
         f"deadline {options.deadline_ms:g} ms; prompts scored by the gateway without records: {shares}.",
         used,
-        f"Machine: {cpu()}, {len(os.sched_getaffinity(0))} cores for backend, gateway and clients together; "
+        f"Machine: {cpu()}, {len(os.sched_getaffinity(0))} cores shared by backend, gateway and clients; "
         f"load average {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}.",
     ]
     return "\n".join(lines) + "\n"
@@ -357,16 +357,16 @@ def cpu() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compares direct, pinned and routed requests in one run.")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each cell in each round")
+    parser.add_argument("--seconds", type=float, default=1.5, help="duration of each cell in each round")
     parser.add_argument("--estimator", default="builtin", help="a checkpoint's directory (default: the shipped one)")
     parser.add_argument("--deadline-ms", type=float, default=50.0)
     parser.add_argument(
         "--records",
         choices=("none", "hash", "full"),
         default="full",
-        help="the prompts in the records of the last variant",
+        help="records.prompts of the last variant",
     )
-    parser.add_argument("--out", type=Path, help="writes the table there as well")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--backend", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.backend:

@@ -1,10 +1,10 @@
-"""How well the estimator routes, cross-fitted, on outcome tables: APGR, and the paper's routing table.
+"""Benchmark of the estimator's routing, cross-fitted on outcome tables: APGR, and the paper's routing table.
 
     python benchmarks/routing.py --data DIR --out benchmarks/results/routing.md [--only trunk]
 
 DIR/outcomes holds the tables named in SOURCES, as JSON lines. Every figure is held out: 5 folds grouped by question, or
-by subject where it says so. Prompts are embedded once, in both poolings, since the encoder is frozen; the folds then
-refit what stands on it and the wide part.
+by subject where stated. Prompts are embedded once, in both poolings, because the encoder is frozen; each fold fits the
+heads and the wide part.
 """
 
 from __future__ import annotations
@@ -22,23 +22,17 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from depo_gateway.estimator import calibration
+from depo_gateway.estimator.calibration import STAGES, calibrate_quality
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Learner, LearnerConfig
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import ModelConfig, collate, create_model
 from depo_gateway.estimator.text import TextConfig, prepare
-from depo_gateway.training.evaluation.report import scores_of
-from depo_gateway.training.evaluation.routing_metrics import (
-    Array,
-    Measured,
-    apgr,
-    apgr_table,
-    at_thresholds,
-    measure,
-    table,
-)
+from depo_gateway.training.evaluation.markdown import apgr_table, table, with_interval
+from depo_gateway.training.evaluation.report import scores_by_name
+from depo_gateway.training.evaluation.routing_metrics import apgr, at_thresholds, measure_apgr
 from depo_gateway.training.fitting.calibration import calibrate
-from depo_gateway.training.fitting.cross_fit import FitConfig, cross_fit, foldings_of, fresh, groups_of
+from depo_gateway.training.fitting.cross_fit import FitConfig, cross_fit, foldings_of, groups_of, new_learner
 from depo_gateway.training.outcomes.table import Row, examples_of, parse_pools, read_table
 
 SOURCES = ("mmlu_mixtral_gpt4", "gsm8k_mixtral_gpt4", "gsm8k_many_models", "math_l5_many_models")
@@ -65,26 +59,27 @@ TRUNKS: Mapping[str, tuple[bool, bool, Mapping[str, float]]] = {  # wide, trunk,
 }
 METHOD = """\
 APGR: random 0.5. Predictions are held out, in 5 folds. Where questions are held out, scores are centred by fold before
-they are ranked together (`routing_metrics.centred`), and the 95% bootstrap intervals resample prompts. Where whole
-groups are held out, scores are ranked as they are, since differences between groups are part of what is predicted, and
+they are ranked together (`routing_metrics.centre_by_fold`), and the 95% bootstrap intervals resample prompts. Where
+whole groups are held out, scores are not centred, because differences between groups are part of what is predicted, and
 the intervals resample groups. Differences are paired.
 
-Slightly too good: the number of epochs is the one at which these same held-out predictions are best, and the encoder's
-layer and the learning rates were chosen on these folds too. Qualities at thresholds are calibrated (Platt, two
-numbers a pool and stage) on the held-out predictions that they are shown for."""
+The figures are slightly optimistic: the number of epochs is the one at which these same held-out predictions are best,
+and the encoder's layer and the learning rates were chosen on these folds too. Qualities at thresholds are calibrated
+(Platt, two numbers per pool and stage) on the held-out predictions that they are shown for."""
 TERMS_NOTE = """\
-Each row stops after the whole epoch at which its own held-out loss is least, at learning rates that were chosen for the
-first row's terms. With the ranking term that is after 1 to 5 epochs, where one epoch more or less is much. So the table
-tells what adding a term does to this recipe; it does not show that ranking hurts, which at another rate it may not."""
+Each row stops after the epoch at which its own held-out loss is lowest, at learning rates that were chosen for the
+first row's terms. With the ranking term that is after 1 to 5 epochs, where a single epoch makes a large difference. The
+table therefore shows the effect of adding a term to this recipe; it does not show that ranking hurts at every learning
+rate."""
 TRUNK_TITLE = "## The trunk"
 TRUNK_NOTE = """\
-What stands on the frozen encoder: linear heads, or DEPO's trunk (5 million weights, AdamW at the paper's 2e-4, dropout)
-with the wide part and without. Same terms of the loss, same question folds, each stopped after the epoch at which its
-own held-out loss is least (the trunk after two epochs without a better one). Differences are paired, with 95% bootstrap
-intervals over prompts; the error is the mean squared one of the small pool's calibrated quality. The trunk alone has no
-cheap stage."""
+Comparison of heads on the frozen encoder: linear heads, or DEPO's trunk (5 million weights, AdamW at the paper's 2e-4,
+dropout) with and without the wide part. Loss terms and question folds are the same; each fit stops after the epoch at
+which its own held-out loss is lowest (the trunk after two epochs without improvement). Differences are paired, with 95%
+bootstrap intervals over prompts; the error is the mean squared error of the small pool's calibrated quality. The trunk
+alone has no cheap stage."""
 PAPER = (0.3, 0.5, 0.7, 0.75)  # the paper's thresholds
-GAIN = (0.7, 0.8, 0.85, 0.9, 0.95)  # gain's confidence is a loss forgone: its scale is another
+GAIN = (0.7, 0.8, 0.85, 0.9, 0.95)  # the confidence of gain has another scale: it is one minus a loss of quality
 
 
 def main() -> int:
@@ -111,9 +106,9 @@ def main() -> int:
     parts += trunks({name: tables[name] for name in SOURCES[:2]}, embedded["cls"])
     parts.append("## The paper's routing table")
     parts.append(
-        "Trained and measured on the named source alone. `coin` is the quality of sending prompts to the large model at"
-        " random at the same share. A confidence at or above the threshold stays small. Thresholds apply"
-        " to qualities as they are, not centred."
+        "Trained and measured on the named source only. `random` is the quality of sending prompts to the large model"
+        " at random at the same share. Prompts with a confidence at or above the threshold stay in the small pool."
+        " Thresholds apply to uncentred qualities."
     )
     for name in SOURCES[2:]:
         for family, pools in FAMILIES.items():
@@ -129,7 +124,7 @@ def main() -> int:
 
 
 def only_trunk(data: Path, out: Path | None) -> int:
-    """The section on the trunk, in place of the one in the file."""
+    """Replaces the section on the trunk in the file."""
     tables = {name: list(read_table(data / "outcomes" / f"{name}.jsonl")) for name in SOURCES[:2]}
     embedded = embed(sorted({row.question for rows in tables.values() for row in rows}))
     section = "\n\n".join(trunks(tables, embedded["cls"]))
@@ -139,8 +134,8 @@ def only_trunk(data: Path, out: Path | None) -> int:
     before, _, after = out.read_text(encoding="utf-8").partition(TRUNK_TITLE + "\n")
     rest = after if after else before
     following = "## The paper's routing table"
-    kept = before if after else rest[: rest.index(following)]
-    out.write_text(f"{kept}{section}\n\n{rest[rest.index(following) :]}", encoding="utf-8")
+    head = before if after else rest[: rest.index(following)]
+    out.write_text(f"{head}{section}\n\n{rest[rest.index(following) :]}", encoding="utf-8")
     return 0
 
 
@@ -156,7 +151,7 @@ def start(
 
 
 def embed(questions: Sequence[str]) -> Mapping[str, Mapping[str, torch.Tensor]]:
-    """pooling -> question -> pooled hidden state, one pass of the encoder for both poolings."""
+    """Pooled hidden states by pooling and question, from one pass of the encoder for both poolings."""
     (cls, _), (mean, _) = start("cls"), start("mean")
     prepared = {question: prepare(cls.tokenizer, cls.model.config.text, question) for question in questions}
     order = sorted(questions, key=lambda question: len(prepared[question].ids))
@@ -185,7 +180,7 @@ class HeldOut:
 
     def scores(self, folding: int) -> dict[str, Array]:
         """Routing scores, centred by fold where questions are held out."""
-        return scores_of(self.quality[folding], self.length, None if folding else self.folds)
+        return scores_by_name(self.quality[folding], self.length, None if folding else self.folds)
 
 
 def held_out(
@@ -198,21 +193,20 @@ def held_out(
     trunk: bool = False,
     foldings_wanted: int = 2,
 ) -> HeldOut:
-    """Cross-fit one recipe on one table; of the foldings the first so many."""
+    """Cross-fits one recipe on one table, with the first `foldings_wanted` foldings."""
     parsed = parse_pools(list(pools))
     examples = examples_of(rows, parsed)
     first, config = start(pooling, terms, wide, trunk)
     items = first.items(examples, embeddings=[embedded[example.prompt] for example in examples])
     foldings = foldings_of(examples, config)[:foldings_wanted]
-    held, epochs = cross_fit(lambda: fresh(first.model, first.tokenizer, config.learner), items, foldings, config)
+    predictions, epochs = cross_fit(
+        lambda: new_learner(first.model, first.tokenizer, config.learner), items, foldings, config
+    )
     labels = labels_by_head(examples, parsed.names)
-    calibrated = calibrate(held[0].full, held[0].cheap, labels, np.ones(len(examples)), parsed.names)
+    calibrated = calibrate(predictions[0].full, predictions[0].cheap, labels, np.ones(len(examples)), parsed.names)
     quality = [
-        {
-            stage: calibration.calibrate_quality(calibrated.stages[stage], getattr(one, stage))
-            for stage in calibration.STAGES
-        }
-        for one in held
+        {stage: calibrate_quality(calibrated.stages[stage], getattr(one, stage)) for stage in STAGES}
+        for one in predictions
     ]
     length = np.array([len(example.prompt) for example in examples], float)
     _, groups = np.unique(groups_of(examples), return_inverse=True)
@@ -220,7 +214,7 @@ def held_out(
 
 
 def comparison(rows: Sequence[Row], embedded: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
-    """[CLS] and mean pooling, full and wide alone, both rules; questions and, where there are some, groups held out."""
+    """[CLS] and mean pooling, full and cheap stage, both rules; with questions and, if any, groups held out."""
     cls = held_out(rows, MIXTRAL_GPT4, embedded["cls"], "cls")
     mean = held_out(rows, MIXTRAL_GPT4, embedded["mean"], "mean")
     small, large = cls.observed.T
@@ -233,46 +227,46 @@ def comparison(rows: Sequence[Row], embedded: Mapping[str, Mapping[str, torch.Te
     for folding, title in enumerate(titles[: len(cls.quality)]):
         scores = cls.scores(folding)
         scores["gain (full, mean pooling)"] = mean.scores(folding)["gain (full)"]
-        measured = measure(scores, small, large, groups=cls.groups if folding else None)
-        lines += [title, apgr_table(measured)]
+        lines += [title, apgr_table(measure_apgr(scores, small, large, groups=cls.groups if folding else None))]
     return lines
 
 
 def losses(title: str, rows: Sequence[Row], embedded: Mapping[str, torch.Tensor]) -> str:
-    """APGR of both rules with each set of terms; every one stopped where its own held-out loss is least."""
+    """APGR of both rules with each set of terms; each fit stops where its own held-out loss is lowest."""
     lines = []
     for name, terms in TERMS.items():
-        held = held_out(rows, MIXTRAL_GPT4, embedded, "cls", terms)
+        fit = held_out(rows, MIXTRAL_GPT4, embedded, "cls", terms)
         cells = []
-        for folding in range(len(held.quality)):
-            scores = held.scores(folding)
-            cells += [f"{apgr(scores[f'{rule} (full)'], *held.observed.T):.3f}" for rule in ("gain", "difficulty")]
-        lines.append((name, *cells, held.epochs))
+        for folding in range(len(fit.quality)):
+            scores = fit.scores(folding)
+            cells += [f"{apgr(scores[f'{rule} (full)'], *fit.observed.T):.3f}" for rule in ("gain", "difficulty")]
+        lines.append((name, *cells, fit.epochs))
     header = ["terms", "gain", "difficulty", "gain, groups held out", "difficulty, groups held out"]
     return f"{title}, APGR:\n\n" + table(lines, (*header[: len(lines[0]) - 1], "epochs"))
 
 
 def trunks(tables: Mapping[str, Sequence[Row]], embedded: Mapping[str, torch.Tensor]) -> list[str]:
-    """What stands on the encoder, compared: APGR of both rules, paired against the default, questions held out."""
+    """APGR of both rules with different heads on the encoder, paired against the default, questions held out."""
     parts = [TRUNK_TITLE, TRUNK_NOTE]
     for source, rows in tables.items():
-        held, seconds = {}, {}
+        fits, seconds = {}, {}
         for name, (wide, trunk, settings) in TRUNKS.items():
             began = time.monotonic()
-            held[name] = held_out(rows, MIXTRAL_GPT4, embedded, "cls", settings, wide, trunk, foldings_wanted=1)
+            fits[name] = held_out(rows, MIXTRAL_GPT4, embedded, "cls", settings, wide, trunk, foldings_wanted=1)
             seconds[name] = time.monotonic() - began
-        small, large = held[DEFAULT].observed.T
+        small, large = fits[DEFAULT].observed.T
         rules = {
-            rule: measure({name: one.scores(0)[f"{rule} (full)"] for name, one in held.items()}, small, large, DEFAULT)
+            rule: measure_apgr(
+                {name: one.scores(0)[f"{rule} (full)"] for name, one in fits.items()}, small, large, DEFAULT
+            )
             for rule in ("gain", "difficulty")
         }
         lines = []
-        for name, one in held.items():
+        for name, one in fits.items():
             cells = []
-            for measured in (rules["gain"][name], rules["difficulty"][name]):
-                low, high = measured.difference_low, measured.difference_high
-                cells.append(f"{measured.apgr:.3f}")
-                cells.append("" if name == DEFAULT else f"{measured.difference:+.3f} [{low:+.3f}, {high:+.3f}]")
+            for of in (rules["gain"][name], rules["difficulty"][name]):
+                against = with_interval(of.difference, of.difference_low, of.difference_high, "+")
+                cells += [f"{of.apgr:.3f}", "" if name == DEFAULT else against]
             error = ((one.quality[0]["full"][:, 0] - small) ** 2).mean()
             lines.append((name, *cells, f"{error:.4f}", one.epochs, f"{seconds[name]:.0f}"))
         header = ("on the encoder", "gain", "against the default", "difficulty", "against the default")
@@ -283,12 +277,12 @@ def trunks(tables: Mapping[str, Sequence[Row]], embedded: Mapping[str, torch.Ten
 def paper_table(
     title: str, rows: Sequence[Row], pools: Sequence[str], embedded: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> list[str]:
-    """Quality and large share at the paper's thresholds under difficulty, and under gain, the coin's beside each."""
-    held = held_out(rows, pools, embedded["cls"], "cls")
-    quality, observed = held.quality[0], held.observed
+    """Quality and large share at the paper's thresholds under difficulty, and under gain, beside random routing."""
+    fit = held_out(rows, pools, embedded["cls"], "cls")
+    quality, observed = fit.quality[0], fit.observed
     small, large = observed.T
-    measured = measure(
-        {name: score for name, score in held.scores(0).items() if not name.endswith("(cheap)")}, small, large
+    estimates = measure_apgr(
+        {name: score for name, score in fit.scores(0).items() if not name.endswith("(cheap)")}, small, large
     )
 
     def cells(rule: str, thresholds: Sequence[float]) -> list[tuple[str, ...]]:
@@ -298,15 +292,12 @@ def paper_table(
             for at in found
         ]
 
-    def said(m: Measured) -> str:
-        return f"{m.apgr:.3f} [{m.low:.3f}, {m.high:.3f}]"
-
     return [
         f"### {title}",
         f"All small {small.mean():.3f}, all large {large.mean():.3f}. APGR: "
-        + "; ".join(f"{name} {said(m)}" for name, m in measured.items()),
+        + "; ".join(f"{name} {with_interval(of.apgr, of.low, of.high)}" for name, of in estimates.items()),
         table(
-            cells("difficulty", PAPER) + cells("gain", GAIN), ("rule", "threshold", "large share", "quality", "coin")
+            cells("difficulty", PAPER) + cells("gain", GAIN), ("rule", "threshold", "large share", "quality", "random")
         ),
     ]
 

@@ -1,8 +1,8 @@
-"""What scoring a prompt costs on one core: preparing, the cheap stage, the full stage, alone and in batches.
+"""Benchmark of scoring a prompt on one core: preparing, the cheap stage, the full stage, alone and in batches.
 
     python benchmarks/routing_speed.py --out benchmarks/results/routing_speed.md
 
-CPU seconds, not wall seconds, so that a busy machine does not count; the best of five rounds.
+It measures CPU time instead of wall time, so that other load on the machine matters less; the best of five rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnxruntime
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.runtime import Runtime
-from depo_gateway.training.evaluation.routing_metrics import table
+from depo_gateway.training.evaluation.markdown import table
 
 SHORT = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?"
 
@@ -44,9 +44,9 @@ def main() -> int:
         rows.append(
             [name, len(prepared.ids), *(f"{cell:.2f}" for cell in cells), f"{1000 / (cells[0] + cells[2]):.0f}"]
         )
-    header = ("prompt", "tokens", "prepare ms", "cheap ms", "full ms", "full in eights ms", "prompts/s, one core")
+    header = ("prompt", "tokens", "prepare ms", "cheap ms", "full ms", "full ms, batches of 8", "prompts/s, one core")
     text = (
-        "# What scoring costs\n\n"
+        "# Cost of scoring\n\n"
         f"`python benchmarks/routing_speed.py --out benchmarks/results/routing_speed.md`; {processor()}, one thread,"
         f" onnxruntime {onnxruntime.__version__}, checkpoint {runtime.version}, loaded in {load:.2f} s of CPU."
         " CPU time, best of five rounds.\n\n" + table(rows, header) + "\n"
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def milliseconds(work: Callable[[], object], times: int) -> float:
-    """CPU milliseconds a call, the best of five rounds."""
+    """CPU milliseconds per call, the best of five rounds."""
     rounds = []
     for _ in range(5):
         started = time.process_time()
@@ -71,7 +71,7 @@ def milliseconds(work: Callable[[], object], times: int) -> float:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name, or the architecture if the system does not report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except FileNotFoundError:

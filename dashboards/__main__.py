@@ -1,4 +1,4 @@
-"""`python -m dashboards` writes helm/dashboards/*.json; with `--check` it says which are not up to date, exit 1."""
+"""`python -m dashboards` writes helm/dashboards/*.json; with `--check` it names outdated files and exits with 1."""
 
 import argparse
 import json
@@ -18,9 +18,9 @@ BOARDS = {
 
 
 def main(words: list[str] | None = None) -> int:
-    """0: written, or all up to date."""
+    """Exit code 0: written, or all up to date."""
     parser = argparse.ArgumentParser(prog="python -m dashboards", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not what it would be")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is outdated")
     check = parser.parse_args(words).check
     stale = []
     for name, board in BOARDS.items():
@@ -31,7 +31,7 @@ def main(words: list[str] | None = None) -> int:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
     for path in stale:
-        print(f"{path} is not what python -m dashboards writes")
+        print(f"{path} is outdated: run python -m dashboards")
     return 1 if stale else 0
 
 

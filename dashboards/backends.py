@@ -1,4 +1,4 @@
-"""The Backends board: what the gateway sees of its backends, beside what vLLM says of itself."""
+"""The Backends board: the gateway's view of its backends, beside vLLM's own metrics."""
 
 from dashboards.board import GATEWAY, VLLM, Row, alerts, board
 from dashboards.panels import above, below, lines, stat, zero
@@ -24,7 +24,7 @@ NOW = Row(
         ),
         stat(
             "vLLM servers",
-            "Engines that answer Prometheus, by model.",
+            "Engines that Prometheus can scrape, by model.",
             (f"count by (model_name) (vllm:num_requests_running{{{V}}})", "{{model_name}}"),
             decimals=0,
         ),
@@ -37,7 +37,7 @@ NOW = Row(
         ),
         stat(
             "Waiting",
-            "Requests that vLLM has no room for yet. What lasts wants another replica; KEDA scales on it.",
+            "Requests that vLLM has no capacity for yet. If it persists, add a replica; KEDA scales on this metric.",
             (f"sum by (model_name) (vllm:num_requests_waiting{{{V}}})", "{{model_name}}"),
             decimals=0,
             steps=above(5, 20),
@@ -45,7 +45,7 @@ NOW = Row(
         ),
         stat(
             "KV cache in use",
-            "Of the fullest engine. Near 100% vLLM preempts requests and computes them again.",
+            "Of the fullest engine. Near 100%, vLLM preempts requests and recomputes them.",
             (f"max by (model_name) (vllm:kv_cache_usage_perc{{{V}}})", "{{model_name}}"),
             "percentunit",
             decimals=0,
@@ -54,7 +54,7 @@ NOW = Row(
         ),
         stat(
             "Prefix cache hits",
-            "Of the prompt tokens asked for, in the time shown. High where conversations keep their pool.",
+            "Share of the queried prompt tokens, over the selected time range. High if conversations keep their pool.",
             (
                 f"sum by (model_name) (increase(vllm:prefix_cache_hits_total{{{V}}}[$__range]))"
                 f" / sum by (model_name) (increase(vllm:prefix_cache_queries_total{{{V}}}[$__range]))",
@@ -67,12 +67,12 @@ NOW = Row(
 )
 
 BESIDE = Row(
-    "The same, seen from both sides",
+    "Gateway and vLLM compared",
     [
         lines(
             "First token, p95",
-            "The gateway's (from the complete request) beside vLLM's own. The distance is scoring, the line for a slot "
-            "and the way there.",
+            "The gateway's (from the complete request) beside vLLM's own. The difference is scoring, queueing for a "
+            "slot and the network.",
             [
                 (_quantile(0.95, "gateway_time_to_first_token_seconds", "pool", G), "gateway: {{pool}}"),
                 (_quantile(0.95, "vllm:time_to_first_token_seconds", "model_name", V), "vLLM: {{model_name}}"),
@@ -82,9 +82,9 @@ BESIDE = Row(
             alerts=["DepoFirstTokenSlow"],
         ),
         lines(
-            "Requests in work",
-            "The gateways' slots in use beside what vLLM runs and lets wait. Much more at vLLM: other clients, or the "
-            "learner's shadow calls.",
+            "Requests in progress",
+            "The gateways' slots in use beside vLLM's running and waiting requests. Much more at vLLM: other clients, "
+            "or the learner's shadow calls.",
             [
                 (f"sum by (pool) (gateway_in_flight_requests{{{G}}})", "gateway: {{pool}}"),
                 (
@@ -95,7 +95,7 @@ BESIDE = Row(
         ),
         lines(
             "Tokens generated",
-            "A second, as the gateways count what their clients got, beside all that vLLM generated.",
+            "Per second: what the gateways' clients received, beside all that vLLM generated.",
             [
                 (
                     f'sum by (pool) (rate(gateway_tokens_total{{{G},type="completion"}}[$__rate_interval]))',
@@ -115,7 +115,7 @@ SPEED = Row(
     [
         lines(
             "Between two tokens",
-            "What a reader of a stream feels. It grows with the batch.",
+            "The speed at which a reader sees a stream. It grows with the batch.",
             [
                 (
                     _quantile(part, "vllm:inter_token_latency_seconds", "model_name", V),
@@ -127,7 +127,7 @@ SPEED = Row(
         ),
         lines(
             "Where a request's time goes, p95",
-            "In line, reading the prompt (prefill), writing the answer (decode).",
+            "Waiting in the queue, reading the prompt (prefill), writing the answer (decode).",
             [
                 (_quantile(0.95, f"vllm:request_{phase}_time_seconds", "model_name", V), f"{{{{model_name}}}} {phase}")
                 for phase in ("queue", "prefill", "decode")
@@ -136,7 +136,7 @@ SPEED = Row(
         ),
         lines(
             "Prompt tokens",
-            "Read a second.",
+            "Read per second.",
             (f"sum by (model_name) (rate(vllm:prompt_tokens_total{{{V}}}[$__rate_interval]))", "{{model_name}}"),
         ),
     ],
@@ -147,13 +147,13 @@ LOAD = Row(
     [
         lines(
             "Waiting, by server",
-            "One server much above the others: the Service spreads connections, not requests.",
+            "If one server is far above the others: the Service distributes connections, not requests.",
             (f"sum by (model_name, instance) (vllm:num_requests_waiting{{{V}}})", "{{model_name}} {{instance}}"),
         ),
         lines(
             "KV cache in use, by server",
-            "Above the line vLLM will soon preempt: fewer sequences (--max-num-seqs), a shorter --max-model-len, or "
-            "another replica.",
+            "Above the line, vLLM will soon preempt. Allow fewer sequences (--max-num-seqs), a shorter "
+            "--max-model-len, or add a replica.",
             (f"max by (model_name, instance) (vllm:kv_cache_usage_perc{{{V}}})", "{{model_name}} {{instance}}"),
             "percentunit",
             limit=0.95,
@@ -161,7 +161,8 @@ LOAD = Row(
         ),
         lines(
             "Preemptions",
-            "Requests pushed out of the KV cache and computed again, a second. Anything lasting above 0 costs speed.",
+            "Requests per second that were evicted from the KV cache and recomputed. Persistent values above 0 cost "
+            "speed.",
             (
                 f"sum by (model_name, instance) (rate(vllm:num_preemptions_total{{{V}}}[$__rate_interval]))",
                 "{{model_name}} {{instance}}",
@@ -171,12 +172,12 @@ LOAD = Row(
 )
 
 ENDS = Row(
-    "How exchanges end",
+    "How requests end",
     [
         lines(
             "The gateway's attempts, by backend",
-            "ok; client_error: vLLM's own 4xx; refused, reset, timeout, status_50x: no answer, and tried elsewhere; "
-            "cancelled: the client hung up.",
+            "ok; client_error: vLLM's own 4xx; refused, reset, timeout, status_50x: no answer, tried elsewhere; "
+            "cancelled: the client disconnected.",
             (
                 f"sum by (backend, outcome) (rate(gateway_upstream_attempts_total{{{G}}}[$__rate_interval]))",
                 "{{backend}} {{outcome}}",
@@ -188,7 +189,7 @@ ENDS = Row(
         ),
         lines(
             "vLLM's requests, by how they ended",
-            "stop: the model was done. length: cut at max_tokens. abort: the client was gone.",
+            "stop: the model finished. length: cut at max_tokens. abort: the client disconnected.",
             (
                 zero(
                     f"sum by (model_name, finished_reason) (rate(vllm:request_success_total{{{V}}}[$__rate_interval]))",
@@ -207,7 +208,7 @@ ENDS = Row(
 BOARD = board(
     "backends",
     "Backends",
-    "What the gateway sees of its backends, beside what vLLM (0.12 or later) says of itself.",
+    "The gateway's view of its backends, beside vLLM's own metrics (vLLM 0.12 or later).",
     [GATEWAY, VLLM],
     [alerts()],
     [NOW, BESIDE, SPEED, LOAD, ENDS],

@@ -1,4 +1,4 @@
-"""A board's frame: its variables, its links to the others, its annotations, and where each panel goes."""
+"""The frame of a board: its variables, its links to the others, its annotations, and the position of each panel."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,29 +12,29 @@ TAG = "depo"
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """A variable that chooses among the jobs which Prometheus scrapes a kind of process as."""
+    """A variable that selects among the Prometheus jobs of one kind of process."""
 
     name: str
     label: str
     metric: str  # every process of the kind has it
-    namespace: str = "namespace"  # the variable that chooses among namespaces
+    namespace: str = "namespace"  # the variable that selects among namespaces
 
     @property
     def these(self) -> str:
-        """The matchers of a query about the chosen ones."""
+        """The matchers of a query for the selected jobs."""
         return f'namespace=~"${self.namespace}",job=~"${self.name}"'
 
 
-# Named apart, because links between boards take the variables' values along.
+# Their names differ because links between boards carry the values of variables over.
 GATEWAY = Jobs("job", "Gateway", "gateway_build_info")
 LEARNER = Jobs("learner", "Learner", "learner_build_info")
-VLLM = Jobs("vllm", "vLLM", "vllm:num_requests_running", "vllm_namespace")  # may be at home elsewhere
+VLLM = Jobs("vllm", "vLLM", "vllm:num_requests_running", "vllm_namespace")  # may be in another namespace
 TRAINING = Jobs("training", "Training run", "training_build_info")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Panels under a title. A closed one is of a feature that not everybody uses."""
+    """Panels under a title. A closed row is for a feature that not everybody uses."""
 
     title: str
     panels: Sequence[Panel]
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What is marked on every graph: each series that a query has, when it has it."""
+    """An annotation on every graph: each series of a query, while it exists."""
 
     name: str
     expr: str
@@ -52,13 +52,13 @@ class Event:
 
 
 def alerts() -> Event:
-    """The alerts that fire."""
+    """The firing alerts."""
     expr = 'ALERTS{alertname=~"Depo.+",alertstate="firing",namespace=~"$namespace"}'
     return Event("Alerts", expr, "{{alertname}}", "red")
 
 
 def new_version(jobs: Jobs, metric: str, title: str) -> Event:
-    """The moments at which a version appears that was not there a minute before."""
+    """The times at which a version appears that did not exist a minute before."""
     now = f"count by (version) ({metric}{{{jobs.these}}})"
     before = f"count by (version) ({metric}{{{jobs.these}}} offset 1m)"
     return Event(title, f"{now} unless {before}", "{{version}}", "blue")
@@ -67,7 +67,7 @@ def new_version(jobs: Jobs, metric: str, title: str) -> Event:
 def board(
     name: str, title: str, about: str, jobs: Sequence[Jobs], events: Sequence[Event], rows: Sequence[Row]
 ) -> dict[str, Any]:
-    """A whole dashboard, as Grafana's JSON, about processes of the kinds `jobs`."""
+    """A dashboard, as Grafana's JSON, about processes of the kinds `jobs`."""
     variables: dict[str, dict[str, Any]] = {}
     for each in jobs:
         variables.setdefault(each.namespace, _namespaces(each))
@@ -91,7 +91,7 @@ def board(
 
 
 def _placed(rows: Sequence[Row]) -> list[Panel]:
-    """Panels from left to right, each row's under its title; a closed row holds its own."""
+    """Places panels from left to right under each row's title; a closed row contains its panels."""
     shown: list[Panel] = []
     y, number = 0, 0
     for row in rows:
@@ -124,7 +124,7 @@ def _datasource() -> dict[str, Any]:
 
 
 def _namespaces(jobs: Jobs) -> dict[str, Any]:
-    # `.*` rather than the values: outside Kubernetes nothing has the label.
+    # `.*` instead of the values: outside Kubernetes no series has the label.
     label = "Namespace" if jobs.namespace == "namespace" else f"{jobs.label} namespace"
     return {**_query(jobs.namespace, label, f"label_values({jobs.metric}, namespace)"), "allValue": ".*"}
 

@@ -1,4 +1,4 @@
-"""The Learning board: what the learner gathers, what it makes of it, and what of that is served."""
+"""The Learning board: the learner's labels, its trainings, and the versions in service."""
 
 from dashboards.board import GATEWAY, LEARNER, Row, alerts, board, new_version
 from dashboards.panels import BAD, GOOD, WARN, above, lines, stat, states, zero
@@ -9,7 +9,7 @@ NOW = Row(
     "Now",
     [
         stat(
-            "Published last",
+            "Current version",
             "The checkpoint that `current` names, or the base. Gateways that watch the directory serve it.",
             (f"count by (version) (learner_info{{{L}}})", "{{version}}"),
             names=True,
@@ -17,16 +17,16 @@ NOW = Row(
         ),
         stat(
             "Published",
-            "How long ago this learner last published. Long is no fault by itself: only what is better is published.",
+            "Time since this learner last published. A long time is no fault: only better checkpoints are published.",
             (f"time() - (max(learner_last_publish_timestamp_seconds{{{L}}}) > 0)", "ago"),
             "s",
             no_value="not since it started",
             width=4,
         ),
         stat(
-            "Better than a coin by",
-            "Mean quality of the router minus that of a coin at equal shares, on the newest labels. Below 0 the "
-            "gateways route by share until a better checkpoint is there.",
+            "Better than random by",
+            "Mean quality of the router minus that of random routing at equal shares, on the newest labels. Below 0, "
+            "the gateways route at random until a better checkpoint is published.",
             (f"min(learner_advantage{{{L}}})", "advantage"),
             "percentunit",
             decimals=1,
@@ -36,7 +36,7 @@ NOW = Row(
         ),
         stat(
             "Calibration error",
-            "The worst of the newest candidate's qualities and of its gain. The gate lets 0.05 above chance pass.",
+            "The largest error of the newest candidate's qualities and gain. The gate allows 0.05 above chance.",
             (f"max(learner_calibration_error{{{L}}})", "error"),
             decimals=3,
             steps=above(0.05, 0.1),
@@ -45,15 +45,15 @@ NOW = Row(
         ),
         stat(
             "Labelled prompts",
-            "That the newest training learned from.",
+            "Used by the newest training.",
             (f"max(learner_labels_seen{{{L}}})", "labels"),
             decimals=0,
             width=3,
         ),
         stat(
-            "Trainings in the time shown",
-            "published: better, and served. refused: no better, refusals.jsonl says why; that is the gate at work. "
-            "failed: the training broke off, and is tried again.",
+            "Trainings in the time range",
+            "published: better, and served. refused: not better, see refusals.jsonl; this is normal. "
+            "failed: the training ended with an error and will be retried.",
             (f"round(sum by (verdict) (increase(learner_refreshes_total{{{L}}}[$__range])))", "{{verdict}}"),
             decimals=0,
             width=6,
@@ -67,7 +67,7 @@ LABELS = Row(
     [
         lines(
             "Labels written",
-            "An hour, by the judge they come from.",
+            "Per hour, by the judge that wrote them.",
             (
                 zero(
                     f"3600 * sum by (source) (rate(learner_labels_total{{{L}}}[$__rate_interval]))",
@@ -80,8 +80,8 @@ LABELS = Row(
             alerts=["DepoLearnerStalled"],
         ),
         lines(
-            "Feedback of clients",
-            "Scores stored an hour by the gateways: labels too, without any judge.",
+            "Feedback from clients",
+            "Scores per hour that the gateways stored: labels that need no judge.",
             (
                 zero(f'3600 * sum(rate(gateway_feedback_total{{{G},outcome="stored"}}[$__rate_interval]))'),
                 "stored",
@@ -90,7 +90,7 @@ LABELS = Row(
         ),
         lines(
             "Verdicts",
-            "Records judged, an hour. none: the judge had nothing to say (no reference, no valid verdict).",
+            "Records judged per hour. none: no verdict (no reference, or an invalid one).",
             (
                 zero(
                     f"3600 * sum by (outcome) (rate(learner_verdicts_total{{{L}}}[$__rate_interval]))",
@@ -105,11 +105,11 @@ LABELS = Row(
 )
 
 SHADOW = Row(
-    "Shadowing: what would the other pools have said?",
+    "Shadowing: asking the other pools",
     [
         lines(
             "Records",
-            "An hour. passed: not of shadow.share. given_up: kept failing while others went well.",
+            "Per hour. passed: not selected by shadow.share. given_up: failed repeatedly while others succeeded.",
             (
                 zero(
                     f"3600 * sum by (outcome) (rate(learner_shadowed_records_total{{{L}}}[$__rate_interval]))",
@@ -123,7 +123,7 @@ SHADOW = Row(
         ),
         lines(
             "Calls",
-            "Of pools, the judge's too. refused: a 4xx, the record has no label there. failed: no answer.",
+            "To pools, including the judge. refused: a 4xx, no label for that record. failed: no answer.",
             (
                 zero(
                     f"sum by (pool, outcome) (rate(learner_shadow_requests_total{{{L}}}[$__rate_interval]))",
@@ -137,8 +137,8 @@ SHADOW = Row(
             stacked=True,
         ),
         lines(
-            "Cost an hour",
-            "Of shadowing and judging, in the unit of pools.*.cost, beside what clients' requests cost. "
+            "Cost per hour",
+            "Of shadowing and judging, in the unit of pools.*.cost, beside the cost of clients' requests. "
             "shadow.cost_per_hour is the cap.",
             [
                 (f"3600 * sum(rate(learner_shadow_cost_total{{{L}}}[$__rate_interval]))", "shadowing"),
@@ -148,9 +148,9 @@ SHADOW = Row(
         ),
         states(
             "Paused, or without priority",
-            "cost: the hour's cap. busy: clients wait at a backend. unreachable: a pool or the judge does not answer. "
-            "records: the database does not. priority refused: a backend takes no shadow.priority, and shadow calls "
-            "wait in line like clients' own.",
+            "cost: the hourly cap. busy: clients wait at a backend. unreachable: a pool or the judge does not answer. "
+            "records: the database does not. priority refused: a backend does not accept shadow.priority, and shadow "
+            "calls queue like clients' requests.",
             [
                 (
                     zero(f"max by (reason) (learner_shadow_paused{{{L}}})", "reason", "shadowing is off"),
@@ -169,16 +169,16 @@ TRAINING = Row(
     "Training and the gate",
     [
         lines(
-            "Trainings an hour",
-            "By verdict, counted over the hour before.",
+            "Trainings per hour",
+            "By verdict, over the last hour.",
             (f"sum by (verdict) (increase(learner_refreshes_total{{{L}}}[1h]))", "{{verdict}}"),
             stacked=True,
             width=6,
             alerts=["DepoLearnerRefreshFailing"],
         ),
         lines(
-            "Length of a training",
-            "The mean over the hour before, from its start to its verdict.",
+            "Duration of a training",
+            "Mean over the last hour, from start to verdict.",
             (
                 f"sum(increase(learner_refresh_duration_seconds_sum{{{L}}}[1h]))"
                 f" / sum(increase(learner_refresh_duration_seconds_count{{{L}}}[1h]))",
@@ -189,13 +189,13 @@ TRAINING = Row(
         ),
         lines(
             "Calibration error",
-            "Of each training's candidate: of a pool's quality, and of the gain. The gate lets 0.05 above chance pass.",
+            "Of each training's candidate: of a pool's quality, and of the gain. The gate allows 0.05 above chance.",
             (f"max by (of) (learner_calibration_error{{{L}}})", "{{of}}"),
             limit=0.05,
             width=6,
         ),
         lines(
-            "Better than a coin by",
+            "Better than random by",
             "At each training, on the newest labels.",
             (f"learner_advantage{{{L}}}", "{{job}}"),
             "percentunit",
@@ -208,24 +208,23 @@ TRAINING = Row(
 )
 
 ROUND = Row(
-    "Round again: versions in service, and what went wrong",
+    "Versions in service, and failures",
     [
         lines(
             "Gateways by version",
-            "How many replicas serve which checkpoint: after a publication all should change within seconds.",
+            "Replicas by checkpoint: after a publication all should change within seconds.",
             (f"count by (version) (gateway_estimator_info{{{G}}})", "{{version}}"),
             stacked=True,
         ),
         lines(
             "Checkpoints found by gateways",
-            "Counted over the hour before. refused: damaged, or it scores other pools; the old one stays.",
+            "Over the last hour. refused: damaged, or for other pools; the old one stays in service.",
             (f"sum by (result) (increase(gateway_estimator_loads_total{{{G}}}[1h]))", "{{result}}"),
             alerts=["DepoEstimatorRefused"],
         ),
         lines(
-            "Failures that the learner waits out",
-            "Counted over the hour before. records: the database. shadow: a pool or the judge. refresh: a training. "
-            "disk: --out.",
+            "Failures that the learner retries",
+            "Over the last hour. records: the database. shadow: a pool or the judge. refresh: a training. disk: --out.",
             (f"sum by (part) (increase(learner_errors_total{{{L}}}[1h]))", "{{part}}"),
             stacked=True,
             alerts=["DepoLearnerDown"],
@@ -236,7 +235,7 @@ ROUND = Row(
 BOARD = board(
     "learning",
     "Learning",
-    "What the learner gathers, what it makes of it, and what of that is served.",
+    "The learner's labels, its trainings, and the versions in service.",
     [LEARNER, GATEWAY],
     [alerts(), new_version(LEARNER, "learner_info", "Published")],
     [NOW, LABELS, SHADOW, TRAINING, ROUND],

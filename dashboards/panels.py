@@ -1,4 +1,4 @@
-"""The kinds of panel the boards are made of, as Grafana's JSON. A panel says what it shows and when to worry.
+"""The kinds of panels, as Grafana's JSON. A panel's description says what it shows and when to act.
 
 Widths are of 24 columns. A query's `{{label}}` names its series.
 """
@@ -29,10 +29,10 @@ def below(warn: float, bad: float) -> Steps:
 
 
 def zero(expr: str, label: str = "", value: str = "none") -> str:
-    """A query that shows 0, not an empty panel, while nothing of the kind has happened.
+    """A query that shows 0 instead of an empty panel while there are no events.
 
     Args:
-        label: what the series are told apart by; the zero's is `value`.
+        label: that distinguishes the series; the zero series has the value `value`.
     """
     none = f'label_replace(vector(0), "{label}", "{value}", "", "")' if label else "vector(0)"
     return f"({expr}) or on () {none}"
@@ -53,12 +53,12 @@ def stat(
     alerts: Sequence[str] = (),
     no_value: str = "no data",
 ) -> Panel:
-    """Numbers as of now.
+    """Current values.
 
     Args:
-        texts: what stands for a value, and its colour.
-        names: the series' names are what is told, not their values.
-        graph: with the course of the time shown behind them.
+        texts: the text and colour to show for a value.
+        names: show the names of the series instead of their values.
+        graph: show the selected time range behind the value.
     """
     defaults: dict[str, Any] = {
         "unit": unit,
@@ -98,11 +98,11 @@ def lines(
     height: int = 8,
     alerts: Sequence[str] = (),
 ) -> Panel:
-    """The course of time.
+    """Values over time.
 
     Args:
-        limit: drawn as a dashed red line: an alert's, or one to keep in mind.
-        at_most: the axis's end; `at_least`: its start.
+        limit: drawn as a dashed red line: an alert's, or one to watch.
+        at_most: the maximum of the axis; `at_least`: its minimum.
     """
     custom: dict[str, Any] = {
         "drawStyle": "bars" if bars else "line",
@@ -189,7 +189,7 @@ def spectrum(
 
 
 def buckets(title: str, about: str, expr: str, unit: str = "short", *, width: int = 12) -> Panel:
-    """A histogram of the whole time shown, a bar for each bucket; `expr` is their increases by `le`."""
+    """A histogram over the selected time range, a bar per bucket; `expr` is their increases by `le`."""
     defaults = {"unit": unit, "decimals": 0, "min": 0, "color": {"mode": "continuous-blues"}}
     options = {
         "displayMode": "gradient",

@@ -1,4 +1,4 @@
-"""The Routing board: where requests go, what that saves, and whether the scores deserve to decide."""
+"""The Routing board: where requests go, what that saves, and whether the scores are reliable."""
 
 from dashboards.board import GATEWAY, LEARNER, Row, alerts, board, new_version
 from dashboards.panels import BAD, GOOD, above, buckets, lines, spectrum, stat, zero
@@ -11,7 +11,7 @@ NOW = Row(
     [
         stat(
             "Share by pool",
-            "Of the requests that a backend answered in the last 5 minutes, whatever decided.",
+            "Of the requests that a backend answered in the last 5 minutes, for any reason.",
             (
                 f"sum by (pool) (rate(gateway_decisions_total{{{G}}}[5m]))"
                 f" / on () group_left () sum(rate(gateway_decisions_total{{{G}}}[5m]))",
@@ -25,7 +25,7 @@ NOW = Row(
         ),
         stat(
             "Cost saved",
-            "1 - what the tokens of the time shown cost over what they would have cost in the dearest pool.",
+            "1 minus the cost of the tokens in the time range over their cost in the most expensive pool.",
             (
                 f"1 - sum(increase(gateway_cost_total{{{G}}}[$__range]))"
                 f" / sum(increase(gateway_cost_all_large_total{{{G}}}[$__range]))",
@@ -37,27 +37,27 @@ NOW = Row(
         ),
         stat(
             "Threshold",
-            "The cheapest pool whose confidence reaches it serves. Under routing.target it moves by itself. "
-            "The mean of all replicas.",
+            "The cheapest pool whose confidence reaches it serves. With routing.target it is adjusted automatically. "
+            "Mean of all replicas.",
             (f"avg(gateway_threshold{{{G}}})", "threshold"),
             decimals=3,
             width=3,
             graph=True,
         ),
         stat(
-            "Scores decide",
-            "By coin: labels show the estimator no better than chance, and requests are divided by share until it is "
-            "refreshed.",
+            "Scores in use",
+            "At random: labels show that the estimator is no better than random routing, and requests are distributed "
+            "at random, by share, until it is refreshed.",
             (f"max(gateway_router_floor{{{G}}})", "floor"),
-            texts={0: ("yes", GOOD), 1: ("no: by coin", BAD)},
+            texts={0: ("yes", GOOD), 1: ("no: random", BAD)},
             width=3,
             alerts=["DepoRouterFloor"],
         ),
         stat(
             "Score drift",
-            "Distance (Kolmogorov-Smirnov) of the last 2,000 confidences from the calibration's; 0.03 is chance. Above "
-            "0.2 the traffic has changed: refresh the checkpoint. n/a before 200 requests, and where the checkpoint "
-            "has no curve for these pools.",
+            "Kolmogorov-Smirnov distance of the last 2,000 confidences from the calibration's; 0.03 is chance. Above "
+            "0.2 the traffic has changed: refresh the checkpoint. n/a before 200 requests, and if the checkpoint has "
+            "no curve for these pools.",
             (f"max(gateway_score_drift{{{G}}})", "drift"),
             decimals=2,
             steps=above(0.1, 0.2),
@@ -65,9 +65,9 @@ NOW = Row(
             alerts=["DepoScoreDrift"],
         ),
         stat(
-            "Better than a coin by",
-            "Mean quality of the router minus that of a coin with the same shares, on the newest labels: the learner's "
-            "figure. Below 0 the scores do harm.",
+            "Better than random by",
+            "Mean quality of the router minus that of random routing with the same shares, on the newest labels, as "
+            "the learner reports it. Below 0 the scores do harm.",
             (f"min(learner_advantage{{{L}}})", "advantage"),
             "percentunit",
             decimals=1,
@@ -78,7 +78,7 @@ NOW = Row(
         ),
         stat(
             "Estimator in service",
-            "The loaded checkpoint; two while a new one spreads over the replicas.",
+            "The loaded checkpoint; two while replicas switch to a new one.",
             (f"count by (version) (gateway_estimator_info{{{G}}})", "{{version}}"),
             names=True,
             width=3,
@@ -92,9 +92,9 @@ WHERE = Row(
     [
         lines(
             "Share by pool, and the target",
-            "Shares of what backends answered. `target, realised` is what routing.target bounds, over the last 2,000 "
-            "routed requests of a replica (pinned ones don't count); it should stay within 2 points of `target, "
-            "wanted`. Both are absent without a target.",
+            "Shares of the answered requests. `target, realised` is the share or cost that routing.target bounds, over "
+            "the last 2,000 routed requests of a replica, without pinned ones; it should stay within 2 points of "
+            "`target, wanted`. Both are absent without a target.",
             [
                 (f"sum by (pool) ({DECISIONS}) / on () group_left () sum({DECISIONS})", "{{pool}}"),
                 (f"avg(gateway_target_share{{{G}}})", "target, realised"),
@@ -106,22 +106,25 @@ WHERE = Row(
         ),
         lines(
             "Reasons",
-            "confident: the cheapest pool is good enough. unsure: a dearer one was needed. pinned: the client named "
-            "it. sticky: the conversation stays. explore: a coin. context, accepts: no other pool can take it. "
-            "overload: nothing scored it in time. fallback: the chosen pool failed. budget: the key's share is used "
-            "up.",
+            "confident: the cheapest pool is good enough. unsure: a more expensive one was needed. pinned: the client "
+            "named it. sticky: the conversation keeps its pool. explore: chosen at random. context, accepts: no other "
+            "pool can take it. overload: it was not scored in time. fallback: the chosen pool failed. budget: the "
+            "key's share is used up.",
             (f"sum by (reason) ({DECISIONS})", "{{reason}}"),
             "reqps",
             stacked=True,
             alerts=["DepoFallbackRatioHigh"],
         ),
         lines(
-            "Cost an hour",
-            "In the unit of pools.*.cost. The line is what the same tokens would cost in the dearest pool; the "
-            "distance to it is what routing saves.",
+            "Cost per hour",
+            "In the unit of pools.*.cost. The line is the cost of the same tokens in the most expensive pool; the "
+            "difference is what routing saves.",
             [
                 (f"3600 * sum by (pool) (rate(gateway_cost_total{{{G}}}[$__rate_interval]))", "{{pool}}"),
-                (f"3600 * sum(rate(gateway_cost_all_large_total{{{G}}}[$__rate_interval]))", "all in the dearest"),
+                (
+                    f"3600 * sum(rate(gateway_cost_all_large_total{{{G}}}[$__rate_interval]))",
+                    "all in the last pool",
+                ),
             ],
         ),
     ],
@@ -132,22 +135,22 @@ CONFIDENCE = Row(
     [
         spectrum(
             "Confidence over time",
-            "Of the cheapest eligible pool: how little is lost by serving from it. A single narrow band is no routing: "
-            "the scores tell nothing apart.",
+            "Of the cheapest eligible pool: how little is lost by serving from it. A single narrow band means that the "
+            "scores do not distinguish prompts.",
             f"sum by (le) (rate(gateway_confidence_bucket{{{G}}}[$__rate_interval]))",
             width=8,
             alerts=["DepoConfidenceNearConstant"],
         ),
         buckets(
-            "Confidence, all of the time shown",
-            "Requests by confidence (a bar's name is its upper end). What lies at and above the threshold stays in the "
-            "cheapest pool; mass close to the threshold means that moving it a little moves much traffic.",
+            "Confidence in the time range",
+            "Requests by confidence (a bar's name is its upper end). Requests at or above the threshold stay in the "
+            "cheapest pool; if many are close to it, a small change of the threshold moves much traffic.",
             f"sum by (le) (increase(gateway_confidence_bucket{{{G}}}[$__range]))",
             width=8,
         ),
         lines(
-            "Threshold among the confidences",
-            "The threshold, and the confidences of which 10%, 50% and 90% of the requests stay below.",
+            "Threshold and confidences",
+            "The threshold, and the confidences below which 10%, 50% and 90% of the requests are.",
             [
                 (f"avg(gateway_threshold{{{G}}})", "threshold"),
                 *(
@@ -170,7 +173,7 @@ ESTIMATOR = Row(
         lines(
             "How prompts were scored",
             "full: in time. cached: seen before. deadline, queue, error: the cheap stage answered, or "
-            "routing.on_overload decided; lasting, give the gateway more CPU or estimator.deadline_ms more time.",
+            "routing.on_overload decided; if it persists, give the gateway more CPU or increase estimator.deadline_ms.",
             (
                 f"sum by (outcome) (rate(gateway_estimator_outcomes_total{{{G}}}[$__rate_interval]))",
                 "{{outcome}}",
@@ -181,7 +184,7 @@ ESTIMATOR = Row(
         ),
         lines(
             "Scoring time",
-            "By stage, waiting included. The 99th percentile of `full` ends at estimator.deadline_ms.",
+            "By stage, with waiting. The 99th percentile of `full` is limited by estimator.deadline_ms.",
             [
                 (
                     f"histogram_quantile({part}, sum by (stage, le) "
@@ -194,8 +197,8 @@ ESTIMATOR = Row(
         ),
         lines(
             "Score drift",
-            "Distance of live confidences from the calibration's, by replica; above the line the traffic has changed. "
-            "Absent before 200 requests, and where the checkpoint has no curve for these pools.",
+            "Distance of recent confidences from the calibration's, by replica; above the line the traffic has "
+            "changed. Absent before 200 requests, and if the checkpoint has no curve for these pools.",
             (f"gateway_score_drift{{{G}}}", "{{instance}}"),
             limit=0.2,
             at_most=1,
@@ -205,11 +208,11 @@ ESTIMATOR = Row(
 )
 
 QUALITY = Row(
-    "Quality, where there are labels",
+    "Quality (with labels)",
     [
         lines(
-            "Better than a coin by",
-            "The learner's figure at each training: mean quality of the router minus that of a coin at equal shares. "
+            "Better than random by",
+            "At each training of the learner: mean quality of the router minus that of random routing at equal shares. "
             "Empty without a learner, or before its first training.",
             (f"learner_advantage{{{L}}}", "{{job}}"),
             "percentunit",
@@ -219,14 +222,14 @@ QUALITY = Row(
         ),
         lines(
             "Calibration error",
-            "Of the newest training's candidate: how far predicted qualities are from what labels say. The gate lets "
-            "0.05 above chance pass.",
+            "Of the newest training's candidate: difference of predicted qualities from labels. The gate allows 0.05 "
+            "above chance.",
             (f"max by (of) (learner_calibration_error{{{L}}})", "{{of}}"),
             limit=0.05,
         ),
         lines(
             "Feedback",
-            "Calls of /v1/feedback. unavailable: the records database was away, and nothing was acknowledged.",
+            "Calls of /v1/feedback. unavailable: the records database did not answer, and the call got an error.",
             (
                 zero(
                     f"sum by (outcome) (rate(gateway_feedback_total{{{G}}}[$__rate_interval]))", "outcome", "none yet"
@@ -244,8 +247,8 @@ CANDIDATE = Row(
     [
         lines(
             "Agreement",
-            "How often the candidate decides as the checkpoint in service did. Low is no verdict by itself: look at "
-            "where it would send.",
+            "How often the candidate and the checkpoint in service decide alike. A low value alone is not bad: see "
+            "where the candidate would send requests.",
             (
                 f'sum(rate(gateway_candidate_agreement_total{{{G},agrees="yes"}}[$__rate_interval]))'
                 f" / sum(rate(gateway_candidate_agreement_total{{{G}}}[$__rate_interval]))",
@@ -255,8 +258,8 @@ CANDIDATE = Row(
             at_most=1,
         ),
         lines(
-            "Where it would send",
-            "The candidate's shares (`would`) beside those of all decisions (`did`).",
+            "Its shares",
+            "The shares of the candidate's decisions (`would`) beside those of all decisions (`did`).",
             [
                 (
                     f"sum by (pool) (rate(gateway_candidate_decisions_total{{{G}}}[$__rate_interval]))"
@@ -270,7 +273,7 @@ CANDIDATE = Row(
         ),
         lines(
             "Prompts",
-            "busy: left out, the candidate was not done with others.",
+            "busy: left out because the candidate was still scoring others.",
             (
                 f"sum by (outcome) (rate(gateway_candidate_outcomes_total{{{G}}}[$__rate_interval]))",
                 "{{outcome}}",
@@ -280,7 +283,7 @@ CANDIDATE = Row(
         ),
         lines(
             "Its confidence",
-            "The median of the cheapest eligible pool's, the candidate's beside that in service.",
+            "Median for the cheapest eligible pool: the candidate's beside that in service.",
             [
                 (
                     f"histogram_quantile(0.5, sum by (le) (rate({name}_bucket{{{G}}}[$__rate_interval])))",
@@ -295,7 +298,7 @@ CANDIDATE = Row(
         ),
         stat(
             "Candidate",
-            "The loaded one, and how often one was applied or refused in the time shown.",
+            "The loaded one, and how often one was applied or refused in the time range.",
             [
                 (f"count by (version) (gateway_candidate_info{{{G}}})", "{{version}}"),
                 (
@@ -314,8 +317,8 @@ KEYS = Row(
     [
         lines(
             "Calls of the last pool left",
-            "What each key has saved up, 10 at most, at the replica where it has least. Below 1 its requests go to "
-            "cheaper pools (budget), and those that insist get 429.",
+            "Each key's remaining calls, 10 at most, at the replica with the fewest. Below 1, its requests go to "
+            "cheaper pools (budget), and requests that pin the last pool get 429.",
             (f"min by (key) (gateway_key_large_share_left{{{G}}})", "{{key}}"),
             limit=1,
             at_most=10,
@@ -324,8 +327,8 @@ KEYS = Row(
         ),
         lines(
             "Routed down, and refused",
-            "Decisions for a cheaper pool because the key's share was used up, and all answers with 429 (that, or "
-            "requests_per_minute).",
+            "Decisions for a cheaper pool because the key's share was used up, and all answers with 429 (for that, or "
+            "for requests_per_minute).",
             [
                 (zero(f'sum(rate(gateway_decisions_total{{{G},reason="budget"}}[$__rate_interval]))'), "budget"),
                 (zero(f'sum(rate(gateway_requests_total{{{G},code="429"}}[$__rate_interval]))'), "429"),
@@ -349,7 +352,7 @@ COMPARED = Row(
         ),
         lines(
             "Cost saved",
-            "Of each gateway, over the hour before.",
+            "Of each gateway, over the last hour.",
             (f"gateway:cost_saved:ratio_rate1h{{{G}}}", "{{job}}"),
             "percentunit",
             at_least=None,
@@ -369,7 +372,7 @@ COMPARED = Row(
 BOARD = board(
     "routing",
     "Routing",
-    "Where requests go, what that saves, and whether the scores deserve to decide.",
+    "Where requests go, what that saves, and whether the scores are reliable.",
     [GATEWAY, LEARNER],
     [alerts(), new_version(GATEWAY, "gateway_estimator_info", "New estimator")],
     [NOW, WHERE, CONFIDENCE, ESTIMATOR, QUALITY, CANDIDATE, KEYS, COMPARED],

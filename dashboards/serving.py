@@ -1,4 +1,4 @@
-"""The Serving board: is it up, is it fast, what fails, and where."""
+"""The Serving board: availability, latency, and failures by place."""
 
 from dashboards.board import GATEWAY, LEARNER, Row, alerts, board, new_version
 from dashboards.panels import BAD, GOOD, WARN, above, below, lines, stat, states, zero
@@ -12,7 +12,7 @@ NOW = Row(
     [
         stat(
             "Alerts",
-            "Firing for the chosen gateways and learners.",
+            "Firing for the selected gateways and learners.",
             (zero(f"count({FIRING.format(G)} or {FIRING.format(LEARNER.these)})"), "firing"),
             steps=above(1, None),
             decimals=0,
@@ -20,7 +20,7 @@ NOW = Row(
         ),
         stat(
             "Replicas",
-            "Gateways that answer Prometheus.",
+            "Gateways that Prometheus can scrape.",
             (f"count(gateway_build_info{{{G}}})", "replicas"),
             decimals=0,
             width=2,
@@ -28,7 +28,7 @@ NOW = Row(
         ),
         stat(
             "Requests",
-            "A second, over 5 minutes.",
+            "Per second, over 5 minutes.",
             (f"sum({REQUESTS}{{{G}}})", "requests"),
             "reqps",
             graph=True,
@@ -36,7 +36,7 @@ NOW = Row(
         ),
         stat(
             "Errors",
-            "Answers with 5xx over all, in 5 minutes.",
+            "Share of answers with 5xx, over 5 minutes.",
             (f'sum({REQUESTS}{{{G},code=~"5.."}} or 0 * {REQUESTS}{{{G}}}) / (sum({REQUESTS}{{{G}}}) > 0)', "errors"),
             "percentunit",
             decimals=2,
@@ -65,7 +65,7 @@ NOW = Row(
         ),
         stat(
             "Backends up",
-            "Share of the backends whose health checks pass, at the replica that sees fewest.",
+            "Share of the backends whose health checks pass, at the replica that sees the fewest.",
             (f"min(avg by (job, instance) (gateway_backend_up{{{G}}}))", "up"),
             "percentunit",
             decimals=0,
@@ -87,7 +87,7 @@ TRAFFIC = Row(
         ),
         lines(
             "Requests by status",
-            "499: the client hung up. 429: a key's limits. 503: no backend could take it.",
+            "499: the client disconnected. 429: a key's limits. 503: no backend could take it.",
             (f"sum by (code) ({REQUESTS}{{{G}}})", "{{code}}"),
             "reqps",
             stacked=True,
@@ -95,7 +95,7 @@ TRAFFIC = Row(
         ),
         lines(
             "Tokens",
-            "As the backends count them.",
+            "As counted by the backends.",
             (
                 f"sum by (pool, type) (rate(gateway_tokens_total{{{G}}}[$__rate_interval]))",
                 "{{pool}} {{type}}",
@@ -107,11 +107,11 @@ TRAFFIC = Row(
 )
 
 LATENCY = Row(
-    "Latency (the slowest of the chosen gateways)",
+    "Latency (the slowest of the selected gateways)",
     [
         lines(
             "Request",
-            "From the first byte of a request to the last of its answer: mostly the length of the answer.",
+            "From the first byte of a request to the last of its answer: mostly due to the length of the answer.",
             [
                 (f'max by (pool) (gateway:request_duration:{part}_5m{{{G},pool!="none"}})', f"{{{{pool}}}} {part}")
                 for part in ("p50", "p95", "p99")
@@ -120,8 +120,8 @@ LATENCY = Row(
         ),
         lines(
             "First token",
-            "Streams: from the complete request to the first byte. Compare with the Backends board: what vLLM does not "
-            "show was spent in line here or on the way.",
+            "Streams: from the complete request to the first byte. Compare with the Backends board: time that vLLM "
+            "does not report was spent in the gateway's queue or on the network.",
             [
                 (f"max by (pool) (gateway:time_to_first_token:{part}_5m{{{G}}})", f"{{{{pool}}}} {part}")
                 for part in ("p50", "p95")
@@ -132,7 +132,7 @@ LATENCY = Row(
         ),
         lines(
             "The gateway's own time",
-            "From the complete request to its departure for a backend, queueing left out: parsing, scoring, deciding.",
+            "From the complete request to sending it to a backend, without queueing: parsing, scoring, deciding.",
             [(f"max(gateway:overhead:{part}_5m{{{G}}})", part) for part in ("p50", "p99")],
             "s",
             limit=0.25,
@@ -146,13 +146,13 @@ CAPACITY = Row(
     [
         lines(
             "In flight",
-            "Requests that hold a slot, of pools.*.max_in_flight a replica.",
+            "Requests that occupy a slot, of pools.*.max_in_flight per replica.",
             (f"sum by (pool) (gateway_in_flight_requests{{{G}}})", "{{pool}}"),
         ),
         lines(
             "Wait for a slot, p95",
-            "Growing: raise max_in_flight or add backends. It ends at limits.queue_timeout_s, and then another pool "
-            "serves, or nobody does (503).",
+            "If it grows, raise max_in_flight or add backends. After limits.queue_timeout_s another pool serves, or "
+            "none does (503).",
             (
                 f"histogram_quantile(0.95, sum by (pool, le) "
                 f"(rate(gateway_queue_wait_seconds_bucket{{{G}}}[$__rate_interval])))",
@@ -162,7 +162,7 @@ CAPACITY = Row(
         ),
         states(
             "Backends",
-            "Health checks and circuits, as the replica sees them that is worst off. Open: three failures in a row; "
+            "Health checks and circuits, at the replica with the worst view. Open: three failures in a row; "
             "it is tried again after 2 s, doubling up to 30 s.",
             (
                 f'max by (backend) (label_replace(3 * (1 - gateway_backend_up{{{G}}}), "of", "health", "", "")'
@@ -181,7 +181,7 @@ FAILURES = Row(
     [
         lines(
             "Errors by status and pool",
-            "What clients got: 4xx (429 apart) is theirs, 5xx ours or the backends'.",
+            "Answers to clients: 4xx (except 429) are the clients' errors, 5xx the gateway's or the backends'.",
             (
                 zero(
                     f"sum by (pool, code) "
@@ -196,8 +196,8 @@ FAILURES = Row(
             alerts=["DepoErrorRateHigh", "DepoErrorRateElevated"],
         ),
         lines(
-            "Attempts that failed, by backend",
-            "Exchanges with a backend that gave no answer. Retries and other pools make up for most of them.",
+            "Failed attempts, by backend",
+            "Attempts without an answer from the backend. Retries and other pools compensate for most of them.",
             (
                 zero(
                     f"sum by (backend, outcome) (rate(gateway_upstream_attempts_total"
@@ -213,7 +213,7 @@ FAILURES = Row(
         ),
         lines(
             "Second attempts",
-            "By what was wrong with the first. Bounded by the retries section of the config.",
+            "By the failure of the first attempt. Limited by the retries section of the config.",
             (
                 zero(f"sum by (reason) (rate(gateway_retries_total{{{G}}}[$__rate_interval]))", "reason", "none yet"),
                 "{{reason}}",
@@ -223,7 +223,7 @@ FAILURES = Row(
         ),
         lines(
             "Fallbacks",
-            "Requests that another pool than the chosen one had to serve, and why.",
+            "Requests that another pool than the chosen one served, by reason.",
             (
                 zero(
                     f"sum by (from_pool, to_pool, reason) (rate(gateway_fallbacks_total{{{G}}}[$__rate_interval]))",
@@ -238,8 +238,8 @@ FAILURES = Row(
             alerts=["DepoFallbackRatioHigh"],
         ),
         lines(
-            "Clients that hung up",
-            "By what the request was in the middle of. Many while `waiting` or in the `queue`: answers come too late.",
+            "Client disconnects",
+            "By the phase of the request. Many in `waiting` or `queue`: answers are too slow.",
             (
                 zero(
                     f"sum by (phase) (rate(gateway_client_disconnects_total{{{G}}}[$__rate_interval]))",
@@ -260,8 +260,8 @@ UPKEEP = Row(
     [
         lines(
             "Records",
-            "written; dropped: the queue was full, or time was over at shutdown; rejected: the database takes no such "
-            "record. `tries failed`: the database did not answer.",
+            "written; dropped: the queue was full, or the shutdown timed out; rejected: the database does not accept "
+            "the record. `tries failed`: the database did not answer.",
             [
                 (f"sum by (outcome) (rate(gateway_records_total{{{G}}}[$__rate_interval]))", "{{outcome}}"),
                 (f"sum(rate(gateway_records_failures_total{{{G}}}[$__rate_interval]))", "tries failed"),
@@ -271,14 +271,14 @@ UPKEEP = Row(
         ),
         lines(
             "Records waiting",
-            "Not yet in the database; from 10,000 on new ones are dropped.",
+            "Not yet in the database; above 10,000, new ones are dropped.",
             (f"max by (instance) (gateway_records_waiting{{{G}}})", "{{instance}}"),
             limit=10_000,
             alerts=["DepoRecordsFailing"],
         ),
         stat(
-            "Config reloads in the hour before",
-            "A refused one leaves the old config in force; a restart with the file would fail.",
+            "Config reloads in the last hour",
+            "After a refused reload the old config stays in force; a restart with the new file would fail.",
             (f"round(sum by (result) (increase(gateway_config_reloads_total{{{G}}}[1h])))", "{{result}}"),
             decimals=0,
             alerts=["DepoConfigReloadFailed"],
@@ -297,7 +297,8 @@ REPLICAS = Row(
     [
         lines(
             "Requests",
-            "One far below the others gets no traffic: a stuck endpoint, or clients that keep their connections.",
+            "If one is far below the others, it gets no traffic: a stuck endpoint, or clients that keep their "
+            "connections.",
             (f"sum by (instance) (rate(gateway_requests_total{{{G}}}[$__rate_interval]))", "{{instance}}"),
             "reqps",
         ),
@@ -314,7 +315,7 @@ REPLICAS = Row(
         ),
         lines(
             "The gateway's own time, p99",
-            "One far above the others: too little CPU there.",
+            "If one is far above the others, it has too little CPU.",
             (
                 f"histogram_quantile(0.99, sum by (instance, le) "
                 f"(rate(gateway_overhead_seconds_bucket{{{G}}}[$__rate_interval])))",
@@ -331,7 +332,7 @@ REPLICAS = Row(
 BOARD = board(
     "serving",
     "Serving",
-    "Is it up, is it fast, what fails, and where. Look here first when paged.",
+    "Availability, latency, and failures by place. Look here first when paged.",
     [GATEWAY, LEARNER],
     [alerts(), new_version(GATEWAY, "gateway_build_info", "New gateway version")],
     [NOW, TRAFFIC, LATENCY, CAPACITY, FAILURES, UPKEEP, REPLICAS],

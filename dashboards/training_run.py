@@ -1,4 +1,4 @@
-"""The Training run board: one `depo-train rl`, how far it is, whether it learns, and what DEPO saves it."""
+"""The Training run board: the progress of a `depo-train rl`, whether it learns, and what DEPO saves."""
 
 from dashboards.board import TRAINING, Row, board
 from dashboards.panels import WARN, above, lines, stat
@@ -15,22 +15,22 @@ NOW = Row(
     [
         stat(
             "Run",
-            "The policy, and what selects its prompts (depo: off, faithful, plus).",
+            "The policy, and the selection of its prompts (depo: off, faithful, plus).",
             (f"training_run_info{{{T}}}", "{{policy}} depo={{depo}}"),
             names=True,
             width=6,
         ),
         stat(
             "Steps taken",
-            "Of those planned.",
+            "Of the planned steps.",
             (f"{_figure('step')} / {_figure('steps_planned')}", "{{job}}"),
             "percentunit",
             decimals=0,
             width=3,
         ),
         stat(
-            "Left",
-            "At the pace of the last hour.",
+            "Time left",
+            "At the speed of the last hour.",
             (
                 f"({_figure('steps_planned')} - {_figure('step')})"
                 f" * (rate(training_step_duration_seconds_sum{{{T}}}[1h])"
@@ -42,7 +42,7 @@ NOW = Row(
         ),
         stat(
             "Last step",
-            "How long ago. Much more than a step takes: the run hangs, or has ended.",
+            "Time since then. If much longer than a step, the run hangs or has ended.",
             (f"time() - {_figure('last_step_timestamp_seconds')}", "{{job}}"),
             "s",
             steps=[(None, "text"), (1800, WARN)],
@@ -50,21 +50,21 @@ NOW = Row(
         ),
         stat(
             "Last checkpoint",
-            "How long ago one was whole. A run that dies goes on from there.",
+            "Time since one was complete. A run that fails can be resumed from it.",
             (f"time() - {_figure('last_checkpoint_timestamp_seconds')}", "{{job}}"),
             "s",
             width=3,
         ),
         stat(
             "Completions saved",
-            "An estimate for the whole run: completions of rejected prompts that would have had no advantage.",
+            "Estimate for the whole run: completions of rejected prompts that would have had no advantage.",
             (_figure("completions_saved"), "{{job}}"),
             decimals=0,
             width=3,
         ),
         stat(
             "Rewards lost",
-            "Completions whose grading came to nothing, in the time shown: the reward function was too slow or failed.",
+            "Completions that were not graded, in the time range: the reward function was too slow or failed.",
             (
                 f"round(sum by (reason) (increase(training_lost_rewards_total{{{T}}}[$__range])))",
                 "{{reason}}",
@@ -81,8 +81,8 @@ POLICY = Row(
     [
         lines(
             "Reward",
-            "Mean of the completions, each reward function's, and the deviation within a group: at 0 nothing can be "
-            "learned from it.",
+            "Mean over completions, in total and by reward function, and the deviation within a group: at 0 nothing "
+            "can be learned.",
             [
                 (_figure("reward"), "mean"),
                 (_figure("function_reward"), "{{function}}"),
@@ -92,15 +92,15 @@ POLICY = Row(
         ),
         lines(
             "Loss and gradient",
-            "The policy's loss, and the norm of its gradient before it is clipped. A norm that explodes comes before a "
-            "reward that collapses.",
+            "The policy's loss, and the norm of its gradient before clipping. A norm that explodes precedes a reward "
+            "that collapses.",
             [(_figure("loss"), "loss"), (_figure("grad_norm"), "gradient norm")],
             at_least=None,
         ),
         lines(
             "Entropy, divergence, clipping",
-            "Entropy near 0: the policy says always the same. kl: from the reference policy, with beta above 0 only. "
-            "clipped: share of tokens whose probability ratio is.",
+            "Entropy near 0: the policy always gives the same answer. kl: divergence from the reference policy, only "
+            "with beta above 0. clipped: share of tokens whose probability ratio is clipped.",
             [(_figure("entropy"), "entropy"), (_figure("kl"), "kl"), (_figure("clip_ratio"), "clipped")],
         ),
         lines(
@@ -111,7 +111,7 @@ POLICY = Row(
         ),
         lines(
             "Cut off, or without reward",
-            "Shares of the completions: cut off at their longest, and those that no reward function graded.",
+            "Shares of the completions: cut off at the maximum length, and not graded by any reward function.",
             [(_figure("truncated_ratio"), "cut off"), (_figure("missing_rewards_ratio"), "no reward")],
             "percentunit",
             at_most=1,
@@ -119,8 +119,8 @@ POLICY = Row(
         ),
         lines("Learning rate", "Of the policy.", (_figure("learning_rate"), "learning rate"), "sci", width=6),
         lines(
-            "Through the data",
-            "How often the stream of prompts went through the data set; rounds a generation took (dynamic sampling).",
+            "Passes over the data",
+            "Passes of the prompt stream over the data set; rounds per generation (dynamic sampling).",
             [(_figure("data_epoch"), "epochs"), (_figure("rounds"), "rounds")],
             width=6,
         ),
@@ -128,12 +128,12 @@ POLICY = Row(
 )
 
 SELECTION = Row(
-    "What DEPO selects",
+    "Prompt selection",
     [
         lines(
             "Prompts rolled out without advantage",
-            "All completions right, or all wrong: wasted. `rolled out` is what DEPO lowers; `trained on` what is left "
-            "of it for the policy.",
+            "All completions right, or all wrong: wasted. DEPO lowers the share among the prompts `rolled out`; "
+            "`trained on` is the share that reaches the policy.",
             [
                 (_figure("zero_advantage_ratio"), "rolled out"),
                 (_figure("zero_advantage_trained_ratio"), "trained on"),
@@ -143,21 +143,21 @@ SELECTION = Row(
         ),
         lines(
             "Kept, and wrongly rejected",
-            "kept: share of the prompts considered that were rolled out. wrongly rejected: of the rejects that were "
-            "explored, those with an advantage after all.",
+            "kept: share of the considered prompts that were rolled out. wrongly rejected: share of the explored "
+            "rejects that had an advantage.",
             [(_figure("kept_ratio"), "kept"), (_figure("false_reject_ratio"), "wrongly rejected")],
             "percentunit",
             at_most=1,
         ),
         lines(
-            "Pass rate of what was rolled out",
-            "Near one half a group teaches most.",
+            "Pass rate of rollouts",
+            "A group is most informative near one half.",
             (_figure("pass_rate"), "pass rate"),
             "percentunit",
             at_most=1,
         ),
         lines(
-            "Prompts a minute",
+            "Prompts per minute",
             "Scored before a rollout, rolled out (by whether a group had an advantage), and explored against "
             "the scores.",
             [
@@ -171,8 +171,8 @@ SELECTION = Row(
         ),
         lines(
             "The estimator's predictions",
-            "On the 512 newest groups. auroc: how well it tells groups with an advantage; 0.5 is chance. calibration "
-            "error: of the predicted quality.",
+            "On the 512 newest groups. auroc: how well it recognises groups with an advantage; 0.5 is chance. "
+            "calibration error: of the predicted quality.",
             [
                 (_figure("estimator_auroc"), "auroc"),
                 (_figure("estimator_calibration_error"), "calibration error"),
@@ -181,7 +181,7 @@ SELECTION = Row(
         ),
         lines(
             "The estimator's loss",
-            "By term, before its newest update.",
+            "By term, before the newest update.",
             (_figure("estimator_loss"), "{{term}}"),
             at_least=None,
         ),
@@ -189,11 +189,11 @@ SELECTION = Row(
 )
 
 TIME = Row(
-    "Where the time goes",
+    "Time",
     [
         lines(
             "A step, by part",
-            "Seconds a step: choosing prompts, rolling them out, updating the estimator, and the rest (the policy).",
+            "Seconds per step: selecting prompts, rolling them out, updating the estimator, and the rest (the policy).",
             (
                 f"sum by (part) (rate(training_seconds_total{{{T}}}[$__rate_interval]))"
                 f" / on () group_left () sum(rate(training_step_duration_seconds_count{{{T}}}[$__rate_interval]))",
@@ -203,13 +203,13 @@ TIME = Row(
             stacked=True,
         ),
         lines(
-            "Completions a minute",
-            "Rolled out; that is where most of the cost is.",
+            "Completions per minute",
+            "Rolled out, which is most of the cost.",
             (f"60 * rate(training_completions_total{{{T}}}[$__rate_interval])", "{{job}}"),
         ),
         lines(
             "Tokens",
-            "A second, of prompts and completions.",
+            "Per second, of prompts and completions.",
             (f"rate(training_tokens_total{{{T}}}[$__rate_interval])", "{{job}}"),
         ),
     ],
@@ -218,7 +218,7 @@ TIME = Row(
 BOARD = board(
     "training-run",
     "Training run",
-    "One depo-train rl with metrics_listen: how far it is, whether it learns, and what DEPO saves it.",
+    "A depo-train rl with metrics_listen: its progress, whether it learns, and what DEPO saves.",
     [TRAINING],
     [],
     [NOW, POLICY, SELECTION, TIME],

@@ -4,6 +4,7 @@ The Python packages are cyclonedx-py's, run with this interpreter; the interpret
 the image is more than its Python packages. The build stage's base is the final stage's, so its packages are the same.
 """
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -22,9 +23,16 @@ def main() -> int:
     command += ["--output-reproducible", "--spec-version", "1.6", "--output-file", place]
     subprocess.run(command, check=True)
     bill = json.loads(Path(place).read_text())
+    bill["metadata"]["component"]["version"] = product_version(Path(environment))  # pyproject computes it
     bill["components"] = [*bill["components"], interpreter(), *debian()]
     Path(place).write_text(json.dumps(bill, indent=1) + "\n")
     return 0
+
+
+def product_version(environment: Path) -> str:
+    places = [str(place) for place in environment.glob("lib/python3*/site-packages")]
+    (found,) = importlib.metadata.distributions(name="depo-gateway", path=places)
+    return found.version
 
 
 def interpreter() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The openai client against the gateway: nothing changes but the address and the model's name.
+"""The openai client with the gateway: only the address and the model's name differ.
 
 python examples/client.py http://127.0.0.1:8000/v1
 """

@@ -1,4 +1,4 @@
-"""ASGI types and the steps that every endpoint shares: authenticate, read the body, common headers."""
+"""ASGI types, and the steps that all endpoints share: authenticate, read the body, common headers."""
 
 import asyncio
 import re
@@ -8,48 +8,41 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from depo_gateway.gateway.config import Config, key_digest
-from depo_gateway.gateway.protocol import ApiError
+from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.routing import Decision
-from depo_gateway.gateway.state import Gateway, Live, Request
+from depo_gateway.gateway.state import Gateway, Live, RequestState
 
 Scope = MutableMapping[str, Any]
-
-
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
-
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
 HeaderList = list[tuple[bytes, bytes]]
-
 
 CLIENT_GONE = 499  # nginx's status for a client that hung up; no client ever sees it
 
 
-def authenticate(live: Live, headers: Mapping[bytes, bytes]) -> str:
-    """The name of the caller's key, "" where the gateway is open."""
+def authenticate(live: Live, api_key: str) -> str:
+    """The name of an API key; "" where the gateway is open.
+
+    Raises:
+        ApiError: 401 for a missing or unknown key.
+    """
     if not live.keys:
         return ""
-    key = bearer_key(headers)
-    if not key:
+    if not api_key:
         raise ApiError(401, "No API key: send it as 'Authorization: Bearer KEY'.", "missing_api_key")
-    name = live.keys.get(key_digest(key))
+    name = live.keys.get(key_digest(api_key))
     if name is None:
         raise ApiError(401, "The API key is not known here.", "invalid_api_key")
     return name
 
 
-def bearer_key(headers: Mapping[bytes, bytes]) -> str:
-    """The key of `Authorization: Bearer KEY`, "" without one."""
-    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
-
-
 async def read_body(receive: Receive, headers: Mapping[bytes, bytes], config: Config) -> bytes:
+    """The whole body of a request.
+
+    Raises:
+        ApiError: 413 for a body over `limits.body_bytes`, 408 for one that does not come in time, CLIENT_GONE.
+    """
     limit = config.limits.body_bytes
     close = ((b"connection", b"close"),)
     too_large = ApiError(413, f"The body is larger than limits.body_bytes ({limit}).", "body_too_large", headers=close)
@@ -77,7 +70,7 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], config: Co
 
 
 def request_id(headers: Mapping[bytes, bytes]) -> str:
-    """The client's x-request-id if it is a plain short word, or a new one."""
+    """The client's x-request-id if it is short and plain, otherwise a new one."""
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else "req-" + secrets.token_hex(12)
 
@@ -96,7 +89,7 @@ def decision_headers(config: Config, decision: Decision) -> HeaderList:
     return headers
 
 
-def common_headers(gateway: Gateway, request: Request) -> HeaderList:
+def common_headers(gateway: Gateway, request: RequestState) -> HeaderList:
     headers = [(b"x-request-id", request.id.encode())]
     if gateway.draining:
         headers.append((b"connection", b"close"))  # the client's next request finds another replica

@@ -97,7 +97,7 @@ class Candidate:
         quality = {name: scores.quality[column] for name, column in self._columns.items()}
         confidence = routing.confidences(quality, self._rule, offer.candidates)
         threshold = offer.threshold if self._threshold is None else self._threshold
-        decision = routing.decide(confidence, offer.candidates, threshold, self.version)
+        decision = routing.by_threshold(confidence, offer.candidates, threshold, self.version)
         if decision.confidence is not None:
             self._metrics.candidate_confidence.observe(decision.confidence)
         return decision.pool

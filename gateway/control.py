@@ -11,19 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.gateway.budgets import Account, Budgets
 from depo_gateway.gateway.candidate import Candidate, Offer
 from depo_gateway.gateway.config import Config
-from depo_gateway.gateway.protocol import ApiError
+from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.routing import Decision, Eligible
 from depo_gateway.gateway.score_drift import ScoreDrift
 from depo_gateway.gateway.scoring import Scored
 from depo_gateway.gateway.threshold_controller import Step, ThresholdController
 from depo_gateway.gateway.thresholds import controller_of, curve_of, fixed_threshold, last_pool, spent_in
-
-OBEYING = ("confident", "unsure", "context", "accepts")  # reasons of decisions that the threshold makes
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +199,7 @@ class Control:
         config = accounting.config = self._config
         assert config is not None
         decision = self._within_budget(accounting, key, candidates, decision)
-        if decision.reason == "pinned":
+        if decision.reason is Reason.PINNED:
             return decision
         decisive = accounting.decisive_confidence
         if self._controller is not None:
@@ -210,7 +209,7 @@ class Control:
         if decisive is not None and accounting.typical and accounting.version == self._version:
             self._drift.observe(decisive)
         if self._candidate is not None and decisive is not None:
-            live = decision.pool if decision.reason in OBEYING else None
+            live = decision.pool if decision.reason.obeys_threshold else None
             self._candidate.offer(Offer(asked, candidates, decision.threshold or 0.0, live))
         return decision
 
@@ -240,9 +239,9 @@ class Control:
 
     def _obeys(self, accounting: Accounting, decision: Decision, last: str) -> bool:
         """Whether another threshold could have changed where the request went."""
-        if accounting.requested_threshold is None and decision.reason in OBEYING:
+        if accounting.requested_threshold is None and decision.reason.obeys_threshold:
             return True
-        return self.routes_by_share or (decision.reason == "sticky" and decision.pool != last)
+        return self.routes_by_share or (decision.reason is Reason.STICKY and decision.pool != last)
 
     def _within_budget(self, accounting: Accounting, key: str, candidates: Eligible, decision: Decision) -> Decision:
         assert self._config is not None
@@ -254,11 +253,10 @@ class Control:
         if accounting.paid:
             return decision
         below = [name for name in candidates.pools if name != last]
-        threshold = accounting.requested_threshold
-        insists = decision.reason == "pinned" or (threshold is not None and threshold >= 1.0)
+        insists = decision.reason is Reason.PINNED or (accounting.requested_threshold or 0.0) >= 1.0
         if insists or not below:
             raise share_used_up(account, last, insists)
-        return replace(decision, pool=below[0], reason="budget", propensity=1.0)
+        return replace(decision, pool=below[0], reason=Reason.BUDGET, propensity=1.0)
 
 
 def share_used_up(account: Account, last: str, insists: bool = False) -> ApiError:

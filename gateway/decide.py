@@ -2,66 +2,64 @@
 
 import random
 
-from depo_gateway.gateway import conversations, protocol, routing
-from depo_gateway.gateway.protocol import ApiError, Query
+from depo_gateway.estimator.records.reasons import Reason
+from depo_gateway.gateway import conversations, routing
+from depo_gateway.gateway.config import Config
+from depo_gateway.gateway.model_names import requested_threshold
+from depo_gateway.gateway.openai.api import Prompt
+from depo_gateway.gateway.openai.errors import ApiError
+from depo_gateway.gateway.openai.query import Query
 from depo_gateway.gateway.routing import Decision, Eligible
-from depo_gateway.gateway.state import Gateway, Live, Request
+from depo_gateway.gateway.scoring import Scored
+from depo_gateway.gateway.state import Gateway, RequestState
 
 
-async def decide(gateway: Gateway, live: Live, query: Query, key: str, request: Request) -> tuple[Eligible, Decision]:
-    """The pool for a query, and the pools that could take it in its stead."""
-    pinned = live.names.get(query.model)
-    if pinned is not None:
-        return Eligible((pinned,)), Decision(pinned, "pinned", estimator=live.scorer.version)
-    if query.model != protocol.AUTO and not query.model.startswith(protocol.AUTO + "-"):
-        known = ", ".join((protocol.AUTO, *live.config.pools))
-        raise ApiError(
-            404,
-            f"The model {query.model!r} does not exist; this gateway has {known} (GET /v1/models).",
-            "model_not_found",
-            "model",
-        )
-    asked = request.accounting.requested_threshold = protocol.wanted_threshold(query.model)
-    if query.endpoint == "embeddings":
-        raise ApiError(
-            400,
-            f"Embeddings are not routed; name a pool as 'model': {', '.join(live.config.pools)}.",
-            "model_not_routable",
-            "model",
-        )
-    if query.endpoint == "completions" and not query.prompt and query.fields.get("prompt") not in ("", [""]):
-        raise ApiError(
-            400,
-            "Only a 'prompt' of text can be routed; for token ids name a pool as 'model'.",
-            "prompt_not_routable",
-            "prompt",
-        )
-    config = live.config
-    candidates = routing.eligible(config.pools, query.needs, query.prompt_tokens)
-    if not candidates.pools:
-        raise ApiError(
-            400, f"No pool accepts {' and '.join(sorted(query.needs))}.", "modality_not_accepted", "messages"
-        )
+async def decide(gateway: Gateway, request: RequestState, query: Query, key: str) -> tuple[Eligible, Decision]:
+    """The pool for a query, and the pools that could serve it instead.
+
+    Raises:
+        ApiError: 404 for an unknown model, 400 for a query that can't be routed or that no pool accepts.
+    """
+    live = request.live
+    named = live.names.get(query.model)
+    if named is not None:
+        return Eligible((named,)), Decision(named, Reason.PINNED, estimator=live.scorer.version)
+    request.accounting.requested_threshold = requested_threshold(query.model, live.config.pools)
+    prompt, candidates = _routable(live.config, query)
     request.phase = "scoring"
-    scored = request.notes.scored = await live.scorer.score(query.asked)
-    sticky = config.routing.sticky and query.endpoint == "chat"
-    served_by = gateway.conversations.find(key, query.messages) if sticky else None
-    threshold = gateway.control.threshold if asked is None else asked
-    coin = gateway.control.random_shares(gateway.shares) if asked is None else None
-    if scored is None:
-        decision = routing.without_scores(
-            candidates, config.routing.on_overload, gateway.shares, threshold, random.random()
-        )
-    else:
-        confidence = routing.confidences(scored.quality, config.routing.rule, candidates)
-        request.accounting.note_scores(confidence, candidates, len(config.pools), scored)
-        explore, draw = config.routing.explore if served_by is None else 0.0, random.random()
-        decision = (
-            routing.decide(confidence, candidates, threshold, scored.version, explore, draw)
-            if coin is None
-            else routing.by_share(confidence, candidates, coin, threshold, scored.version, draw)
-        )
+    scored = request.notes.scored = await live.scorer.score(prompt)
+    sticky = live.config.routing.sticky and query.messages
+    served_by = gateway.conversations.find(key, query.messages, query.continued_answer) if sticky else None
+    decision = _choose(gateway, request, candidates, scored, explore=served_by is None)
     if served_by is not None:
         looping = conversations.in_tool_loop(query.messages)
-        decision = routing.keep(decision, served_by, tuple(config.pools), candidates, looping)
+        decision = routing.keep(decision, served_by, tuple(live.config.pools), candidates, looping)
     return candidates, decision
+
+
+def _routable(config: Config, query: Query) -> tuple[Prompt, Eligible]:
+    """The prompt to score, and the pools that can take the query."""
+    if query.prompt is None:
+        raise query.api.unroutable(tuple(config.pools))
+    candidates = routing.eligible(config.pools, query.modalities, query.prompt_tokens)
+    if not candidates.pools:
+        message = f"No pool accepts {' and '.join(sorted(query.modalities))}."
+        raise ApiError(400, message, "modality_not_accepted", query.api.prompt_field)
+    return query.prompt, candidates
+
+
+def _choose(
+    gateway: Gateway, request: RequestState, candidates: Eligible, scored: Scored | None, explore: bool
+) -> Decision:
+    """The pool by the scores; at random where there are none, or where labels show them to be worth nothing."""
+    rules, asked, draw = request.live.config.routing, request.accounting.requested_threshold, random.random()
+    threshold = gateway.control.threshold if asked is None else asked
+    if scored is None:
+        return routing.without_scores(candidates, rules.on_overload, gateway.shares, threshold, draw)
+    confidence = routing.confidences(scored.quality, rules.rule, candidates)
+    request.accounting.note_scores(confidence, candidates, len(request.live.config.pools), scored)
+    shares = gateway.control.random_shares(gateway.shares) if asked is None else None
+    if shares is not None:
+        return routing.by_share(confidence, candidates, shares, threshold, scored.version, draw)
+    share = rules.explore if explore else 0.0
+    return routing.by_threshold(confidence, candidates, threshold, scored.version, share, draw)

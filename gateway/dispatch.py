@@ -1,29 +1,50 @@
-"""Finding a backend that answers: slots, second attempts, other pools. Nothing has gone to the client yet."""
+"""Finds a backend that answers: slots, second attempts, other pools. The client has received nothing yet."""
 
 import asyncio
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from depo_gateway.gateway import protocol
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway.control import share_used_up
+from depo_gateway.gateway.openai.errors import ApiError
+from depo_gateway.gateway.openai.query import Query, forwarded_body
 from depo_gateway.gateway.pools import Backend, NoSlotError, Pool
-from depo_gateway.gateway.protocol import ApiError, Query
 from depo_gateway.gateway.routing import Decision, Eligible
-from depo_gateway.gateway.state import Gateway, Live, Request
+from depo_gateway.gateway.state import Gateway, RequestState
 from depo_gateway.gateway.upstream import Reply, UpstreamError
 
 RETRIED_STATUS = (502, 503, 504)
-UPSTREAM_PATHS = {path: name for name, path in protocol.PATHS.items()}
+BACKENDS_PER_POOL = 2
 # How vLLM, llama.cpp and SGLang say that a prompt is too long for the model.
-TOO_LONG = re.compile(rb"context[ _](length|size)|exceed_context", re.IGNORECASE)
-FORWARDED_HEADERS = (b"traceparent", b"tracestate", b"accept")
+PROMPT_TOO_LONG = re.compile(rb"context[ _](length|size)|exceed_context", re.IGNORECASE)
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place in a pool, counted in the gauge of requests in flight."""
+
+    gateway: Gateway
+    pool: Pool
+    backend: Backend | None = None
+
+    def use(self, backend: Backend) -> None:
+        """Counts the request at this backend instead of the one before."""
+        if self.backend is not None:
+            self.backend.released()
+        self.backend = backend
+        backend.taken()
+
+    def close(self) -> None:
+        if self.backend is not None:
+            self.backend.released()
+        self.pool.leave()
+        self.gateway.metrics.in_flight.labels(self.pool.name).dec()
 
 
 @dataclass(slots=True, eq=False)
 class Exchange:
-    """A backend's answer from its first bytes on, with the slot it holds until `close`."""
+    """A backend's answer from its first bytes on. It holds its slot until `close`."""
 
     decision: Decision
     pool: Pool
@@ -32,7 +53,7 @@ class Exchange:
     status: int
     streaming: bool
     body: bytes  # the whole of it, or a stream's first bytes
-    slot: "Slot"
+    slot: Slot
 
     async def next_chunk(self, idle_s: float) -> bytes:
         """The stream's next bytes, b"" at its end.
@@ -57,128 +78,150 @@ class Exchange:
         self.slot.close()
 
 
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A place in a pool, and a gauge that says so."""
-
-    gateway: Gateway
-    pool: Pool
-    backend: Backend | None = None
-
-    def close(self) -> None:
-        if self.backend is not None:
-            self.backend.released()
-        self.pool.leave()
-        self.gateway.metrics.in_flight.labels(self.pool.name).dec()
-
-
 async def obtain(
-    gateway: Gateway,
-    live: Live,
-    query: Query,
-    candidates: Eligible,
-    decision: Decision,
-    request: Request,
-    headers: Mapping[bytes, bytes],
+    gateway: Gateway, request: RequestState, query: Query, candidates: Eligible, decision: Decision
 ) -> Exchange:
     """The first answer that can go to the client: from the decision's pool, from another backend of it, or, unless the
-    pool was pinned, from another pool.
+    client named the pool, from another pool.
 
     Raises:
-        ApiError: 503 when nobody answered, 504 when a stream's first token did not come in time, 429 when the prompt
-            is too long for all but the last pool, and the key's share of that one is used up.
+        ApiError: 503 when no backend answered, 504 when a stream's first token did not come in time, 429 when the
+            prompt is too long for all but the last pool and the key's share of that one is used up.
     """
     gateway.budget.deposit()
-    failure, why = "none of its backends is up", "down"
-    attempts = 0
-    order, first, last = _order(decision, candidates), decision.pool, list(live.pools)[-1]
-    for name in order:
-        pool = live.pools[name]
-        chosen = decision if name == decision.pool else replace(decision, pool=name, reason="fallback", propensity=1.0)
-        if not pool.usable():
-            continue
-        if name == last != first and not request.accounting.pay():
-            if name == decision.pool and request.accounting.account is not None:  # for its room, not for an outage
-                raise share_used_up(request.accounting.account, last)
-            failure, why = "the key's share of the last pool is used up", "budget"
-            continue
-        request.pool = name
+    search = _Search(gateway, request, query, decision, _order(decision, candidates))
+    for name in search.order:
+        exchange = await search.ask_pool(name)
+        if exchange is not None:
+            return exchange
+    raise search.unavailable(search.failure)
+
+
+@dataclass(slots=True, eq=False)
+class _Search:
+    """One request's search for a backend that answers, through the pools in `order`."""
+
+    gateway: Gateway
+    request: RequestState
+    query: Query
+    decision: Decision  # another one once a backend has found the prompt too long
+    order: list[str]
+    failure: str = "none of its backends is up"  # the last one, for the error's message
+    cause: str = "down"  # the same as a label of metrics
+    attempts: int = 0
+
+    async def ask_pool(self, name: str) -> Exchange | None:
+        """A pool's answer for the client; None if the next pool is to be asked."""
+        pool = self.request.live.pools[name]
+        if not pool.usable() or not self._within_budget(name):
+            return None
+        decision = self.decision
+        if name != decision.pool:
+            decision = replace(decision, pool=name, reason=Reason.FALLBACK, propensity=1.0)
+        self.request.pool = name
         try:
-            slot = await _enter(gateway, live, pool, request)
+            slot = await _enter(self.gateway, self.request, pool)
         except NoSlotError as error:
-            failure, why = f"it is full, {error}", "full"
-            continue
-        tried: tuple[Backend, ...] = ()
-        exchange = None
+            self.failure, self.cause = f"it is full, {error}", "full"
+            return None
         try:
-            while exchange is None and len(tried) < 2:
-                backend = pool.pick(tried)
-                if backend is None and why == "reset" and tried and tried[0].usable(time.monotonic()):
-                    backend = tried[0]  # an idle connection that closed as it was used: a new one may do
-                if backend is None:
-                    break
-                if attempts:
-                    if not gateway.budget.withdraw():
-                        raise _unavailable(
-                            order, f"{failure}; retries are bounded by the retries section of the config"
-                        )
-                    gateway.metrics.retries.labels(why).inc()
-                attempts += 1
-                tried += (backend,)
-                try:
-                    exchange = await _attempt(gateway, live, query, slot, backend, chosen, request, headers)
-                except UpstreamError as error:
-                    failure, why = str(error), error.outcome
-            if exchange is not None and not _goes_up(live, query, exchange, order):
-                if chosen.reason == "fallback":
-                    gateway.metrics.fallbacks.labels(decision.pool, name, why).inc()
+            exchange = await self._ask_backends(slot, decision)
+            if exchange is not None and not self._too_long_here(exchange):
+                if decision is not self.decision:
+                    self.gateway.metrics.fallbacks.labels(self.decision.pool, name, self.cause).inc()
                 return exchange
-            if exchange is not None:  # a prompt longer than we thought: the next pool has room for it
-                exchange.reply.close()
-                request.working = None
-                decision = replace(decision, pool=order[order.index(name) + 1], reason="context", propensity=1.0)
-                attempts, exchange = 0, None
+            if exchange is not None:
+                self._move_up(exchange)
         except BaseException:
             slot.close()
             raise
         slot.close()
-    raise _unavailable(order, failure)
+        return None
+
+    def unavailable(self, failure: str) -> ApiError:
+        order = self.order
+        pools = f"pool {order[0]}" if len(order) == 1 else f"any of the pools {', '.join(order)}"
+        message = f"No answer from {pools}: {failure}. Try again later."
+        return ApiError(503, message, "pool_unavailable", headers=((b"retry-after", b"1"),))
+
+    async def _ask_backends(self, slot: Slot, decision: Decision) -> Exchange | None:
+        """The answer of one of a pool's backends; None if none of those tried gave one."""
+        tried: tuple[Backend, ...] = ()
+        while len(tried) < BACKENDS_PER_POOL:
+            backend = slot.pool.pick(tried)
+            if backend is None and self.cause == "reset" and tried and tried[0].usable(time.monotonic()):
+                backend = tried[0]  # an idle connection that closed as it was used: a new one may work
+            if backend is None:
+                return None
+            self._pay_for_retry()
+            tried += (backend,)
+            try:
+                return await _attempt(self.gateway, self.request, self.query, slot, backend, decision)
+            except UpstreamError as error:
+                self.failure, self.cause = str(error), error.outcome
+        return None
+
+    def _pay_for_retry(self) -> None:
+        """Counts an attempt; every one but the first takes from the budget of retries."""
+        if self.attempts:
+            if not self.gateway.budget.withdraw():
+                raise self.unavailable(f"{self.failure}; retries are bounded by the retries section of the config")
+            self.gateway.metrics.retries.labels(self.cause).inc()
+        self.attempts += 1
+
+    def _within_budget(self, name: str) -> bool:
+        """Whether the key's share lets this pool answer, where it is the last one and was not the first choice."""
+        accounting, last = self.request.accounting, list(self.request.live.pools)[-1]
+        if name != last or name == self.order[0] or accounting.pay():
+            return True
+        if name == self.decision.pool and accounting.account is not None:  # needed for its context, not for an outage
+            raise share_used_up(accounting.account, last)
+        self.failure, self.cause = "the key's share of the last pool is used up", "budget"
+        return False
+
+    def _too_long_here(self, exchange: Exchange) -> bool:
+        """Whether the backend found the prompt too long, and a dearer pool follows whose context may be longer."""
+        if exchange.status != 400 or not PROMPT_TOO_LONG.search(exchange.body):
+            return False
+        pools, order = self.request.live.pools, self.order
+        names, after = list(pools), order.index(exchange.pool.name) + 1
+        if after >= len(order) or names.index(order[after]) < names.index(exchange.pool.name):
+            return False
+        here, there = exchange.pool.config.context_tokens, pools[order[after]].config.context_tokens
+        return here is None or there is None or there > here
+
+    def _move_up(self, exchange: Exchange) -> None:
+        """Decides for the next pool, because the prompt is longer than it was estimated."""
+        exchange.reply.close()
+        self.request.working = None
+        after = self.order[self.order.index(exchange.pool.name) + 1]
+        self.decision = replace(self.decision, pool=after, reason=Reason.CONTEXT, propensity=1.0)
+        self.attempts = 0
 
 
 async def _attempt(
-    gateway: Gateway,
-    live: Live,
-    query: Query,
-    slot: Slot,
-    backend: Backend,
-    decision: Decision,
-    request: Request,
-    headers: Mapping[bytes, bytes],
+    gateway: Gateway, request: RequestState, query: Query, slot: Slot, backend: Backend, decision: Decision
 ) -> Exchange:
     """One exchange with one backend up to its first bytes.
 
     Raises:
         UpstreamError: it failed in a way that another attempt may mend.
-        ApiError: 504, the first token did not come in time: the backend is at work, a second one would double it.
+        ApiError: 504, the first token did not come in time. The backend is at work; a second one would double that.
     """
-    body = protocol.forwarded(query, slot.pool.config.model)
-    sent = {"content-type": "application/json", "x-request-id": request.id, **backend.headers}
-    sent |= {name.decode(): headers[name].decode("latin-1") for name in FORWARDED_HEADERS if name in headers}
+    api = query.api
+    body, headers = forwarded_body(query, slot.pool.config.model), _backend_headers(request, query, backend)
     outcome = "cancelled"
-    if slot.backend is not None:
-        slot.backend.released()
-    slot.backend = backend
-    backend.taken()
+    slot.use(backend)
     reply: Reply | None = None
-    kept = False
+    answered = False
     request.phase, request.working = "waiting", slot.pool.name
     if not request.departed:
         request.departed = time.perf_counter()
-        gateway.metrics.overhead.labels(query.endpoint).observe(request.departed - request.complete - request.queued)
-    limit = live.config.timeouts.first_token_s if query.stream else None
+        gateway.metrics.overhead.labels(api.name).observe(request.departed - request.complete - request.queued)
+    limit = request.live.config.timeouts.first_token_s if query.stream else None
     try:
         async with asyncio.timeout(limit):
-            reply = await gateway.upstream.send("POST", backend.url + UPSTREAM_PATHS[query.endpoint], sent, body)
+            reply = await gateway.upstream.send("POST", backend.url + api.path, headers, body)
             streaming = query.stream and reply.status == 200
             first = await (reply.chunk() if streaming else reply.read())
         if streaming and not first:
@@ -187,7 +230,7 @@ async def _attempt(
             raise UpstreamError(f"status_{reply.status}", f"a backend answered {reply.status}")
         backend.succeeded()
         outcome = "ok" if reply.status < 400 else "client_error" if reply.status < 500 else "error"
-        kept = True
+        answered = True
         return Exchange(decision, slot.pool, backend, reply, reply.status, streaming, first, slot)
     except UpstreamError as error:
         outcome, request.working = error.outcome, None
@@ -198,18 +241,26 @@ async def _attempt(
         backend.failed(time.monotonic())
         raise ApiError(504, f"No first token within timeouts.first_token_s ({limit:g} s).", "timeout") from None
     except asyncio.CancelledError:
-        if not request.gone:  # timeouts.total_s, and not a byte of an answer
+        if not request.gone:  # timeouts.total_s is over, without a byte of an answer
             outcome = "timeout"
             backend.failed(time.monotonic())
         raise
     finally:
         gateway.metrics.attempts.labels(backend.url, outcome).inc()
-        if reply is not None and not kept:
+        if reply is not None and not answered:
             reply.close()
 
 
-async def _enter(gateway: Gateway, live: Live, pool: Pool, request: Request) -> Slot:
-    limits = live.config.limits
+def _backend_headers(request: RequestState, query: Query, backend: Backend) -> dict[str, str]:
+    headers = {"content-type": "application/json", "x-request-id": request.id, **backend.headers}
+    for name in query.api.forwarded_headers:
+        if name in request.headers:
+            headers[name.decode()] = request.headers[name].decode("latin-1")
+    return headers
+
+
+async def _enter(gateway: Gateway, request: RequestState, pool: Pool) -> Slot:
+    limits = request.live.config.limits
     request.phase = "queue"
     started = time.perf_counter()
     await pool.enter(limits.max_queue, limits.queue_timeout_s)
@@ -225,25 +276,3 @@ def _order(decision: Decision, candidates: Eligible) -> list[str]:
     pools = candidates.pools
     at = pools.index(decision.pool)
     return [*pools[at:], *reversed(pools[:at])]
-
-
-def _goes_up(live: Live, query: Query, exchange: Exchange, order: list[str]) -> bool:
-    """Whether a backend found the prompt too long and a dearer pool follows, not known to have as short a context."""
-    if exchange.status != 400 or not TOO_LONG.search(exchange.body):
-        return False
-    after = order.index(exchange.pool.name) + 1
-    names = list(live.pools)
-    if after >= len(order) or names.index(order[after]) < names.index(exchange.pool.name):
-        return False
-    here, there = exchange.pool.config.context_tokens, live.pools[order[after]].config.context_tokens
-    return here is None or there is None or there > here
-
-
-def _unavailable(order: list[str], failure: str) -> ApiError:
-    which = f"pool {order[0]}" if len(order) == 1 else f"any of the pools {', '.join(order)}"
-    return ApiError(
-        503,
-        f"No answer from {which}: {failure}. Try again later.",
-        "pool_unavailable",
-        headers=((b"retry-after", b"1"),),
-    )

@@ -1,4 +1,4 @@
-"""The endpoints beside the hot path: models, the decision alone, health; and the admin port's."""
+"""The endpoints that serve no model: the list of models, the decision alone, feedback, health; and the admin port."""
 
 import hmac
 import logging
@@ -13,12 +13,15 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from depo_gateway import __version__
-from depo_gateway.gateway import asgi, feedback, protocol, status
+from depo_gateway.gateway import asgi, feedback, status
 from depo_gateway.gateway.config import key_digest
 from depo_gateway.gateway.decide import decide
-from depo_gateway.gateway.protocol import ApiError
-from depo_gateway.gateway.state import Gateway
-from depo_gateway.gateway.state import Request as Bookkeeping
+from depo_gateway.gateway.model_names import AUTO, requested_threshold, unknown_model
+from depo_gateway.gateway.openai.apis import api_of_body
+from depo_gateway.gateway.openai.authorization import bearer_key
+from depo_gateway.gateway.openai.errors import ApiError, error_body
+from depo_gateway.gateway.openai.query import json_object, query_of
+from depo_gateway.gateway.state import Gateway, RequestState
 from depo_gateway.gateway.state_metrics import show_state
 
 log = logging.getLogger(__name__)
@@ -28,105 +31,76 @@ REMEDIES = {404: "GET /v1/models lists what is here", 405: "docs/operations.md s
 
 
 def create_public(gateway: Gateway) -> FastAPI:
-    """What clients reach: /v1/models, /v1/route, /v1/feedback, /livez, /readyz."""
-    surface = _new("DEPO Gateway")
+    """The public port's: /v1/models, /v1/route, /v1/feedback, /livez, /readyz."""
+    app = _new_app("DEPO Gateway")
     started = int(time.time())
 
     def model(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": started, "owned_by": "depo-gateway"}
 
-    @surface.get("/v1/models")
+    @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        asgi.authenticate(gateway.live, dict(request.headers.raw))
-        return _json({"object": "list", "data": [model(name) for name in (protocol.AUTO, *gateway.live.names)]})
+        asgi.authenticate(gateway.live, bearer_key(dict(request.headers.raw)))
+        return _json({"object": "list", "data": [model(name) for name in (AUTO, *gateway.live.names)]})
 
-    @surface.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}")
     async def one_model(name: str, request: Request) -> Response:
-        asgi.authenticate(gateway.live, dict(request.headers.raw))
-        if name not in gateway.live.names and name != protocol.AUTO:
-            protocol.wanted_threshold(name) if name.startswith(protocol.AUTO + "-") else _unknown(name)
+        asgi.authenticate(gateway.live, bearer_key(dict(request.headers.raw)))
+        if name not in gateway.live.names and name != AUTO:
+            if not name.startswith(AUTO + "-"):
+                raise unknown_model(f"The model {name!r} does not exist; GET /v1/models lists those that do.")
+            requested_threshold(name, gateway.live.config.pools)
         return _json(model(name))
 
-    @surface.post("/v1/route")
+    @app.post("/v1/route")
     async def route(request: Request) -> Response:
-        live, headers = gateway.live, dict(request.headers.raw)
-        key = asgi.authenticate(live, headers)
-        gateway.control.admit(key)
-        body = await asgi.read_body(request.receive, headers, live.config)
-        query = protocol.parse("completions", body)
-        if "messages" in query.fields:
-            query = protocol.parse("chat", body)
-        book = Bookkeeping(query.endpoint, asgi.request_id(headers), time.perf_counter())
-        _, decision = await decide(gateway, live, query, key, book)
-        told: dict[str, Any] = {
-            "pool": decision.pool,
-            "model": live.config.pools[decision.pool].model,
-            "reason": decision.reason,
-            "estimator": decision.estimator,
-        }
-        if live.config.routing.expose_scores:
-            told |= {"confidence": decision.confidence, "threshold": decision.threshold}
-        answer = _json(told)
-        answer.raw_headers += asgi.decision_headers(live.config, decision) + asgi.common_headers(gateway, book)
-        return answer
+        return await _decision(gateway, request)
 
-    @surface.post("/v1/feedback")
-    async def take_feedback(request: Request) -> Response:
+    @app.post("/v1/feedback")
+    async def add_feedback(request: Request) -> Response:
         live, headers = gateway.live, dict(request.headers.raw)
-        key = asgi.authenticate(live, headers)
+        key = asgi.authenticate(live, bearer_key(headers))
         body = await asgi.read_body(request.receive, headers, live.config)
-        return _json({"status": "stored", "request_id": await feedback.take(gateway, key, body)})
+        return _json({"status": "stored", "request_id": await feedback.store_feedback(gateway, key, body)})
 
-    @surface.get("/livez")
+    @app.get("/livez")
     async def livez() -> Response:
         return _json({"status": "alive"})
 
-    @surface.get("/readyz")
+    @app.get("/readyz")
     async def readyz() -> Response:
         reasons = status.unready(gateway)
         return _json({"status": "not ready" if reasons else "ready", "reasons": reasons}, 503 if reasons else 200)
 
-    return surface
+    return app
 
 
 def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
-    """What operators reach: /metrics, /admin/, /admin/status, /admin/reload.
+    """The admin port's: /metrics, /admin/, /admin/status, /admin/reload.
 
     `reload` is None where no file holds the config.
     """
-    surface = _new("DEPO Gateway admin")
+    app = _new_app("DEPO Gateway admin")
 
-    @surface.get("/metrics")
+    @app.get("/metrics")
     async def metrics() -> Response:
         show_state(gateway)
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @surface.get("/admin/")
+    @app.get("/admin/")
     async def page() -> Response:
         body, headers = status.page()
         return Response(body, headers=headers)
 
-    @surface.get("/admin/status")
-    async def describe() -> Response:
+    @app.get("/admin/status")
+    async def admin_status() -> Response:
         answer = _json(status.describe(gateway))
         answer.headers.update(status.PRIVATE)
         return answer
 
-    @surface.post("/admin/reload")
+    @app.post("/admin/reload")
     async def reload_config(request: Request) -> Response:
-        wanted = gateway.live.config.admin.key_sha256
-        if wanted is None:
-            raise ApiError(
-                403,
-                "Reloading wants an admin key: put admin.key_sha256 into the config "
-                "(depo-gateway keys new admin prints one).",
-                "no_admin_key",
-            )
-        key = asgi.bearer_key(dict(request.headers.raw))
-        if not hmac.compare_digest(key_digest(key), wanted):
-            raise ApiError(
-                401, "The admin key is not right: send it as 'Authorization: Bearer KEY'.", "invalid_api_key"
-            )
+        _authenticate_admin(gateway, request)
         if reload is None:
             raise ApiError(
                 409, "This gateway was not started from a config file; there is nothing to reload.", "no_config"
@@ -141,17 +115,55 @@ def create_admin(gateway: Gateway, reload: Reload | None) -> FastAPI:
         gateway.metrics.config_reloads.labels("applied").inc()
         return _json({"status": "reloaded", "estimator": version})
 
-    return surface
+    return app
 
 
-def _new(title: str) -> FastAPI:
-    surface = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+async def _decision(gateway: Gateway, request: Request) -> Response:
+    """Decides as for a request with the same body, without calling a backend."""
+    live, headers = gateway.live, dict(request.headers.raw)
+    key = asgi.authenticate(live, bearer_key(headers))
+    gateway.control.admit(key)
+    body = await asgi.read_body(request.receive, headers, live.config)
+    fields = json_object(body)
+    query = query_of(api_of_body(gateway.apis, fields), fields, body)
+    state = RequestState(query.api, live, headers, asgi.request_id(headers), time.perf_counter())
+    _, decision = await decide(gateway, state, query, key)
+    described: dict[str, Any] = {
+        "pool": decision.pool,
+        "model": live.config.pools[decision.pool].model,
+        "reason": decision.reason,
+        "estimator": decision.estimator,
+    }
+    if live.config.routing.expose_scores:
+        described |= {"confidence": decision.confidence, "threshold": decision.threshold}
+    answer = _json(described)
+    answer.raw_headers += asgi.decision_headers(live.config, decision) + asgi.common_headers(gateway, state)
+    return answer
 
-    @surface.exception_handler(ApiError)
+
+def _authenticate_admin(gateway: Gateway, request: Request) -> None:
+    """Raises ApiError, 403 or 401, unless the request carries the admin key."""
+    expected = gateway.live.config.admin.key_sha256
+    if expected is None:
+        raise ApiError(
+            403,
+            "Reloading requires an admin key: put admin.key_sha256 into the config "
+            "(depo-gateway keys new admin prints one).",
+            "no_admin_key",
+        )
+    key = bearer_key(dict(request.headers.raw))
+    if not hmac.compare_digest(key_digest(key), expected):
+        raise ApiError(401, "The admin key is not valid: send it as 'Authorization: Bearer KEY'.", "invalid_api_key")
+
+
+def _new_app(title: str) -> FastAPI:
+    app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
         return _error(error)
 
-    @surface.exception_handler(HTTPException)
+    @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         remedy = REMEDIES.get(error.status_code)
         message = f"{request.method} {request.url.path}: {error.detail}" + (f"; {remedy}." if remedy else ".")
@@ -159,13 +171,7 @@ def _new(title: str) -> FastAPI:
         headers = tuple((name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items())
         return _error(ApiError(error.status_code, message, code, headers=headers))
 
-    return surface
-
-
-def _unknown(name: str) -> None:
-    raise ApiError(
-        404, f"The model {name!r} does not exist; GET /v1/models lists those that do.", "model_not_found", "model"
-    )
+    return app
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -174,4 +180,4 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def _error(error: ApiError) -> Response:
     headers = {name.decode(): value.decode() for name, value in error.headers}
-    return Response(error.body(), error.status, headers, media_type="application/json")
+    return Response(error_body(error), error.status, headers, media_type="application/json")

@@ -1,28 +1,27 @@
-"""POST /v1/feedback: a score for an answer, tied to the request's id and to the key that got it."""
+"""POST /v1/feedback: a score for an answer, tied to the request's id and to the key that received it."""
 
 import asyncio
 import time
 
-import orjson
-
 from depo_gateway.estimator.records.store import Feedback, StoreError
-from depo_gateway.gateway.protocol import ApiError
+from depo_gateway.gateway.openai.errors import ApiError
+from depo_gateway.gateway.openai.query import json_object
 from depo_gateway.gateway.records import Recorder
 from depo_gateway.gateway.state import Gateway
 
-# A record may still be on its way, from here or from another gateway on the same database: batches take 50 ms.
+# The record may not be written yet, by this gateway or by another on the same database: batches take 50 ms.
 LOOK_AGAIN_SECONDS = (0.1, 0.2, 0.3, 0.4)
 RETRY_AFTER = ((b"retry-after", b"5"),)
 COMMENT_CHARACTERS = 4096
 FIELDS = ("request_id", "score", "comment")
 
 
-async def take(gateway: Gateway, key: str, body: bytes) -> str:
+async def store_feedback(gateway: Gateway, key: str, body: bytes) -> str:
     """Stores the feedback and returns the request's id once it is durable.
 
     Raises:
-        ApiError: 400 for a body that is none, 404 where no such answer is known or nothing is recorded, 503 while the
-            database takes nothing; then nothing is acknowledged.
+        ApiError: 400 for a malformed body, 404 where no such answer is on record or nothing is recorded, 503 while the
+            database is not available; then nothing is acknowledged.
     """
     outcome = "refused"
     try:
@@ -31,7 +30,7 @@ async def take(gateway: Gateway, key: str, body: bytes) -> str:
             raise ApiError(
                 404, "This gateway records nothing to score: its config needs a `records` section.", "records_off"
             )
-        item = parse(body, key, time.time())
+        item = parse_feedback(body, key, time.time())
         outcome = "unavailable"
         if not await _stored(recorder, item):
             outcome = "unknown"
@@ -54,18 +53,13 @@ async def take(gateway: Gateway, key: str, body: bytes) -> str:
         gateway.metrics.feedback.labels(outcome).inc()
 
 
-def parse(body: bytes, key: str, now: float) -> Feedback:
+def parse_feedback(body: bytes, key: str, now: float) -> Feedback:
     """Bytes -> Feedback of `key` at `now` (Unix seconds).
 
     Raises:
         ApiError: 400, naming the field.
     """
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"The body is not valid JSON: {error}.", "invalid_json") from None
-    if not isinstance(fields, dict):
-        raise ApiError(400, "The body must be a JSON object.", "invalid_json")
+    fields = json_object(body)
     for name in fields:
         if name not in FIELDS:
             raise _wrong(name, f"{name!r} is not known here; there are {', '.join(FIELDS)}")

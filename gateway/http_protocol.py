@@ -1,8 +1,8 @@
-"""One client's connection: uvicorn's HTTP/1.1 on httptools with what it lacks.
+"""The HTTP/1.1 server side: uvicorn's protocol on httptools, and what it lacks.
 
-That is: caps on a request's head, trailers and chunk extensions, a deadline for the head, OpenAI-shaped errors, a close
-that lets the client read its answer first, hanging up noticed behind pipelined requests, and no chunks for HTTP/1.0.
-httptools itself refuses Content-Length together with Transfer-Encoding (RFC 9112 6.3), which h11 lets through.
+That is: limits on a request's head, trailers and chunk extensions, a deadline for the head, OpenAI-shaped errors, a
+close that lets the client read its answer first, detection of a client that hangs up behind pipelined requests, and no
+chunks for HTTP/1.0. httptools itself refuses Content-Length with Transfer-Encoding (RFC 9112 6.3), which h11 accepts.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-HEADER_SECONDS = 20.0  # for a request's head; a peer that trickles it is cut off
-LINGER_SECONDS = 2.0  # a closing connection is read for so long: closed with bytes unread, it would reset
-STALLED_SECONDS = 30.0  # a client that reads nothing of its answer for so long is taken for gone
-PIPELINED_BYTES = 65_536  # read ahead while an answer is under way
+HEADER_SECONDS = 20.0  # for a request's head; a peer that sends it more slowly is disconnected
+LINGER_SECONDS = 2.0  # a closing connection is still read for so long, because closing it with unread bytes resets it
+STALLED_SECONDS = 30.0  # a client that reads nothing of its answer for so long counts as gone
+PIPELINED_BYTES = 65_536  # read ahead during an answer
 NO_BODY = (204, 304)
 
 Message = MutableMapping[str, Any]
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Cycle:
-    """One request and its answer, as uvicorn's RequestResponseCycle, whose place in `Protocol` it takes."""
+    """One request and its answer; replaces uvicorn's RequestResponseCycle in `Protocol`."""
 
     def __init__(self, protocol: "Protocol", scope: Message, keep_alive: bool, expects_continue: bool) -> None:
         self.protocol = protocol
@@ -46,7 +46,7 @@ class Cycle:
         self.message_event = asyncio.Event()
         self._expects_continue = expects_continue
         self._chunked = False
-        self._head = b""  # of the answer, until its first bytes go with it: a write is a system call
+        self._head = b""  # of the answer, sent together with its first bytes, because every write is a system call
         self._left = 0  # of the answer's content-length
         self._bodiless = scope["method"] == "HEAD"
 
@@ -59,7 +59,7 @@ class Cycle:
             log.exception("%s %s failed", self.scope["method"], self.scope["path"])
             self.transport.close()
         else:
-            if not self.response_complete and not self.disconnected:  # what is missing must not look like an end
+            if not self.response_complete and not self.disconnected:  # an incomplete answer must not look complete
                 self.transport.close()
 
     async def receive(self) -> Message:
@@ -81,7 +81,7 @@ class Cycle:
                 async with asyncio.timeout(STALLED_SECONDS):
                     await self.flow.drain()
             except TimeoutError:
-                self.transport.abort()  # and the application hears that its client is gone
+                self.transport.abort()  # and the application learns that its client is gone
                 self.disconnected = True
                 self.message_event.set()
         if self.disconnected:
@@ -100,7 +100,7 @@ class Cycle:
 
     def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.response_started = True
-        if self.more_body:  # the rest of the request is not worth reading
+        if self.more_body:  # the rest of the request is not read
             self.keep_alive = False
         parts = [STATUS_LINE[status]]
         sized = False
@@ -140,13 +140,15 @@ class Cycle:
 
 
 class Protocol(HttpToolsProtocol):
+    """One client's connection."""
+
     header_bytes = 65_536
     cycle: Cycle  # type: ignore[assignment]
     _unproductive = 0  # bytes since the last byte of a body: a head, trailers, chunk extensions
-    _begun = False  # a head's first byte has come
+    _begun = False  # the first byte of a head has come
     _in_head = True
     _replaying = False
-    _deaf = False  # a mistake or an answer ended the connection; what still comes is thrown away
+    _closing = False  # an error or an answer ended the connection; further bytes are discarded
     _timer: asyncio.TimerHandle | None = None
     _running: Cycle | None = None
     _ahead = b""
@@ -155,7 +157,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         peer = transport.get_extra_info("socket")
         if peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else every first token waits 40 ms
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # otherwise every first token waits 40 ms
         self._timer = self.loop.call_later(HEADER_SECONDS, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -168,10 +170,10 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._closing:
             return
         if self._ahead or self._answering():
-            # Kept unparsed, and the socket is read on: a paused one would hide that the client hung up.
+            # Not parsed yet. The socket is still read, because a paused one would hide that the client hung up.
             self._ahead += data
             if len(self._ahead) > PIPELINED_BYTES:
                 self.flow.pause_reading()
@@ -184,17 +186,17 @@ class Protocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
-            self._pass_over_upgrade(data[offer.args[0] :])
+            self._ignore_upgrade(data[offer.args[0] :])
         except httptools.HttpParserError:
             self._refuse(400, "The request is not valid HTTP/1.1.")
             return
-        if self._unproductive > self.header_bytes and not self._deaf:
+        if self._unproductive > self.header_bytes and not self._closing:
             self._refuse_head()
         elif self._begun and self._in_head and self._timer is None:
             self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def _answering(self) -> bool:
-        """Whether an answer is under way and its request, or the last of those pipelined behind it, is complete."""
+        """Whether an answer is under way, and its request or the last one pipelined behind it is complete."""
         running = self._running
         return running is not None and not running.response_complete and not self.cycle.more_body
 
@@ -208,15 +210,15 @@ class Protocol(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # a trailer is no header: it must not authenticate or frame anything (RFC 9110 6.5.1)
+        if self._in_head:  # a trailer is no header: it must not authenticate or frame a request (RFC 9110 6.5.1)
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop_timer()
-        if self._deaf or self._replaying:
+        if self._closing or self._replaying:
             return
-        # Bytes of a body may be among them, and a second head in one packet is not among them: count.
+        # The counter may include bytes of a body and misses a second head in one packet: measure the head itself.
         if self._unproductive > self.header_bytes or not self._unproductive:
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > self.header_bytes:
@@ -240,19 +242,19 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._unproductive = 0
-        if not self._deaf:
+        if not self._closing:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
         self._begun, self._unproductive = False, 0
-        if not self._deaf:
+        if not self._closing:
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
-        if self._deaf or self.transport.is_closing():
+        if self._closing or self.transport.is_closing():
             return
         self.flow.resume_reading()
         if self.pipeline:
@@ -267,7 +269,7 @@ class Protocol(HttpToolsProtocol):
 
     def finish(self, cycle: Cycle) -> None:
         """Ends the connection after an answer."""
-        self._deaf = True
+        self._closing = True
         if cycle.more_body:
             self._linger()
         else:
@@ -278,30 +280,30 @@ class Protocol(HttpToolsProtocol):
         self._start_asgi_task(cycle, self.app)
 
     def _catch_up(self) -> None:
-        if self.parser is not None and not self._deaf:
+        if self.parser is not None and not self._closing:
             data, self._ahead = self._ahead, b""
             self._feed(data)
 
-    def _pass_over_upgrade(self, rest: bytes) -> None:
-        """Reads on in HTTP/1.1. Java's client offers h2c with every request, and httptools then skips the body."""
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Ignores an offered upgrade. Java's client offers h2c with every request; httptools then skips the body."""
         framing = [item for item in self.headers if item[0] in (b"content-length", b"transfer-encoding")]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._replaying = True
         self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(b"%b: %b\r\n" % item for item in framing) + b"\r\n")
         self._replaying = False
-        if rest and not self._deaf:
+        if rest and not self._closing:
             self._feed(rest)
 
     def _refuse_head(self) -> None:
         self._refuse(431, f"The request's head is larger than limits.header_bytes ({self.header_bytes}).")
 
     def _refuse(self, status: int, message: str) -> None:
-        self._deaf = True
+        self._closing = True
         self._stop_timer()
         running = self._running
         if running is not None and not running.response_complete:
-            if running is not self.cycle or not running.more_body:  # a mistake behind a request: that one is answered
+            if running is not self.cycle or not running.more_body:  # a later request's error: this one is answered
                 self.pipeline.clear()
                 running.keep_alive = False
                 return
@@ -328,7 +330,7 @@ class Protocol(HttpToolsProtocol):
 
 
 def uvicorn_config(application: Callable[..., Awaitable[None]], header_bytes: int, keep_alive_s: int) -> uvicorn.Config:
-    """How uvicorn serves an application here."""
+    """The uvicorn configuration for both ports."""
     return uvicorn.Config(
         application,
         http=type("CappedProtocol", (Protocol,), {"header_bytes": header_bytes}),

@@ -1,4 +1,4 @@
-"""A pool of backends: which of them is asked next, which are left alone for a while, and who waits for a slot."""
+"""Pools of backends: choice of a backend, circuit breakers, health checks, slots and their queue, budget of retries."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from depo_gateway.gateway.upstream import Upstream, UpstreamError
 HEALTH_INTERVAL_SECONDS = 2.0
 HEALTH_TIMEOUT_SECONDS = 5.0
 MISSES_TO_GO_DOWN = 2
-FAILURES_TO_OPEN = 3  # in a row
+FAILURES_TO_OPEN = 3  # consecutive
 OPEN_SECONDS = 2.0  # doubled with every failed trial, up to:
 LONGEST_OPEN_SECONDS = 30.0
 RETRY_WINDOW_SECONDS = 10.0
@@ -41,8 +41,8 @@ class Backend:
     in_flight: int = 0
     up: bool = True
     failures: int = 0
-    missed: int = 0  # health checks without an answer in a row
-    opened: int = 0  # trials failed in a row
+    missed: int = 0  # consecutive health checks without an answer
+    opened: int = 0  # consecutive trials that failed
     open_until: float = 0.0
     state: int = CLOSED
 
@@ -55,7 +55,10 @@ class Backend:
         self._enter(CLOSED)
 
     def failed(self, now: float, refused: bool = False) -> None:
-        """A timeout, a broken connection, or a 502, 503 or 504. One that is refused stays out until a check passes."""
+        """Counts a timeout, a broken connection, or a 502, 503 or 504.
+
+        After a refused connection the backend is down until a health check passes.
+        """
         if refused:
             self.set_up(False)
         self.failures += 1
@@ -71,7 +74,7 @@ class Backend:
 
     def released(self) -> None:
         self.in_flight -= 1
-        if self.state == HALF_OPEN:  # a trial that proved nothing: its client hung up
+        if self.state == HALF_OPEN:  # the trial ended without a result: its client hung up
             self._enter(OPEN)
 
     def set_up(self, up: bool) -> None:
@@ -94,7 +97,7 @@ class Backend:
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """One model's backends, and the slots that bound what they are given at once."""
+    """One model's backends, and the slots that limit how many requests they serve at once."""
 
     name: str
     config: PoolConfig
@@ -107,7 +110,7 @@ class Pool:
         return any(backend.usable(now) for backend in self.backends)
 
     def pick(self, tried: tuple[Backend, ...] = ()) -> Backend | None:
-        """The less busy of two usable backends drawn at random, none of them tried before; None if there is none."""
+        """The less busy of two random usable backends that were not tried before; None if there is none."""
         now = time.monotonic()
         candidates = [backend for backend in self.backends if backend not in tried and backend.usable(now)]
         if len(candidates) > 2:
@@ -115,10 +118,10 @@ class Pool:
         return min(candidates, key=lambda backend: (backend.in_flight, random.random()), default=None)
 
     async def enter(self, max_queue: int, timeout_s: float) -> None:
-        """Takes a slot, waiting in line for one if need be; `leave` gives it back.
+        """Takes a slot, after waiting in the queue if the pool is full; `leave` gives it back.
 
         Raises:
-            NoSlotError: `max_queue` requests wait already, or `timeout_s` passed.
+            NoSlotError: `max_queue` requests already wait, or `timeout_s` passed.
         """
         if self.in_flight < self.config.max_in_flight and not self.waiting:
             self.in_flight += 1
@@ -132,7 +135,7 @@ class Pool:
                 await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():
-                self.leave()  # the slot came with the timeout or the hang-up: pass it on
+                self.leave()  # the slot came together with the timeout or the hang-up: pass it on
             else:
                 with contextlib.suppress(ValueError):  # `leave` may have passed over it already
                     self.waiting.remove(turn)
@@ -150,10 +153,10 @@ class Pool:
 
 
 class RetryBudget:
-    """Bounds second attempts to a share of the requests, so that retries can't multiply an outage.
+    """Limits second attempts to a share of the requests, so that retries can't multiply an outage.
 
-    A token bucket as in Finagle's RetryBudget: every request pays `share` in, every retry takes 1 out, and `per_second`
-    flows in besides. It holds ten seconds' worth.
+    A token bucket as in Finagle's RetryBudget: every request adds `share`, every retry takes 1, and `per_second` are
+    added besides. It holds what ten seconds add.
     """
 
     def __init__(self, share: float, per_second: float) -> None:
@@ -176,8 +179,8 @@ class RetryBudget:
 
 
 def open_pools(config: Config, metrics: Metrics) -> dict[str, Pool]:
-    """The pools of a config, every backend presumed up until a check or a request says otherwise."""
-    metrics.backend_up.clear()  # a reload may leave some out
+    """The pools of a config. Every backend counts as up until a health check or a request fails."""
+    metrics.backend_up.clear()  # a reload may remove some
     metrics.circuit.clear()
     pools = {}
     for name, pool in config.pools.items():
@@ -189,14 +192,14 @@ def open_pools(config: Config, metrics: Metrics) -> dict[str, Pool]:
             backends.append(Backend(backend.url.rstrip("/").removesuffix("/v1"), headers, metrics))
             metrics.backend_up.labels(backends[-1].url).set(1)
             metrics.circuit.labels(backends[-1].url).set(CLOSED)
-        metrics.in_flight.labels(name)  # there from the start; after a reload the old pool's requests still count
+        metrics.in_flight.labels(name)  # exported from the start; after a reload the old pool's requests still count
         metrics.cost.labels(name)
         pools[name] = Pool(name, pool, tuple(backends))
     return pools
 
 
 async def watch_health(pools: Mapping[str, Pool], upstream: Upstream) -> None:
-    """Asks every backend for /health, forever; the first round is over when a caller has awaited `check_all`."""
+    """Checks the health of every backend, forever. The caller awaits `check_all` for the first round."""
     while True:
         await asyncio.sleep(HEALTH_INTERVAL_SECONDS * random.uniform(0.8, 1.2))
         await check_all(pools, upstream)
@@ -207,7 +210,7 @@ async def check_all(pools: Mapping[str, Pool], upstream: Upstream) -> None:
 
 
 async def _check(backend: Backend, upstream: Upstream) -> None:
-    """One health check. A server may be too busy to answer one in time: only the second miss in a row takes it down."""
+    """One health check. A busy server may answer late, so only a second miss in a row takes a backend down."""
     try:
         async with asyncio.timeout(HEALTH_TIMEOUT_SECONDS):
             up = await _healthy(backend, upstream)

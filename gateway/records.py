@@ -1,8 +1,8 @@
-"""A finished request -> Record, written in batches by one thread; and feedback, acknowledged once it is durable.
+"""Writes records of finished requests in batches from one thread, and feedback, acknowledged once it is durable.
 
-The event loop only hands over what it holds anyway. Everything that takes time (reading the answer, hashing, the
-database) happens in the thread. While the database is away its queue is kept and tried again; when the queue is full,
-records are dropped and counted. Serving never waits.
+The event loop only hands over references. Everything that takes time (reading the answer, hashing, the database)
+happens in the thread. While the database is not available the queue waits and the thread retries; when the queue is
+full, records are dropped and counted. Serving never waits.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ from depo_gateway.estimator.records.store import Feedback, Store, StoreError
 from depo_gateway.estimator.records.types import Record
 from depo_gateway.gateway.config import Records
 from depo_gateway.gateway.metrics import Metrics
-from depo_gateway.gateway.request_notes import Answer, Notes, record_of
+from depo_gateway.gateway.request_notes import RequestNotes, StreamCopy, record_of
 
 QUEUE_RECORDS = 10_000
-QUEUE_BYTES = 64 << 20  # of bodies and answers that wait, as they came over the wire
+QUEUE_BYTES = 64 << 20  # of queued bodies and answers, as they came over the wire
 BATCH_SECONDS = 0.05
 BATCH_RECORDS = 200  # a transaction
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.25, 5.0
@@ -36,29 +36,29 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Asked:
+class _PendingFeedback:
     """Feedback that waits for its commit."""
 
     item: Feedback
     loop: asyncio.AbstractEventLoop
-    answer: "asyncio.Future[bool]"
+    stored: "asyncio.Future[bool]"  # False: no such answer is on record
 
     def settle(self, found: bool | StoreError) -> None:
-        def tell() -> None:
-            if self.answer.done():
+        def set_result() -> None:
+            if self.stored.done():
                 return
             if isinstance(found, StoreError):
-                self.answer.set_exception(found)
+                self.stored.set_exception(found)
             else:
-                self.answer.set_result(found)
+                self.stored.set_result(found)
 
         with contextlib.suppress(RuntimeError):  # the loop closed meanwhile
-            self.loop.call_soon_threadsafe(tell)
+            self.loop.call_soon_threadsafe(set_result)
 
 
 @dataclass(slots=True, eq=False)
 class _Outage:
-    """The writer's view of a database that fails, from the first failure to the next success."""
+    """A database's failure, from the first failed write to the next successful one."""
 
     reason: str = ""
     wait: float = 0.0
@@ -66,10 +66,11 @@ class _Outage:
 
 
 class Recorder:
-    """One records section at work: its thread, its queue, its connection.
+    """The writer of one `records` section: its thread, its queue, its connection.
 
     Raises:
-        ValueError: the database's address or driver can't be; one sentence. A database that is merely away is no error.
+        ValueError: one sentence, the database's address can't be used or its driver is missing. A database that is
+            merely not available is no error.
     """
 
     def __init__(self, settings: Records, metrics: Metrics) -> None:
@@ -79,17 +80,17 @@ class Recorder:
         self.store = Store(database_url(settings))
         self._hash_key = self.identity[2].encode() or secrets.token_bytes(32)
         self._metrics = metrics
-        self._inbox: queue.SimpleQueue[Notes | _Asked | None] = queue.SimpleQueue()
-        # Each of these is written by one side alone, so that neither needs a lock.
-        self._came = self._came_bytes = 0
-        self._went = self._went_bytes = 0
+        self._inbox: queue.SimpleQueue[RequestNotes | _PendingFeedback | None] = queue.SimpleQueue()
+        # The event loop writes the first pair, the thread the second, so that neither needs a lock.
+        self._queued = self._queued_bytes = 0
+        self._finished = self._finished_bytes = 0
         self._dropping = False
         self._closing = threading.Event()
         self._give_up = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True, name="records")
         # The thread's own:
         self._records: deque[tuple[Record, int]] = deque()
-        self._asked: list[_Asked] = []
+        self._feedback: list[_PendingFeedback] = []
         self._outage = _Outage()
         self._created = False
         self._delete_at = 0.0
@@ -98,47 +99,47 @@ class Recorder:
     @property
     def waiting(self) -> int:
         """Records not yet in the database."""
-        return self._came - self._went
+        return self._queued - self._finished
 
     @property
     def trouble(self) -> str:
-        """Why the database takes nothing now; "" while it does."""
+        """Why the database can't be written now; "" while it can."""
         return self._outage.reason
 
-    def stream(self) -> Answer:
-        """What gathers a stream's answer, as far as this config wants it."""
-        return Answer(self.full)
+    def stream_copy(self) -> StreamCopy:
+        """An empty copy for a stream, whole where this config records text."""
+        return StreamCopy(self.full)
 
-    def add(self, notes: Notes) -> None:
-        """Takes a finished request. Never waits: a full queue drops it. For the event loop alone."""
+    def add(self, notes: RequestNotes) -> None:
+        """Queues a finished request. Never waits: a full queue drops it. Only the event loop may call it."""
         size = notes.size
-        if self.waiting >= QUEUE_RECORDS or self._came_bytes - self._went_bytes + size > QUEUE_BYTES:
+        if self.waiting >= QUEUE_RECORDS or self._queued_bytes - self._finished_bytes + size > QUEUE_BYTES:
             self._metrics.records.labels("dropped").inc()
             if not self._dropping:
                 self._dropping = True
-                log.error("the queue of records is full: new ones are dropped, and counted, until it moves")
+                log.error("the queue of records is full: new records are dropped and counted until there is room")
             return
-        self._came += 1
-        self._came_bytes += size
+        self._queued += 1
+        self._queued_bytes += size
         self._inbox.put(notes)
 
     async def feedback(self, item: Feedback) -> bool:
-        """Returns once the feedback is durable; False where no answer is known that it is about.
+        """Returns once the feedback is durable; False where no answer to that request is on record.
 
         Raises:
-            StoreError: the database is away.
-            TimeoutError: it doesn't answer; the feedback may still be written.
+            StoreError: the database is not available.
+            TimeoutError: it does not answer; the feedback may still be written.
         """
         if self._closing.is_set():
             raise StoreError("the records are being closed")
         loop = asyncio.get_running_loop()
-        asked = _Asked(item, loop, loop.create_future())
-        self._inbox.put(asked)
+        pending = _PendingFeedback(item, loop, loop.create_future())
+        self._inbox.put(pending)
         async with asyncio.timeout(FEEDBACK_SECONDS):
-            return await asked.answer
+            return await pending.stored
 
     def close(self, seconds: float = FLUSH_SECONDS) -> None:
-        """Writes what waits, for so long at most, and lets go of the database. Blocks: call it in a thread."""
+        """Writes what is queued, for `seconds` at most, and closes the database. Blocks: call it in a thread."""
         self._give_up = time.monotonic() + seconds
         self._closing.set()
         self._inbox.put(None)
@@ -152,7 +153,7 @@ class Recorder:
             self._gather(self._pause())
             self._write()
         self._outage.until = 0.0
-        while True:  # until all is written, or time is over
+        while True:  # until all is written or the time is over
             self._gather(0.0)
             self._write()
             left = self._give_up - time.monotonic()
@@ -162,12 +163,12 @@ class Recorder:
         self.store.close()
 
     def _pause(self) -> float:
-        """Seconds until there is something to do even if nothing comes."""
+        """Seconds until a retry or a deletion is due."""
         due = self._outage.until if self._outage.reason else self._delete_at
         return max(0.0, due - time.monotonic())
 
     def _gather(self, wait: float) -> None:
-        """Waits for something to come, then a little longer for what comes with it."""
+        """Waits for an item, then a little longer for others, so that one transaction writes them all."""
         try:
             items = [self._inbox.get(timeout=wait) if wait else self._inbox.get_nowait()]
         except queue.Empty:
@@ -177,24 +178,24 @@ class Recorder:
             while True:
                 items.append(self._inbox.get_nowait())
         for item in items:
-            if isinstance(item, _Asked):
-                if not item.answer.done():  # else it was told that nothing is stored, and may be sent again otherwise
-                    self._asked.append(item)
+            if isinstance(item, _PendingFeedback):
+                if not item.stored.done():  # else its sender got 503 and may send something else instead
+                    self._feedback.append(item)
             elif item is not None:
                 self._take(item)
-                time.sleep(0)  # lets the event loop have the interpreter, which else waits 5 ms for it
+                time.sleep(0)  # yields the interpreter to the event loop, which would otherwise wait 5 ms for it
 
-    def _take(self, notes: Notes) -> None:
+    def _take(self, notes: RequestNotes) -> None:
         size = notes.size
-        held = size if self.full else 0
+        retained = size if self.full else 0  # the record refers to the text until it is written
         try:
-            self._records.append((record_of(notes, self.settings.prompts, self._hash_key), held))
-        except Exception:  # boundary: whatever a client or a backend wrote, the next record is written
+            self._records.append((record_of(notes, self.settings.prompts, self._hash_key), retained))
+        except Exception:  # boundary: whatever a client or a backend sent, the next record is written
             log.exception("no record can be made of request %s", notes.id)
             self._metrics.records.labels("rejected").inc()
-            self._went += 1
-            held = 0
-        self._went_bytes += size - held
+            self._finished += 1
+            retained = 0
+        self._finished_bytes += size - retained
 
     def _write(self) -> None:
         if time.monotonic() >= self._outage.until:
@@ -207,25 +208,25 @@ class Recorder:
                 self._failed(str(error))
             else:
                 self._recovered()
-        for asked in self._asked:
-            asked.settle(StoreError(self._outage.reason))
-        self._asked = []
+        for pending in self._feedback:
+            pending.settle(StoreError(self._outage.reason))
+        self._feedback = []
         self._metrics.records_waiting.set(self.waiting)
 
     def _reach(self) -> None:
         if not self._created:
             try:
                 self.store.create()
-            except ValueError as error:  # of another version: somebody may still put that right
+            except ValueError as error:  # another version's schema, which an operator may still migrate
                 raise StoreError(str(error)) from None
             self._created = True
 
     def _acknowledge(self) -> None:
-        if self._asked:
-            found = self.store.feedback([asked.item for asked in self._asked])
-            for asked, known in zip(self._asked, found, strict=True):
-                asked.settle(known)
-            self._asked = []
+        if self._feedback:
+            found = self.store.feedback([pending.item for pending in self._feedback])
+            for pending, known in zip(self._feedback, found, strict=True):
+                pending.settle(known)
+            self._feedback = []
 
     def _append(self) -> None:
         while self._records:
@@ -240,14 +241,14 @@ class Recorder:
             else:
                 written = len(batch)
             self._metrics.records.labels("written").inc(written)
-            for _, held in batch:
+            for _, retained in batch:
                 self._records.popleft()
-                self._went_bytes += held
-            self._went += len(batch)
+                self._finished_bytes += retained
+            self._finished += len(batch)
             self._dropping = False
 
     def _append_singly(self, records: list[Record]) -> int:
-        """How many the database takes; the others are no record of its."""
+        """Writes one record at a time, because the database rejects one of them; returns how many it accepted."""
         written = 0
         for record in records:
             try:
@@ -261,7 +262,7 @@ class Recorder:
         return written
 
     def _delete(self) -> None:
-        """Deletes a little of what is too old; the rest in the next rounds, so that no record waits long for it."""
+        """Deletes a batch of expired records; the next rounds delete the rest, so that no new record waits long."""
         if time.monotonic() < self._delete_at or self._closing.is_set():
             return
         deleted = self.store.delete_before(time.time() - self.settings.retention_days * 86_400, BATCH_RECORDS)
@@ -273,7 +274,7 @@ class Recorder:
             log.error("no records are written, up to %d wait: %s", QUEUE_RECORDS, reason)
         outage.wait = min(LAST_RETRY_SECONDS, 2 * outage.wait) or FIRST_RETRY_SECONDS
         outage.reason, outage.until = reason, time.monotonic() + outage.wait
-        self._created = False  # so that the next try asks the database, even if no record waits
+        self._created = False  # so that the next try reaches the database even if no record is queued
         self._metrics.records_failures.inc()
 
     def _recovered(self) -> None:
@@ -283,5 +284,5 @@ class Recorder:
 
 
 def identity(settings: Records) -> tuple[Records, str, str]:
-    """What makes two records sections the same: the text, and what its environment variables hold."""
+    """Two records sections with the same identity need no new recorder: their text, and their environment variables."""
     return settings, database_url(settings), os.environ.get(settings.hash_key_env or "", "")

@@ -1,14 +1,10 @@
-"""Scores and a threshold -> the pool that serves. Pure: chance comes in as an argument."""
+"""Scores and a threshold -> the pool that serves. Pure: random draws are arguments."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway.config import PoolConfig, Rule
-
-Reason = Literal[
-    "confident", "unsure", "pinned", "sticky", "explore", "context", "accepts", "overload", "fallback", "budget"
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,31 +21,31 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Eligible:
-    """The pools that can take a request, cheapest first, and why the cheapest of all can't, if so."""
+    """The pools that can take a request, cheapest first, and why the cheapest of all can't where it can't."""
 
     pools: tuple[str, ...]
-    excluded: Literal["context", "accepts"] | None = None
+    excluded: Reason | None = None  # CONTEXT or ACCEPTS
 
 
-def eligible(pools: Mapping[str, PoolConfig], needs: frozenset[str], prompt_tokens: int) -> Eligible:
-    """Pools that accept what the request carries and whose context holds it.
+def eligible(pools: Mapping[str, PoolConfig], modalities: frozenset[str], prompt_tokens: int) -> Eligible:
+    """The pools that accept a request's modalities and whose context is long enough for it.
 
-    A prompt too long for every context leaves the longest ones: the count is an estimate, backends have the last word.
-    An empty `pools` means that nobody accepts what the request carries.
+    A prompt too long for every context leaves the longest ones: the count is an estimate, and the backends decide.
+    An empty `pools` means that no pool accepts the modalities.
     """
-    takers = [name for name, pool in pools.items() if needs <= set(pool.accepts)]
-    if not takers:
-        return Eligible((), "accepts")
-    fitting = [name for name in takers if (limit := pools[name].context_tokens) is None or prompt_tokens <= limit]
+    accepting = [name for name, pool in pools.items() if modalities <= set(pool.accepts)]
+    if not accepting:
+        return Eligible((), Reason.ACCEPTS)
+    fitting = [name for name in accepting if (limit := pools[name].context_tokens) is None or prompt_tokens <= limit]
     if not fitting:
-        longest = max(pools[name].context_tokens or 0 for name in takers)
-        fitting = [name for name in takers if pools[name].context_tokens == longest]
+        longest = max(pools[name].context_tokens or 0 for name in accepting)
+        fitting = [name for name in accepting if pools[name].context_tokens == longest]
     first = next(iter(pools))
-    excluded: Literal["context", "accepts"] | None = None
-    if first not in takers:
-        excluded = "accepts"
+    excluded = None
+    if first not in accepting:
+        excluded = Reason.ACCEPTS
     elif first not in fitting:
-        excluded = "context"
+        excluded = Reason.CONTEXT
     return Eligible(tuple(fitting), excluded)
 
 
@@ -66,7 +62,7 @@ def confidences(quality: Mapping[str, float], rule: Rule, candidates: Eligible) 
     return {name: 1.0 - min(1.0, max(0.0, best - value)) for name, value in quality.items()}
 
 
-def decide(
+def by_threshold(
     confidence: Mapping[str, float],
     candidates: Eligible,
     threshold: float,
@@ -77,7 +73,7 @@ def decide(
     """The cheapest eligible pool whose confidence is at least the threshold; the last one if none is.
 
     Args:
-        confidence: by pool; a pool without one (a policy's checkpoint scores one pool) is never sure.
+        confidence: by pool; a pool without one (a policy's checkpoint scores one pool) is below every threshold.
         explore: share routed uniformly over the eligible pools.
         draw: uniform in [0, 1); below `explore` it also picks the pool.
     """
@@ -86,7 +82,7 @@ def decide(
     shown = confidence.get(pools[0])
     chosen, reason = greedy, _reason(greedy, candidates)
     if draw < explore and len(pools) > 1:
-        chosen, reason = pools[int(draw / explore * len(pools))], "explore"
+        chosen, reason = pools[int(draw / explore * len(pools))], Reason.EXPLORE
     propensity = explore / len(pools) + (1.0 - explore) * (chosen == greedy) if len(pools) > 1 else 1.0
     return Decision(chosen, reason, shown, threshold, estimator, propensity)
 
@@ -94,12 +90,12 @@ def decide(
 def without_scores(
     candidates: Eligible, on_overload: str, shares: Mapping[str, float], threshold: float, draw: float
 ) -> Decision:
-    """What happens when not even the cheap stage answers: the pool named, or a coin at the usual shares."""
+    """The pool when no stage gave scores: the one that `routing.on_overload` names, or a random one by usual share."""
     pools = candidates.pools
     if on_overload in pools:
-        return Decision(on_overload, "overload", threshold=threshold)
-    pool, propensity = _toss(pools, shares, draw)
-    return Decision(pool, "overload", threshold=threshold, propensity=propensity)
+        return Decision(on_overload, Reason.OVERLOAD, threshold=threshold)
+    pool, propensity = _drawn(pools, shares, draw)
+    return Decision(pool, Reason.OVERLOAD, threshold=threshold, propensity=propensity)
 
 
 def by_share(
@@ -110,29 +106,29 @@ def by_share(
     estimator: str,
     draw: float,
 ) -> Decision:
-    """By coin at the shares given, whatever the scores say: labels found them to be worth nothing."""
-    pool, propensity = _toss(candidates.pools, shares, draw)
-    reason: Reason = "explore" if len(candidates.pools) > 1 else _reason(pool, candidates)
+    """A random pool at the shares given, whatever the scores say, because labels show the scores to be useless."""
+    pool, propensity = _drawn(candidates.pools, shares, draw)
+    reason = Reason.EXPLORE if len(candidates.pools) > 1 else _reason(pool, candidates)
     return Decision(pool, reason, confidence.get(candidates.pools[0]), threshold, estimator, propensity)
 
 
 def keep(decision: Decision, pool: str, order: Sequence[str], candidates: Eligible, in_tool_loop: bool) -> Decision:
-    """A conversation keeps its pool unless this turn must move up; inside a tool loop it does not move by itself."""
+    """Keeps a conversation in its pool unless this turn needs a better one; a tool loop never moves."""
     if pool not in candidates.pools:
         return decision
     higher = order.index(decision.pool) > order.index(pool)
-    if higher and decision.reason not in ("overload", "explore") and not in_tool_loop:  # a coin is no need to move
+    if higher and not decision.reason.random and not in_tool_loop:
         return decision
-    return replace(decision, pool=pool, reason="sticky", propensity=1.0)
+    return replace(decision, pool=pool, reason=Reason.STICKY, propensity=1.0)
 
 
 def _reason(chosen: str, candidates: Eligible) -> Reason:
     if chosen != candidates.pools[0]:
-        return "unsure"
-    return candidates.excluded or "confident"
+        return Reason.UNSURE
+    return candidates.excluded or Reason.CONFIDENT
 
 
-def _toss(pools: Sequence[str], shares: Mapping[str, float], draw: float) -> tuple[str, float]:
+def _drawn(pools: Sequence[str], shares: Mapping[str, float], draw: float) -> tuple[str, float]:
     """A pool in proportion to its share, and the probability with which it was drawn."""
     weights = [shares.get(name, 0.0) for name in pools]
     total = sum(weights)

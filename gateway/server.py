@@ -17,8 +17,10 @@ from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.control import Control
 from depo_gateway.gateway.http_protocol import uvicorn_config
 from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.model_names import served_names
+from depo_gateway.gateway.openai.apis import APIS, Apis
 from depo_gateway.gateway.records import Recorder, identity
-from depo_gateway.gateway.state import Gateway, Live, served_names
+from depo_gateway.gateway.state import Gateway, Live
 from depo_gateway.gateway.upstream import Upstream
 
 KEEP_ALIVE_SECONDS = 75  # longer than load balancers' idle timeouts, so that they are the ones that close
@@ -63,18 +65,20 @@ async def serve(
     path: Path | None = None,
     ready: Callable[[str, str], None] | None = None,
     stop: asyncio.Event | None = None,
+    apis: Apis = APIS,
 ) -> None:
     """Serves until SIGTERM or SIGINT (or `stop`), and then until the running requests end, drain_s at most.
 
     Args:
         path: the file that `settings` came from; /admin/reload reads it again.
         ready: called with both addresses once the gateway takes requests.
+        apis: the endpoints that serve models, by path.
 
     Raises:
         ValueError: the user's mistake, in one sentence.
     """
     stop = stop or asyncio.Event()
-    sockets, gateway = await _build(settings)
+    sockets, gateway = await _build(settings, apis)
     watcher = CheckpointWatcher(gateway)
     await watcher.first_standing()
     await watcher.first_candidate()
@@ -97,7 +101,7 @@ async def serve(
         await _close(gateway)
 
 
-async def _build(settings: Config) -> tuple[list[socket.socket], Gateway]:
+async def _build(settings: Config, apis: Apis) -> tuple[list[socket.socket], Gateway]:
     """The listening sockets (public, admin) and the gateway behind them. Raises ValueError for the user's mistake."""
     metrics = Metrics(__version__)
     with contextlib.ExitStack() as opened:
@@ -120,6 +124,7 @@ async def _build(settings: Config) -> tuple[list[socket.socket], Gateway]:
         pools.RetryBudget(settings.retries.budget, settings.retries.per_second),
         control,
         recorder=recorder,
+        apis=apis,
         shares=scoring.usual_shares(live.scorer.runtime, tuple(settings.pools), rule, control.threshold),
     )
     gateway.idle.set()

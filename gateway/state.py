@@ -1,4 +1,4 @@
-"""What the gateway holds while it runs, and what it holds of one request."""
+"""The state of a running gateway, and of one request."""
 
 import asyncio
 import time
@@ -6,26 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from depo_gateway.gateway.candidate import Candidate
-from depo_gateway.gateway.config import Config, PoolConfig
+from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.control import Accounting, Control
 from depo_gateway.gateway.conversations import Conversations
 from depo_gateway.gateway.metrics import NONE, Metrics
+from depo_gateway.gateway.openai.api import Api
+from depo_gateway.gateway.openai.apis import APIS, Apis
 from depo_gateway.gateway.pools import Pool, RetryBudget
-from depo_gateway.gateway.protocol import Endpoint
-from depo_gateway.gateway.recent_requests import Recent
+from depo_gateway.gateway.recent_requests import RecentRequests
 from depo_gateway.gateway.records import Recorder
-from depo_gateway.gateway.request_notes import Notes
+from depo_gateway.gateway.request_notes import RequestNotes
 from depo_gateway.gateway.scoring import Scorer
 from depo_gateway.gateway.upstream import Upstream
 
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What a request takes hold of when it starts; a reload puts a new one beside it and lets this one finish."""
+    """The config in force and what was opened for it. A request keeps the one it started with, through reloads too."""
 
     config: Config
     pools: Mapping[str, Pool]
-    keys: Mapping[str, str]  # digest -> name; empty: open
+    keys: Mapping[str, str]  # digest -> name; empty: the gateway is open
     names: Mapping[str, str]  # pool name or model id -> pool
     scorer: Scorer
 
@@ -41,16 +42,17 @@ class Gateway:
     control: Control
     conversations: Conversations = field(default_factory=Conversations)
     recorder: Recorder | None = None  # None: nothing is recorded
-    shares: dict[str, float] = field(default_factory=dict)  # moving shares of free decisions, for `on_overload: share`
-    recent: Recent = field(default_factory=lambda: Recent(time.time()))
+    shares: dict[str, float] = field(default_factory=dict)  # each pool's moving share, for `on_overload: share`
+    apis: Apis = field(default_factory=lambda: APIS)
+    recent: RecentRequests = field(default_factory=lambda: RecentRequests(time.time()))
     active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
     retired: list[Scorer | Candidate] = field(default_factory=list)  # replaced ones whose workers still run
 
     def retire(self, replaced: Scorer | Candidate) -> None:
-        """Keeps what was replaced until its workers have ended, so that a shutdown can wait for them."""
-        self.retired = [*(kept for kept in self.retired if kept.alive), replaced]
+        """Remembers what was replaced until its workers have ended, so that a shutdown can wait for them."""
+        self.retired = [*(item for item in self.retired if item.alive), replaced]
 
     def begin(self) -> None:
         self.active += 1
@@ -63,26 +65,26 @@ class Gateway:
 
 
 @dataclass(slots=True, eq=False)
-class Request:
-    """One request's bookkeeping, as far as it has come."""
+class RequestState:
+    """How far one request has come."""
 
-    endpoint: Endpoint
+    api: Api
+    live: Live
+    headers: Mapping[bytes, bytes]
     id: str
     started: float
     accounting: Accounting = field(default_factory=Accounting)
-    notes: Notes = field(default_factory=Notes)
+    notes: RequestNotes = field(init=False)
     phase: str = "reading"  # reading | scoring | queue | waiting | streaming | done
-    complete: float = 0.0  # when its last byte was here
+    complete: float = 0.0  # when its last byte had come
     departed: float = 0.0  # when it first left for a backend
     queued: float = 0.0  # seconds
     pool: str = NONE
-    working: str | None = None  # the pool that has answered or is at it; a backend that failed is not
+    working: str | None = None  # the pool that has answered or is at work; None after a backend failed
     tokens: int = 0  # of prompt and answer, as the backend counts them; 0: not known
     code: int = 500
     answered: bool = False  # the answer's head has gone to the client
     gone: bool = False  # the client hung up
 
-
-def served_names(pools: Mapping[str, PoolConfig]) -> dict[str, str]:
-    """What a request may call a pool: its name, or its model's id."""
-    return {name: name for name in pools} | {pool.model: name for name, pool in pools.items()}
+    def __post_init__(self) -> None:
+        self.notes = RequestNotes(self.api, self.id)

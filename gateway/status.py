@@ -1,4 +1,4 @@
-"""What /admin/status and the page at /admin/ tell people: the gateway's state, without prompts, answers or keys."""
+"""The gateway's state for /admin/status, /readyz and the page at /admin/, without prompts, answers or keys."""
 
 import base64
 import hashlib
@@ -15,7 +15,7 @@ from depo_gateway import __version__
 from depo_gateway.estimator.calibration import Curve
 from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.pools import Pool
-from depo_gateway.gateway.recent_requests import SLICE_SECONDS, Ended, Recent, Slice
+from depo_gateway.gateway.recent_requests import SLICE_SECONDS, EndedRequest, RecentRequests, TimeSlice
 from depo_gateway.gateway.state import Gateway
 from depo_gateway.gateway.thresholds import curve_of
 
@@ -26,7 +26,7 @@ CIRCUITS = ("closed", "half open", "open")
 
 @cache
 def page() -> tuple[bytes, dict[str, str]]:
-    """The status page and its headers. Nothing but the page's own style and script may run in it."""
+    """The status page and its headers. Only the page's own style and script may run in it."""
     text = PAGE.read_text(encoding="utf-8")
     policy = {
         "default-src": "'none'",
@@ -47,7 +47,7 @@ def page() -> tuple[bytes, dict[str, str]]:
 
 
 def unready(gateway: Gateway) -> list[str]:
-    """Why no request should come here now; empty when it may."""
+    """Why the gateway is not ready for requests; empty when it is."""
     reasons = []
     if gateway.draining:
         reasons.append("draining: the process was asked to stop")
@@ -57,7 +57,7 @@ def unready(gateway: Gateway) -> list[str]:
 
 
 def describe(gateway: Gateway) -> dict[str, Any]:
-    """The gateway's state for people: no secrets, no prompts."""
+    """The body of /admin/status."""
     live, now, reasons = gateway.live, time.time(), unready(gateway)
     recorder = gateway.recorder
     return {
@@ -110,7 +110,7 @@ def _pool(pool: Pool) -> dict[str, Any]:
 
 
 def _since_start(gateway: Gateway) -> dict[str, Any]:
-    """The same counts as in /metrics."""
+    """The counts of /metrics."""
     metrics = gateway.metrics
     requests = _counts(metrics.requests, "code")
     decisions: dict[str, dict[str, int]] = {}
@@ -131,7 +131,7 @@ def _since_start(gateway: Gateway) -> dict[str, Any]:
     }
 
 
-def _lately(recent: Recent, now: float) -> dict[str, Any]:
+def _lately(recent: RecentRequests, now: float) -> dict[str, Any]:
     slices = recent.slices(now)
     decisions: dict[str, dict[str, int]] = {}
     for item in slices:
@@ -148,7 +148,7 @@ def _lately(recent: Recent, now: float) -> dict[str, Any]:
     }
 
 
-def _by_pool(item: Slice) -> dict[str, int]:
+def _by_pool(item: TimeSlice) -> dict[str, int]:
     counts: dict[str, int] = {}
     for (pool, _), count in item.decisions.items():
         counts[pool] = counts.get(pool, 0) + count
@@ -156,7 +156,7 @@ def _by_pool(item: Slice) -> dict[str, int]:
 
 
 def _curve(gateway: Gateway) -> dict[str, Any] | None:
-    """What the loaded checkpoint's calibration says of the config's rule; None where it has none for these pools."""
+    """The loaded checkpoint's calibration curve for the config's rule; None where it has none for these pools."""
     live = gateway.live
     curve = curve_of(live.scorer.runtime, live.config)
     if curve is None:
@@ -165,7 +165,7 @@ def _curve(gateway: Gateway) -> dict[str, Any] | None:
     best = None if curve.quality is None else curve.quality[-1] if curve.all_large is None else curve.all_large
     threshold = gateway.control.threshold
     at = next((index for index, value in enumerate(curve.thresholds) if value >= threshold), None)
-    if at is None:  # above every confidence that was seen: all goes to the last pool
+    if at is None:  # above every confidence of the calibration's prompts: all go to the last pool
         now = {"cost": None if cost is None else 1.0, "large_share": 1.0, "quality": best}
     else:
         quality = None if curve.quality is None else curve.quality[at]
@@ -181,11 +181,14 @@ def _curve(gateway: Gateway) -> dict[str, Any] | None:
 
 
 def relative_cost(curve: Curve, config: Config) -> list[float] | None:
-    """Of sending everything to the last pool, at each threshold, all calls counted alike; None where that is free."""
+    """The cost at each threshold relative to sending everything to the last pool, if all calls are of equal length.
+
+    None where the last pool is free.
+    """
     prices = [pool.cost for pool in config.pools.values()]
     if prices[-1] <= 0:
         return None
-    if len(curve.shares[0]) == 1:  # a policy's checkpoint: what it is not sure of goes to the last pool
+    if len(curve.shares[0]) == 1:  # a policy's checkpoint: what is below the threshold goes to the last pool
         prices = [prices[0], prices[-1]]
         rows = [(1.0 - unsure, unsure) for (unsure,) in curve.shares]
         return [_dot(row, prices) / prices[-1] for row in rows]
@@ -196,7 +199,7 @@ def _dot(shares: tuple[float, ...], prices: list[float]) -> float:
     return sum(share * price for share, price in zip(shares, prices, strict=True))
 
 
-def _ended(ended: Ended) -> dict[str, Any]:
+def _ended(ended: EndedRequest) -> dict[str, Any]:
     decision = ended.decision
     return {
         "time": round(ended.time, 3),
@@ -213,7 +216,7 @@ def _ended(ended: Ended) -> dict[str, Any]:
 
 
 def _counts(counter: Counter, *labels: str) -> dict[tuple[str, ...], float]:
-    """A counter's values, by the labels named, summed over the others."""
+    """A counter's values by the labels named, summed over the others."""
     counts: dict[tuple[str, ...], float] = {}
     for sample in next(iter(counter.collect())).samples:
         if sample.name.endswith("_total"):
@@ -223,7 +226,7 @@ def _counts(counter: Counter, *labels: str) -> dict[tuple[str, ...], float]:
 
 
 def _hashed(text: str, element: str) -> str:
-    """The content security policy's name of the page's one inline element of that kind."""
+    """The source of the page's one inline element of that kind in a content security policy."""
     found = re.findall(rf"<{element}>(.*?)</{element}>", text, re.DOTALL)
     assert len(found) == 1, f"{PAGE} has {len(found)} {element} elements"
     digest = hashlib.sha256(found[0].encode()).digest()

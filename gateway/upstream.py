@@ -1,8 +1,7 @@
-"""One HTTP exchange with one backend, on connections that are kept and used again.
+"""An HTTP/1.1 client for backends, with pooled connections, on asyncio.Protocol and httptools.
 
-A lean HTTP/1.1 client on asyncio.Protocol and httptools: it does what a gateway needs and no more, which makes it
-several times faster than a general one (benchmarks/overhead.py). Timeouts other than connecting are the caller's, who
-knows the phase.
+It does what a gateway needs and no more, which makes it several times faster than a general client
+(benchmarks/overhead.py). It limits the time for connecting; the caller, who knows the phase, sets all other timeouts.
 """
 
 import asyncio
@@ -15,10 +14,11 @@ from urllib.parse import urlsplit
 
 import httptools
 
-# No request starts on a connection older than this. vLLM's uvicorn closes one that idles for 5 s: letting go first
-# avoids writing into one that is closing. A Service moves new connections alone: a server that has been taken out of it
-# would go on getting requests on those that are never idle, and a vLLM that drains answers them with 500.
-KEPT_SECONDS = 4.0
+# No request starts on a connection older than this. vLLM's uvicorn closes a connection after 5 idle seconds; closing it
+# first avoids writing to a connection that is closing. A Kubernetes Service balances only new connections: a server
+# that was removed from it would still receive requests on connections that are never idle, and a vLLM that drains
+# answers them with 500.
+CONNECTION_SECONDS = 4.0
 HEAD_BYTES = 256 * 1024
 HIGH_WATER = 1 << 20  # bytes of an answer that wait for the client before reading from the backend pauses
 _HOP_BY_HOP = frozenset(
@@ -36,7 +36,7 @@ class UpstreamError(Exception):
 
 
 class Reply:
-    """A backend's answer; its head is there once `Upstream.send` returns it, the body comes by `chunk`, untouched."""
+    """A backend's answer. `Upstream.send` returns it with its head; `chunk` gives the body, byte for byte."""
 
     __slots__ = ("_buffered", "_connection", "_done", "_error", "_parts", "_waiter", "headers", "status")
 
@@ -70,14 +70,14 @@ class Reply:
         return data
 
     async def read(self) -> bytes:
-        """The whole rest of the body. Raises UpstreamError as `chunk` does."""
+        """The rest of the body. Raises UpstreamError as `chunk` does."""
         parts = []
         while part := await self.chunk():
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
-        """Closes the connection unless the whole answer has come: the backend sees it and stops its work."""
+        """Closes the connection unless the whole answer has come, so that the backend stops its work."""
         if self._connection is not None:
             self._connection.abort()
 
@@ -99,7 +99,7 @@ class Reply:
             self._waiter.set_result(None)
 
     def feed(self, data: bytes) -> bool:
-        """Takes a piece of the body; True if there is enough of it for now."""
+        """Takes a piece of the body; returns True when the buffer is full for now."""
         self._parts.append(data)
         self._buffered += len(data)
         return self._buffered > HIGH_WATER
@@ -111,7 +111,7 @@ class Reply:
 
 @dataclass(slots=True, eq=False)
 class _Origin:
-    """Scheme, host and port, and the connections to it that are free, the latest used last."""
+    """Scheme, host and port, and the idle connections to it, the one used last at the end."""
 
     host: str
     port: int
@@ -123,26 +123,26 @@ class _Origin:
 class _Connection(asyncio.Protocol):
     """One connection; at most one exchange at a time."""
 
-    __slots__ = ("_expiry", "_head_bytes", "_headers", "_kept_until", "_loop", "_nominated", "_origin", "_parser",
-                 "_paused", "_sized", "_transport", "answered", "reply")  # fmt: skip
+    __slots__ = ("_expiry", "_head_bytes", "_headers", "_loop", "_nominated", "_origin", "_parser", "_paused",
+                 "_reusable_until", "_sized", "_transport", "answered", "reply")  # fmt: skip
 
     def __init__(self, origin: _Origin) -> None:
         self._origin = origin
         self._loop = asyncio.get_running_loop()
-        self._kept_until = self._loop.time() + KEPT_SECONDS
+        self._reusable_until = self._loop.time() + CONNECTION_SECONDS
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._nominated: tuple[bytes, ...] = ()  # hop-by-hop headers as this answer names them
         self._head_bytes = 0
-        self._sized = False  # the body's end is marked by length or chunks, not by the connection's end
+        self._sized = False  # a length or chunks mark the body's end, not the connection's end
         self._paused = False
         self._expiry: asyncio.TimerHandle | None = None
         self.reply: Reply | None = None
-        self.answered = False  # a byte of this exchange's answer has come
+        self.answered = False  # the first byte of this exchange's answer has come
 
     def start(self, data: bytes) -> Reply:
-        """Sends a whole request; its answer's head is awaited by Reply.head."""
+        """Sends a whole request. `Reply.head` waits for the head of its answer."""
         assert self._transport is not None
         if self._expiry is not None:
             self._expiry.cancel()
@@ -154,10 +154,10 @@ class _Connection(asyncio.Protocol):
         return self.reply
 
     def usable(self) -> bool:
-        """Whether another request may start on it. The clock is asked, too: a busy loop is late to end what is idle."""
+        """Whether another request may start on it. Checks the clock, because a busy loop runs the idle timer late."""
         if self._transport is None or self._transport.is_closing():
             return False
-        return self._loop.time() < self._kept_until
+        return self._loop.time() < self._reusable_until
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -179,7 +179,7 @@ class _Connection(asyncio.Protocol):
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
-        if self.reply is None or self._parser is None:  # nothing was asked
+        if self.reply is None or self._parser is None:  # no request is under way
             self.abort()
             return
         self.answered = True
@@ -213,7 +213,7 @@ class _Connection(asyncio.Protocol):
     # httptools
 
     def on_message_begin(self) -> None:
-        if self.reply is None:  # bytes behind a complete answer: what would come next could be anyone's
+        if self.reply is None:  # bytes after a complete answer would be taken for the next request's answer
             self.abort()
         self._headers, self._nominated, self._head_bytes, self._sized = [], (), 0, False
 
@@ -230,8 +230,8 @@ class _Connection(asyncio.Protocol):
         assert self._parser is not None
         status = self._parser.get_status_code()
         if self.reply is not None and status >= 200:  # 1xx only announce the answer (RFC 9110 15.2)
-            kept = [item for item in self._headers if item[0] not in self._nominated]  # RFC 9110 7.6.1
-            self.reply.status, self.reply.headers = status, kept
+            headers = [item for item in self._headers if item[0] not in self._nominated]  # RFC 9110 7.6.1
+            self.reply.status, self.reply.headers = status, headers
 
     def on_body(self, body: bytes) -> None:
         if self.reply is not None and self.reply.feed(body) and self._transport is not None and not self._paused:
@@ -246,7 +246,7 @@ class _Connection(asyncio.Protocol):
         self.resume()
         if parser.should_keep_alive() and self.usable():
             self._origin.idle.append(self)
-            self._expiry = self._loop.call_at(self._kept_until, self.abort)
+            self._expiry = self._loop.call_at(self._reusable_until, self.abort)
         else:
             self.abort()
         reply.finish()
@@ -273,8 +273,8 @@ class Upstream:
     async def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> Reply:
         """Sends one request and waits for the answer's head.
 
-        A kept connection may have been closed by the backend as we wrote to it; when not a byte of an answer came, the
-        request goes out once more on a new one.
+        The backend may have closed an idle connection while the request was written to it. If not a byte of an answer
+        came, the request is sent once more on a new connection.
 
         Raises:
             UpstreamError: no answer came.
@@ -320,7 +320,7 @@ class Upstream:
         except TimeoutError:
             raise UpstreamError("timeout", "connecting took too long") from None
         except ssl.SSLError as error:
-            raise UpstreamError("refused", f"TLS failed: {error.reason or 'no common ground'}") from None
+            raise UpstreamError("refused", f"TLS failed: {error.reason or 'no common protocol'}") from None
         except OSError as error:
             raise UpstreamError("refused", f"connecting failed: {error.strerror or 'no such host'}") from None
         return connection

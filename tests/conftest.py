@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.container import serving_image, training_image
 from tests.postgres import postgres, postgres_server, records_url
+from tests.stored import stored
 
-__all__ = ["postgres", "postgres_server", "records_url"]  # fixtures
+__all__ = ["postgres", "postgres_server", "records_url", "serving_image", "training_image"]  # fixtures
 
 WORDS = re.findall(
     r"\w+",
@@ -17,7 +19,20 @@ WORDS = re.findall(
 )
 
 
+IMAGES = ("test_images.py", "test_installed.py")  # what they share takes two minutes to build
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: one process runs all tests of a file, one all that use an image, first."""
+    if config.pluginmanager.hasplugin("xdist"):
+        items.sort(key=lambda item: item.path.name not in IMAGES)
+        for item in items:
+            group = "images" if item.path.name in IMAGES else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
+@stored
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a random two-layer BERT and a word-level WordPiece tokenizer."""
     import torch
@@ -52,6 +67,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+@stored
 def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real checkpoint of the pools small and large: prompts with the word "hard" need the large one."""
     import torch
@@ -94,6 +110,7 @@ POLICY_CHAT = (
 
 
 @pytest.fixture(scope="session")
+@stored
 def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real checkpoint as depo-train rl leaves it: one pool, the policy's chat template, DEPO's trunk, no wide part.
 

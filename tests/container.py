@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DOCKERFILES = {"serving": ROOT / "Dockerfile", "training": ROOT / "Dockerfile.training"}
 USER = 10001
 # $1: an empty directory for the new root; "ro" and "rw" and a path each, what is seen there; then the command
 ENTER = """
@@ -119,7 +120,7 @@ def build(dockerfile: Path, work: Path) -> Image:
     for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
         if name and (ROOT / name).exists():
             (context / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, context / name)
+            shutil.copy(ROOT / name, context / name, follow_symlinks=False)  # depo_gateway/ holds links to folders
     script, kind, *_ = recipe.install
     built = subprocess.run(
         [script, kind, str(directory), str(sbom)],
@@ -129,6 +130,18 @@ def build(dockerfile: Path, work: Path) -> Image:
     assert built.returncode == 0, built.stderr[-4000:]
     (work / "root").mkdir()
     return Image(directory, sbom, recipe.environment, work / "root")
+
+
+@pytest.fixture(scope="session")
+def serving_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    return build(DOCKERFILES["serving"], tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture(scope="session")
+def training_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    work = tmp_path_factory.mktemp("training")
+    yield build(DOCKERFILES["training"], work)
+    shutil.rmtree(work / "opt")  # 1.7 GB
 
 
 def needs_root() -> None:

@@ -1,6 +1,7 @@
 """Imports point one way, gateway -> estimator <- training; no cycles; serving needs no torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,6 +19,7 @@ FORBIDDEN = {
     "gateway": {"torch", "transformers", "trl", "vllm"},
 }
 HEAVY = {"torch", "transformers", "onnx", "matplotlib"}
+COMMAND_PROTOCOL = {"add_arguments", "main", "run"}
 SERVING = ("gateway.__main__", "gateway.server", "gateway.demo.run")
 LEARNER_SETTINGS = ("training.online.settings", "training.online.daemon", "training.commands.collect")
 
@@ -46,6 +48,14 @@ def imports(path: Path) -> set[str]:
                 full = f"{node.module}.{alias.name}"
                 names.add(full if full.removeprefix("depo_gateway.") in known else node.module)
     return {name.removeprefix("depo_gateway.") for name in names}
+
+
+def test_our_packages_are_imported_by_their_installed_names() -> None:
+    """`import gateway` would find the folder in a checkout, a second copy of it, and nothing once installed."""
+    pattern = re.compile(rf"^ *(?:import|from) (?:{'|'.join(PACKAGES)})\b", re.MULTILINE)
+    for folder in (*PACKAGES, "benchmarks", "dashboards", "docker", "examples", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not pattern.findall(path.read_text()), path
 
 
 def test_packages_import_in_one_direction() -> None:
@@ -90,10 +100,12 @@ def test_there_are_no_import_cycles() -> None:
 
 
 def test_public_names_are_unique_within_a_package() -> None:
+    """Classes and functions; each command has its own `run`, `add_arguments` and `main`."""
     homes = defaultdict(set)
     for name, path in modules().items():
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            named = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            if named and not node.name.startswith("_") and node.name not in COMMAND_PROTOCOL:
                 homes[name.split(".")[0], node.name].add(name)
     assert not {key: sorted(places) for key, places in homes.items() if len(places) > 1}
 

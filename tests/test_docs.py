@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway import config
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.training.online import settings as learner_settings
@@ -99,7 +100,7 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 
 def test_every_error_code_is_documented() -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "gateway").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "gateway").rglob("*.py"))
     codes = set(re.findall(r"ApiError\(\s*\d{3},(?:[^()]|\([^()]*\))*?\"([a-z_]+)\"(?:,|\s*\))", sources))
     assert {"invalid_json", "timeout", "missing_api_key"} <= codes
     table = OPERATIONS.split("## Errors")[1].split("\n## ")[0]
@@ -120,11 +121,10 @@ def test_example_configs_are_taken(path: Path) -> None:
     assert len(config.parse_config(raw, path.parent).pools) >= 2
 
 
-def test_reasons_are_documented() -> None:
-    from depo_gateway.gateway.routing import Reason
-
-    for reason in typing.get_args(Reason):
-        assert f"`{reason}`" in OPERATIONS
+def test_the_reasons_listed_are_those_of_the_table() -> None:
+    listed = OPERATIONS.split("`x-depo-reason` and the label `reason` of decisions are one of: ")[1].split("\n\n")[0]
+    outside_brackets = re.sub(r"\([^)]*\)", "", listed)
+    assert re.findall(r"`(\w+)`", outside_brackets) == [reason.value for reason in Reason]
 
 
 def values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -18,12 +18,12 @@ import aiohttp
 import pytest
 import yaml
 
+from depo_gateway import __version__
 from depo_gateway.estimator import checkpoint
 from tests import container
-from tests.container import ROOT, USER, Image
+from tests.container import DOCKERFILES, ROOT, USER, Image
 from tests.gateway.backend import FakeVllm
 
-DOCKERFILES = {"serving": ROOT / "Dockerfile", "training": ROOT / "Dockerfile.training"}
 BYTES = 250_000_000  # the serving image's own files at most
 CHECKPOINTS, RECORDS = "/var/lib/depo-gateway/checkpoints", "/var/lib/depo-gateway/records"
 CONFIG = "/etc/depo-gateway"
@@ -44,7 +44,7 @@ def test_a_dockerfile_says_what_the_rest_of_the_repository_says(kind: str) -> No
     assert f"Programming Language :: Python :: {base}" in PROJECT["classifiers"]
     assert set(re.findall(r"^FROM (\S+)", recipe.text, re.M)) == {"${PYTHON_IMAGE}"}
     chart = yaml.safe_load((ROOT / "helm/Chart.yaml").read_text())
-    assert re.findall(r"^ARG VERSION=(.+)$", recipe.text, re.M) == [PROJECT["version"]] == [chart["appVersion"]]
+    assert re.findall(r"^ARG VERSION=(.+)$", recipe.text, re.M) == [__version__] == [chart["appVersion"]]
     assert re.findall(r"^USER (.+)$", recipe.text, re.M) == [f"{USER}:{USER}"]  # by number: runAsNonRoot asks for it
     (entry,) = re.findall(r"^ENTRYPOINT (.+)$", recipe.text, re.M)
     assert json.loads(entry)[0] in PROJECT["scripts"]
@@ -60,18 +60,6 @@ def test_the_context_holds_what_is_copied_and_no_more(kind: str) -> None:
     assert lines[0] == "*"
     let_in = {line.removeprefix("!") for line in lines if line.startswith("!")}
     assert let_in == set(container.read(DOCKERFILES[kind]).copied)
-
-
-@pytest.fixture(scope="module")
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    return container.build(DOCKERFILES["serving"], tmp_path_factory.mktemp("serving"))
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    work = tmp_path_factory.mktemp("training")
-    yield container.build(DOCKERFILES["training"], work)
-    shutil.rmtree(work / "opt")  # 1.7 GB
 
 
 def installed(image: Image) -> dict[str, str]:
@@ -97,17 +85,19 @@ def bytes_of(directory: Path) -> int:
 
 
 @pytest.mark.slow
-def test_the_serving_image_is_small(serving: Image) -> None:
-    total = bytes_of(serving.directory)
+def test_the_serving_image_is_small(serving_image: Image) -> None:
+    total = bytes_of(serving_image.directory)
     assert 100e6 < total <= BYTES
-    assert not {"torch", "transformers", "aiohttp", "huggingface-hub", "pip", "setuptools"} & set(installed(serving))
-    assert not list(serving.directory.rglob("__pycache__"))
+    assert not {"torch", "transformers", "aiohttp", "huggingface-hub", "pip", "setuptools"} & set(
+        installed(serving_image)
+    )
+    assert not list(serving_image.directory.rglob("__pycache__"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DOCKERFILES)
 def test_an_image_holds_the_pinned_versions_and_its_bill_lists_them(kind: str, request: pytest.FixtureRequest) -> None:
-    image: Image = request.getfixturevalue(kind)
+    image: Image = request.getfixturevalue(f"{kind}_image")
     found = installed(image)
     assert found.pop("depo-gateway") == version("depo-gateway")
     assert {name: number.partition("+")[0] for name, number in found.items()} == {
@@ -115,7 +105,7 @@ def test_an_image_holds_the_pinned_versions_and_its_bill_lists_them(kind: str, r
     }
     bill = json.loads(image.sbom.read_text())
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
-    assert bill["metadata"]["component"]["version"] == PROJECT["version"]
+    assert bill["metadata"]["component"]["version"] == __version__
     kinds = {item["purl"].split("/")[0] for item in bill["components"] if "purl" in item}
     assert kinds == {"pkg:pypi", "pkg:generic"} | ({"pkg:deb"} if shutil.which("dpkg-query") else set())
     listed = {
@@ -181,35 +171,36 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_a_pod_may_write_to_its_volumes_alone(serving: Image, tmp_path: Path) -> None:
+def test_a_pod_may_write_to_its_volumes_alone(serving_image: Image, tmp_path: Path) -> None:
     """That the tests below would see a program that writes elsewhere."""
     container.needs_root()
-    serving.volumes, serving.configs = {}, {}
-    serving.volume(tmp_path / "checkpoints", CHECKPOINTS)
-    script = (
-        f"id -u; cd {CHECKPOINTS} && touch here; grep CapBnd /proc/self/status; touch /x /usr/x {serving.directory}/x"
-    )
-    ran = serving.run("sh", "-c", script)
+    serving_image.volumes, serving_image.configs = {}, {}
+    serving_image.volume(tmp_path / "checkpoints", CHECKPOINTS)
+    elsewhere = f"/x /usr/x {serving_image.directory}/x"
+    script = f"id -u; cd {CHECKPOINTS} && touch here; grep CapBnd /proc/self/status; touch {elsewhere}"
+    ran = serving_image.run("sh", "-c", script)
     assert ran.stdout.split() == [str(USER), "CapBnd:", "0" * 16]
     assert ran.stderr.count("Read-only file system") == 3
     assert (tmp_path / "checkpoints" / "here").stat().st_uid == USER
 
 
 @pytest.mark.slow
-async def test_the_images_work_under_a_read_only_root(serving: Image, training: Image, tmp_path: Path) -> None:
+async def test_the_images_work_under_a_read_only_root(
+    serving_image: Image, training_image: Image, tmp_path: Path
+) -> None:
     """As the chart's pods: seed, serve, learn from what was served; what serves and what follows ends at SIGTERM."""
     container.needs_root()
     checkpoints, records = tmp_path / "checkpoints", tmp_path / "records"
     (tmp_path / "config").mkdir()
-    for image in (serving, training):
+    for image in (serving_image, training_image):
         image.volumes, image.configs = {checkpoints: CHECKPOINTS, records: RECORDS}, {tmp_path / "config": CONFIG}
-    for place, there in list(serving.volumes.items()):
-        serving.volume(place, there)
-    seeded = serving.run("depo-gateway", "seed", CHECKPOINTS, "--pools", "cheap", "dear")
+    for place, there in list(serving_image.volumes.items()):
+        serving_image.volume(place, there)
+    seeded = serving_image.run("depo-gateway", "seed", CHECKPOINTS, "--pools", "cheap", "dear")
     assert seeded.returncode == 0, seeded.stderr
     async with FakeVllm("org/small") as small, FakeVllm("org/large") as large:
         (tmp_path / "config/gateway.yaml").write_text(yaml.safe_dump(config(small, large), sort_keys=False))
-        gateway = serving.start("depo-gateway", "serve", "--config", f"{CONFIG}/gateway.yaml")
+        gateway = serving_image.start("depo-gateway", "serve", "--config", f"{CONFIG}/gateway.yaml")
         try:
             await traffic(*await served(gateway), 120)
         finally:
@@ -224,9 +215,9 @@ async def test_the_images_work_under_a_read_only_root(serving: Image, training: 
     (tmp_path / "config/learner.yaml").write_text(yaml.safe_dump(learner | {"listen": {"port": 0}}))
     words = (f"--config={CONFIG}/learner.yaml", "--base=builtin", f"--out={CHECKPOINTS}")
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    once = await asyncio.to_thread(training.run, "depo-train", "refresh", *words, **offline)
+    once = await asyncio.to_thread(training_image.run, "depo-train", "refresh", *words, **offline)
     assert (once.returncode, "refused, " in once.stderr) in {(0, False), (1, True)}, once.stderr
-    following = training.start("depo-train", "refresh", "--follow", *words, **offline)
+    following = training_image.start("depo-train", "refresh", "--follow", *words, **offline)
     try:
         assert following.stdout is not None
         line = await asyncio.to_thread(following.stdout.readline)
@@ -238,5 +229,5 @@ async def test_the_images_work_under_a_read_only_root(serving: Image, training: 
         code, said = await asyncio.to_thread(ended, following)
     assert (code, "Read-only" in said, "Traceback" in said) == (0, False, False), said
     checkpoint.load_checkpoint(checkpoint.resolve(checkpoints))
-    checked = serving.run("depo-gateway", "check", f"{CONFIG}/gateway.yaml")
+    checked = serving_image.run("depo-gateway", "check", f"{CONFIG}/gateway.yaml")
     assert checked.returncode == 0, checked.stderr

@@ -1,4 +1,4 @@
-"""The depo-train command. Heavy imports wait until a command runs, so --help and mistakes answer at once."""
+"""The depo-train command. Heavy imports wait until a command runs, so that --help and usage errors are fast."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import NoReturn
 
 # command -> (module with add_arguments(parser) and run(args) -> exit code, what it does)
 COMMANDS = {
-    "collect": ("depo_gateway.training.commands.collect", "make an outcome table from your own servers"),
+    "collect": ("depo_gateway.training.commands.collect", "sample and grade outcomes from your own servers"),
     "fit": ("depo_gateway.training.commands.fit", "fit an estimator to outcome tables"),
     "refresh": (
         "depo_gateway.training.commands.refresh",
-        "learn from served traffic, publish what is better; --follow stays",
+        "learn from served traffic and publish a better checkpoint; --follow repeats",
     ),
     "calibrate": (
         "depo_gateway.training.commands.calibrate",
-        "set probabilities and thresholds for targets, as a new checkpoint",
+        "fit probabilities and thresholds for targets, as a new checkpoint",
     ),
-    "rl": ("depo_gateway.training.commands.rl", "train a policy by GRPO, DAPO or DEPO; its estimator routes"),
+    "rl": ("depo_gateway.training.commands.rl", "train a policy by GRPO, DAPO or DEPO, and an estimator that routes"),
     "evaluate": (
         "depo_gateway.training.commands.evaluate",
-        "measure a checkpoint's routing against random and prompt length",
+        "compare a checkpoint's routing with random routing and prompt length",
     ),
 }
 # command -> what it imports beyond the base install
@@ -36,35 +36,37 @@ NEEDS = {
     "refresh": ("torch", "transformers", "onnx", "onnxscript"),
     "rl": ("torch", "transformers", "trl", "accelerate", "datasets", "onnx", "onnxscript"),
 }
-RAW = ("rl",)  # commands that read what follows themselves: run(args) finds it in args.rest
+RAW = ("rl",)  # commands that parse their own arguments: run(args) gets them in args.rest
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, but a mistake is one line: its usage stays with --help. The one way argparse offers is to inherit."""
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 0 done, 1 failed or interrupted, 2 the user's mistake, told in one line on stderr."""
+    """Runs one command: 0 done, 1 failed or interrupted, 2 the user's mistake, with one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="depo-train", description="Learn to route: outcomes in, estimators out.")
+    parser = _Parser(prog="depo-train", description="Fits the estimators that the gateway routes by.")
     parser.add_argument("--version", action="version", version=f"depo-train {version('depo-gateway')}")
-    meant = next((word for word in arguments if not word.startswith("-")), "")
-    missing = [module for module in NEEDS.get(meant, ()) if importlib.util.find_spec(module) is None]
+    requested = next((argument for argument in arguments if not argument.startswith("-")), "")
+    missing = [module for module in NEEDS.get(requested, ()) if importlib.util.find_spec(module) is None]
     if missing:
         names = ", ".join(missing)
-        print(f"depo-train {meant}: needs {names}; install it: pip install 'depo-gateway[training]'", file=sys.stderr)
+        print(
+            f"depo-train {requested}: needs {names}; install it: pip install 'depo-gateway[training]'", file=sys.stderr
+        )
         return 2
     _quiet_libraries()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name == meant and name not in RAW:  # the others' imports would only cost time
+        if name == requested and name not in RAW:  # importing the others would only take time
             importlib.import_module(module).add_arguments(command)
-    raw = arguments[:1] == [meant] and meant in RAW
-    args = argparse.Namespace(command=meant, rest=arguments[1:]) if raw else parser.parse_args(arguments)
+    raw = arguments[:1] == [requested] and requested in RAW
+    args = argparse.Namespace(command=requested, rest=arguments[1:]) if raw else parser.parse_args(arguments)
     try:
         code: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
     except (ValueError, OSError) as error:
@@ -77,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Only errors of the libraries that load encoders: no retries, load reports or, in a log, progress bars.
+    """Silences the libraries that load encoders, except for errors; in logs also their progress bars.
 
-    Whoever sets these variables has their way. To be called before the libraries are imported.
+    Variables that are set already take precedence. It must be called before the libraries are imported.
     """
     for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")

@@ -2,15 +2,16 @@
 
 `python -m benchmarks.demo_models.chains --out DIR` writes them.
 
-The task is chain arithmetic: `3+4*9-2=` is worked left to right modulo 10, and the answer restates every step,
-`3+4=7;7*9=3;3-2=1` (bare running results are not learned with ordinary positions). The last digit is what is graded.
+The task is chain arithmetic: `3+4*9-2=` is evaluated left to right modulo 10, and the answer restates every step,
+`3+4=7;7*9=3;3-2=1` (without the restated operands, models with ordinary positions do not learn it). The last digit is
+graded.
 
-Prompts fall into three disjoint sets by a hash of their own text: `sft` teaches the two models, `collect` teaches the
-estimator, `evaluate` is seen by neither. Nobody has to remember a seed for that to hold.
+Prompts are split into three disjoint sets by a hash of their text: `sft` for the two models, `collect` for the
+estimator, `evaluate` for neither. The split does not depend on a seed.
 
-Both models learn from scratch in minutes on two cores. They differ as a small and a large model do in life: in size,
-and in how much they have seen. The small one's lessons hold few multiplications (see RECIPES), so what it fails at is
-not only long: at equal length it fails where `*` stands, and there the large one is still right.
+Both models are trained from scratch in minutes on two cores. They differ as small and large models do in practice: in
+size and in training data. The small one is trained on few multiplications (see RECIPES), so that length is not its only
+difficulty: at equal length it fails on chains with `*`, where the large one is still right.
 
 Legend of shapes: B batch, T tokens.
 """
@@ -34,12 +35,12 @@ from benchmarks.demo_models.gguf import write_gguf
 from depo_gateway.training.rewards.verifiers import VERIFIERS
 
 OPERATORS = "+-*"
-TRAFFIC = (5.0, 3.0, 2.0)  # the operators' weights in what users ask
+TRAFFIC = (5.0, 3.0, 2.0)  # the operators' weights in evaluation prompts
 LENGTHS = tuple(range(1, 9))
 SPLITS = {"sft": range(0, 8), "collect": range(8, 12), "evaluate": range(12, 16)}  # sixteenths of all prompts
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-# A conversation is the same text the models were taught on, turn after turn. System and tool turns are read and left
-# out: llama.cpp pastes a system turn into the user's where a template does not even look at its content.
+# A conversation is the text that the models were trained on, turn by turn. The template reads system and tool turns but
+# omits them: llama.cpp merges a system turn into the user's if a template does not access its content.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% set text = message['content'] or '' %}"
     "{% if message['role'] == 'user' %}{{ bos_token + text }}"
@@ -50,19 +51,19 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one of the two models is made."""
+    """The training recipe of one of the two models."""
 
     name: str
     hidden: int
     layers: int
     steps: int
     learning_rate: float
-    operators: tuple[float, float, float]  # weights of + - * in its lessons
-    chats: tuple[float, int]  # from this part of its lessons on, each so manyth batch is of two-turn chats
+    operators: tuple[float, float, float]  # weights of + - * in its training data
+    chats: tuple[float, int]  # (start, n): from this fraction of training on, every nth batch has two-turn chats
 
 
 RECIPES = (
-    Recipe("small", 64, 2, 4500, 3e-3, (8.0, 4.0, 0.15), (0.8, 4)),  # chats from the start kept it from learning
+    Recipe("small", 64, 2, 4500, 3e-3, (8.0, 4.0, 0.15), (0.8, 4)),  # with chats from the start it did not learn
     Recipe("large", 192, 4, 700, 1.5e-3, TRAFFIC, (0.0, 8)),
 )
 
@@ -86,7 +87,7 @@ def split_of(prompt: str) -> str:
 
 
 def draw(rng: random.Random, split: str, operators: Sequence[float]) -> str:
-    """One prompt of a split. Every chain has its own mixture of operators, `operators` on average."""
+    """A random prompt of a split. Every chain has its own mixture of operators, `operators` on average."""
     while True:
         length = rng.choices(LENGTHS)[0]
         mixture = [rng.gammavariate(weight / sum(operators) * 2, 1) + 1e-9 for weight in operators]
@@ -97,7 +98,7 @@ def draw(rng: random.Random, split: str, operators: Sequence[float]) -> str:
 
 
 def chains(split: str, count: int, seed: int) -> list[str]:
-    """`count` different prompts of a split in the usual mix, lengths alike as far as the short ones reach."""
+    """`count` different prompts of a split with TRAFFIC's operators; lengths are equally frequent where possible."""
     rng = random.Random(f"{split} {seed}")
     found: dict[str, None] = {}
     while len(found) < count:
@@ -111,9 +112,9 @@ def row_of(prompt: str) -> dict[str, str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes and nothing else, so that any text and any JSON grammar can be spelt; ids alike in HF, vLLM and llama.cpp.
+    """A byte tokenizer, so that it encodes any text and any JSON grammar; ids are equal in HF, vLLM and llama.cpp.
 
-    The one merge (two spaces) is there because llama.cpp refuses a BPE vocabulary without merges.
+    Its one merge (two spaces) exists because llama.cpp refuses a BPE vocabulary without merges.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *alphabet, "ĠĠ"])}
@@ -156,7 +157,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
     )
 
 
-def lesson(
+def training_batch(
     rng: random.Random, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, size: int, turns: int
 ) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels, each [B, T]; only answers and their ends are labelled. `turns` 2: a chat."""
@@ -175,7 +176,7 @@ def lesson(
     return {"input_ids": padded_BT[..., 0], "attention_mask": mask_BT, "labels": padded_BT[..., 1]}
 
 
-def teach(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int, batch: int = 64) -> LlamaForCausalLM:
+def fine_tune(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int, batch: int = 64) -> LlamaForCausalLM:
     """Supervised fine-tuning from scratch: AdamW, one cycle of the learning rate."""
     torch.manual_seed(seed)
     rng = random.Random(f"{recipe.name} {seed}")
@@ -186,7 +187,7 @@ def teach(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int, batch: 
     bar = tqdm(range(recipe.steps), desc=f"{recipe.name}: SFT", disable=not sys.stderr.isatty())
     for step in bar:
         two_turns = step >= chats_from * recipe.steps and step % chat_every == chat_every - 1
-        loss = model(**lesson(rng, recipe, tokenizer, batch // 2 if two_turns else batch, 1 + two_turns)).loss
+        loss = model(**training_batch(rng, recipe, tokenizer, batch // 2 if two_turns else batch, 1 + two_turns)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -211,7 +212,7 @@ def passes(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
 
 
 def report(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> str:
-    """A markdown table: pass@1 on `count` evaluation chains, one sampled answer each."""
+    """A Markdown table: pass@1 on `count` evaluation chains, one sampled answer each."""
     prompts = chains("evaluate", count, seed)
     alike = {length: [prompt for prompt in prompts if length_of(prompt) == length] for length in LENGTHS}
     graded: dict[str, float] = {}
@@ -222,7 +223,7 @@ def report(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
 
 
 def by_kind(graded: Mapping[str, float]) -> str:
-    """A markdown table of mean pass rates by a chain's length and its number of multiplications."""
+    """A Markdown table of mean pass rates by a chain's length and number of multiplications."""
     lines = ["| length | chains | all | no `*` | 1 | 2 | 3 and more |", "|---|---|---|---|---|---|---|"]
     for length in LENGTHS:
         group = [prompt for prompt in graded if length_of(prompt) == length]
@@ -233,7 +234,7 @@ def by_kind(graded: Mapping[str, float]) -> str:
 
 
 def length_of(prompt: str) -> int:
-    """How many steps a chain has."""
+    """The number of steps of a chain."""
     return (len(prompt) - 2) // 2
 
 
@@ -251,7 +252,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # One place that every reader knows: vLLM and older transformers look for the template in tokenizer_config.json.
+    # Every reader supports tokenizer_config.json; vLLM and older transformers look for the template only there.
     template = folder / "chat_template.jinja"
     settings_path = folder / "tokenizer_config.json"
     settings = {**json.loads(settings_path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -259,7 +260,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         settings["chat_template"] = template.read_text()
         template.unlink()
     settings_path.write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private to its owner
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it readable by its owner only
     write_gguf(folder, folder / "model.gguf")
 
 
@@ -268,10 +269,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.demo_models.chains", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="directory that receives small/, large/, queries.jsonl")
-    parser.add_argument("--only", choices=[recipe.name for recipe in RECIPES], help="make one of the two models")
+    parser.add_argument("--only", choices=[recipe.name for recipe in RECIPES], help="make only one of the two models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="fewer for a try (default: the recipes')")
+    parser.add_argument("--steps", type=int, help="of training, fewer for a trial (default: the recipes')")
     parser.add_argument("--evaluate", type=int, default=1600, help="evaluation chains (default 1600)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -280,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for recipe in RECIPES:
         if options.only not in (None, recipe.name):
             continue
-        model = teach(replace(recipe, steps=options.steps or recipe.steps), tokenizer, options.seed)
+        model = fine_tune(replace(recipe, steps=options.steps or recipe.steps), tokenizer, options.seed)
         save(model, tokenizer, options.out / recipe.name)
         print(report(recipe.name, model.float(), tokenizer, options.evaluate, options.seed), flush=True)
     queries = options.out / "queries.jsonl"

@@ -1,6 +1,6 @@
-"""A Hugging Face Llama directory with a byte-level BPE tokenizer -> one GGUF file that llama.cpp serves.
+"""Converts a Hugging Face Llama directory with a byte-level BPE tokenizer into a GGUF file for llama.cpp.
 
-Only what the demo's two models need; llama.cpp's own convert_hf_to_gguf.py is the tool for anything else.
+It supports only what the demo's two models need; for other models use llama.cpp's convert_hf_to_gguf.py.
 """
 
 import json
@@ -25,7 +25,7 @@ _NAMES = {
 
 
 def write_gguf(folder: Path, target: Path) -> None:
-    """folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json. Matrices become float16."""
+    """Writes `target` from config.json, model.safetensors and the tokenizer's files. Matrices become float16."""
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(target, "llama")
     heads = config["num_attention_heads"]
@@ -71,7 +71,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, int]
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: NDArray[np.float32], heads: int) -> None:
-    """Tied embeddings need no output matrix: llama.cpp falls back to the input's."""
+    """Adds a tensor. Tied embeddings need no output matrix: llama.cpp uses the input's."""
     if name == "model.embed_tokens.weight":
         writer.add_tensor("token_embd.weight", values.astype(np.float16))
     elif name == "model.norm.weight":
@@ -86,7 +86,7 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: NDArray[np.float32],
 
 
 def _interleaved(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Rotary pairs: Hugging Face pairs row i of a head with row i + half, llama.cpp row 2i with row 2i + 1."""
+    """Reorders rotary pairs: Hugging Face pairs row i of a head with i + half, llama.cpp row 2i with 2i + 1."""
     rows, columns = weight.shape
     split = weight.reshape(heads, 2, rows // heads // 2, columns)
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows, columns))

@@ -1,6 +1,6 @@
-"""The methods by name, with the settings they run under.
+"""The methods by name, with their settings.
 
-A name may carry settings of its own, `depo-plus@candidates=3,lr=2e-4`: so settings are tried on the tuning seeds.
+A name may contain settings, as in `depo-plus@candidates=3,lr=2e-4`, to try them on the tuning seeds.
 """
 
 from __future__ import annotations
@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from benchmarks.depo.estimated import SMALL, Depo, DepoConfig
+from benchmarks.depo.estimated import SMALL, Depo, DepoMethodConfig
 from benchmarks.depo.grpo import GrpoConfig
-from benchmarks.depo.methods import CLIP_HIGHER, Baseline, Greso, Method, Mopps, Oracle, Polaris
+from benchmarks.depo.methods import (
+    CLIP_HIGHER,
+    Method,
+    OracleMethod,
+    PolarisMethod,
+    expected_to_suffice,
+    selector_of,
+)
 from depo_gateway.estimator.learner import LearnerConfig
 from depo_gateway.training.rl.selection_config import SelectionConfig
 
@@ -30,21 +37,24 @@ TITLES = {
     "depo-plus": "DEPO plus",
     "oracle": "oracle",
 }
-# The policy's learning rate is the best for GRPO of 3e-5, 5e-5 and 1e-4 on the tuning seeds. Dynamic sampling takes a
-# third of the steps for as many completions; DAPO was a little better at twice that rate, and worse at four times it.
+# The policy's learning rate was the best one for GRPO of 3e-5, 5e-5 and 1e-4 on the tuning seeds. With dynamic sampling
+# the same number of completions makes a third of the steps; DAPO was slightly better at twice that rate, and worse at
+# four times.
 FEWER_STEPS = {"dapo": 1e-4, "greso": 1e-4}
 FAITHFUL, PLUS = SelectionConfig.faithful(), SelectionConfig.plus()
 DEPO = {
-    "depo": DepoConfig(FAITHFUL),
-    "depo-noranking": DepoConfig(FAITHFUL, replace(SMALL, ranking_weight=0.0)),
-    "depo-noranking-nodistillation": DepoConfig(FAITHFUL, replace(SMALL, ranking_weight=0.0, distillation_weight=0.0)),
-    "depo-dapo": DepoConfig(FAITHFUL, clip_high=CLIP_HIGHER),
-    "depo-plus": DepoConfig(PLUS),
+    "depo": DepoMethodConfig(FAITHFUL),
+    "depo-noranking": DepoMethodConfig(FAITHFUL, replace(SMALL, ranking_weight=0.0)),
+    "depo-noranking-nodistillation": DepoMethodConfig(
+        FAITHFUL, replace(SMALL, ranking_weight=0.0, distillation_weight=0.0)
+    ),
+    "depo-dapo": DepoMethodConfig(FAITHFUL, clip_high=CLIP_HIGHER),
+    "depo-plus": DepoMethodConfig(PLUS),
 }
 
 
 def method_of(name: str, prompts: Sequence[str], seed: int, steps: int, group_size: int) -> tuple[Method, GrpoConfig]:
-    """A method and how its policy learns. `steps`: how many GRPO would take. Raises ValueError for an unknown name."""
+    """A method and how its policy learns. `steps`: those of GRPO. Raises ValueError for an unknown name."""
     kind, settings = parse(name)
     policy = replace(GrpoConfig(), learning_rate=FEWER_STEPS.get(kind, GrpoConfig().learning_rate))
     if "lr" in settings:
@@ -54,17 +64,19 @@ def method_of(name: str, prompts: Sequence[str], seed: int, steps: int, group_si
     if kind in DEPO:
         method = Depo(prompts, depo_of(DEPO[kind], settings, steps, group_size), seed)
     elif kind == "grpo":
-        method = Baseline(size, seed, **settings)
+        method = Method(selector_of(size, seed, "off"), **settings)
     elif kind in ("dapo", "dapo-parts"):
-        method = Baseline(size, seed, dynamic=kind == "dapo", clip_high=CLIP_HIGHER, **settings)
+        method = Method(
+            selector_of(size, seed, "off"), **{"dynamic": kind == "dapo", "clip_high": CLIP_HIGHER, **settings}
+        )
     elif kind == "polaris":
-        method = Polaris(size, seed, steps, **settings)
+        method = PolarisMethod(size, seed, steps, **settings)
     elif kind == "greso":
-        method = Greso(size, seed, **settings)
+        method = Method(selector_of(size, seed, "greso", **settings), True, CLIP_HIGHER, expected_to_suffice)
     elif kind == "mopps":
-        method = Mopps(size, seed, **settings)
+        method = Method(selector_of(size, seed, "mopps", **settings))
     else:
-        method = Oracle(size, seed, group_size, **settings)
+        method = OracleMethod(size, seed, group_size, **settings)
     return method, replace(policy, clip_high=method.clip_high)
 
 
@@ -91,8 +103,8 @@ def number(text: str) -> float | int | str:
     return text
 
 
-def depo_of(config: DepoConfig, settings: dict[str, Any], steps: int, group_size: int) -> DepoConfig:
-    """A DEPO method's configuration at this run's length, with settings of its own."""
+def depo_of(config: DepoMethodConfig, settings: dict[str, Any], steps: int, group_size: int) -> DepoMethodConfig:
+    """A DEPO method's configuration for a run of this length, with the settings of its name."""
     selection, learner = replace(config.selection, group_size=group_size), config.learner
     selection = replace(selection, warmup_steps=max(1, round(WARMUP * steps)))
     known = {name: {field.name for field in fields(part)} for name, part in (("s", selection), ("l", learner))}

@@ -1,7 +1,7 @@
-"""A small encoder for DEPO's estimator, made on the spot: a BERT that reads characters, with random weights.
+"""A small encoder for DEPO's estimator: a new BERT that reads characters, with random weights.
 
-Two layers of a pretrained one (MiniLM) told prompts apart no better here and cost seven times as much a step. The
-estimator takes any encoder by name or directory; this one is a directory.
+Two layers of a pretrained encoder (MiniLM) predicted no better here and cost seven times as much a step. The estimator
+loads any encoder by name or directory; this one is a directory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CHARACTERS = "0123456789+-*="
 
 
 def save_encoder(place: Path, width: int = 64, layers: int = 2, seed: int = 0, characters: str = CHARACTERS) -> None:
-    """Write the encoder and its tokenizer into the directory `place`; the same weights for the same seed."""
+    """Write the encoder and its tokenizer into the directory `place`; the weights depend on the seed alone."""
     logging.disable_progress_bar()
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *characters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

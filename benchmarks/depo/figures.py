@@ -1,4 +1,4 @@
-"""Numbers drawn from the runs' histories. Pure functions.
+"""Figures computed from the runs' histories. Pure functions.
 
 Shapes: R rows of a history, S seeds.
 """
@@ -17,13 +17,13 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 
 
 def smoothed(values_R: Sequence[float]) -> list[float]:
-    """Each averaged with its neighbours, for an evaluation's noise is not progress. The first is left alone."""
+    """Each value averaged with its neighbours, to reduce the noise of evaluations. The first one stays."""
     means = [float(np.mean(values_R[max(0, i - 1) : i + 2])) for i in range(len(values_R))]
     return [*values_R[:1], *means[1:]]
 
 
 def reached(x_R: Sequence[float], y_R: Sequence[float], level: float) -> float | None:
-    """Where the line through the points first comes to `level`; None: nowhere."""
+    """Where the line through the points first reaches `level`; None if it does not."""
     if y_R[0] >= level:
         return float(x_R[0])
     for (x0, y0), (x1, y1) in zip(zip(x_R, y_R, strict=True), zip(x_R[1:], y_R[1:], strict=False), strict=False):
@@ -33,7 +33,7 @@ def reached(x_R: Sequence[float], y_R: Sequence[float], level: float) -> float |
 
 
 def interval(values_S: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the 95% interval of it by Student's t. One value has no interval: NaN."""
+    """Mean and its 95% interval by Student's t, which is NaN for a single value."""
     values = np.asarray(values_S, float)
     mean = float(values.mean())
     if len(values) < 2:

@@ -1,4 +1,4 @@
-"""GRPO's update: advantages of a group, the clipped token-mean loss, and what its gradients say. No choice of prompts.
+"""GRPO's update: advantages of a group, the clipped token-mean loss, and statistics of its gradients.
 
 Shapes: N completions of a mini-batch, P prompts, G completions a prompt.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.depo.policy import Completion, Policy
 
-EPSILON = 1e-4  # beside the standard deviation of a group's rewards, as TRL has it
+EPSILON = 1e-4  # added to the standard deviation of a group's rewards, as in TRL
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Rollout:
 
     @property
     def informative(self) -> bool:
-        """Whether any advantage is not zero."""
+        """Whether some advantage is not zero."""
         return max(self.rewards) > min(self.rewards)
 
 
@@ -37,17 +37,17 @@ class GrpoConfig:
     warmup_steps: int = 10
     clip_low: float = 0.2
     clip_high: float = 0.2
-    updates: int = 2  # mini-batches a step; with one alone no ratio would ever leave 1, and the clip would do nothing
+    updates: int = 2  # mini-batches a step; with a single one every ratio is 1 and nothing is clipped
     max_norm: float = 1.0
-    chunk: int = 32  # completions in one forward pass; like lengths together
+    chunk: int = 32  # completions in one forward pass, of similar lengths
 
 
 @dataclass(slots=True)
 class Gradients:
-    """What the gradients of an interval were like. Signal and noise come from the two halves a, b of each step.
+    """Statistics of the gradients of an interval. Signal and noise come from the two halves a, b of each step.
 
     E[a.b] is the squared norm of the expected gradient, E[|a - b|^2] / 2 the variance of a half's; their ratio is the
-    signal to noise. The second half is taken after the first one's update, which counts as noise.
+    signal-to-noise ratio. The second half follows the first one's update, whose effect counts as noise.
     """
 
     norms: list[float] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Trainer:
     def step(self, rollouts: Sequence[Rollout]) -> None:
         """Learn from the rollouts of one step, in `updates` mini-batches of prompts.
 
-        Groups without any advantage have no gradient and are not run, but their tokens count in the loss's mean.
+        Groups without an advantage have no gradient and are not run, but their tokens count in the mean of the loss.
         """
         self.steps += 1
         for group in self.optimizer.param_groups:

@@ -1,8 +1,8 @@
-"""One run: a method, a seed, a budget of completions. Everything that the method rolls out is charged to the budget.
+"""One run: a method, a seed, a budget of completions. All rollouts of the method are charged to the budget.
 
 The life of a step: the method chooses prompts, the policy rolls them out, a dynamic method asks for more until enough
-groups are informative, the policy learns, the method observes. At even distances in completions the policy is evaluated
-on held-out prompts (not charged: every method is evaluated alike) and a row of the history is written.
+groups are informative, the policy learns, the method observes. At equal distances in completions the policy is
+evaluated on held-out prompts (not charged, because it is the same for all methods) and a row of the history is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.depo.task import Task, roll_out
 from depo_gateway.training.evaluation.routing_metrics import auroc
 from depo_gateway.training.rl.group_labels import Group
 
-EVALUATION = 7  # seed of the evaluation's sampling: the same noise for all
+EVALUATION = 7  # seed of the evaluation's sampling, the same for all methods
 Row = dict[str, Any]
 
 
@@ -35,12 +35,12 @@ class LoopConfig:
     group_size: int = 8
     rows: int = 8  # of the history, besides the first
     samples: int = 4  # completions of each held-out prompt
-    rounds: int = 10  # generations a step at most; DAPO's own code gives up here, ours goes on with what there is
+    rounds: int = 10  # generations a step at most; then DAPO's own code fails, ours continues with what it has
 
 
 @dataclass(slots=True)
 class Interval:
-    """What happened between two rows of the history."""
+    """The events between two rows of the history."""
 
     kinds: list[int] = field(default_factory=list)
     predicted: list[float] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Interval:
 
 
 class Run:
-    """A policy, a trainer and a method, and the books on what they spend."""
+    """A policy, a trainer and a method, and what they cost."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Run:
         self.policy, self.train, self.held_out, self.config, self.method = policy, train, held_out, config, method
         self.trainer = Trainer(policy, grpo)
         self.generator = torch.Generator().manual_seed(seed)
-        self.aside = torch.Generator().manual_seed(seed + 1000)  # for the oracle: what is free draws from elsewhere
+        self.aside = torch.Generator().manual_seed(seed + 1000)  # of free rollouts, for the oracle
         self.completions = self.tokens = self.steps = 0
         self.seconds: dict[str, float] = dict.fromkeys(
             ("generate", "reward", "update", "choose", "observe", "oracle", "evaluate"), 0.0
@@ -92,16 +92,16 @@ class Run:
         need = config.need
         for _ in range(config.rounds if method.dynamic else 1):
             with self.clock("choose"):
-                choice = method.choose(need)
-            new = self.roll_out(choice.indices)
+                tickets = method.choose(need)
+            new = self.roll_out([ticket.row for ticket in tickets])
             rollouts += new
-            self.interval.predicted += choice.predicted
+            self.interval.predicted += [ticket.predicted for ticket in tickets]
             self.interval.actual += [float(np.mean(rollout.rewards)) for rollout in new]
             informative = sum(rollout.informative for rollout in rollouts)
             if informative >= config.need or self.completions >= config.budget:
                 break
             need = method.refill(config.need, config.need - informative, 1 - informative / len(rollouts))
-            if len(rollouts) + need > len(self.train.prompts):  # all of the data set in one step: there is no more
+            if len(rollouts) + need > len(self.train.prompts):  # the step has used up the data set
                 break
         groups = [group_of(rollout) for rollout in rollouts]
         self.interval.kinds += [kind_of(group) for group in groups]
@@ -133,7 +133,7 @@ class Run:
         return [group_of(rollout) for rollout in self.roll_out(indices)]
 
     def free(self, indices: Sequence[int]) -> list[Group]:
-        """Rollouts that cost nothing: for the oracle's knowledge."""
+        """Rollouts that are not charged, for the oracle."""
         with self.clock("oracle"):
             sampled = roll_out(self.policy, self.train, indices, self.config.group_size, self.aside)
             return [
@@ -142,7 +142,7 @@ class Run:
             ]
 
     def row(self) -> Row:
-        """Evaluate, and sum up the interval that ends here."""
+        """Evaluate, and summarise the interval that ends here."""
         interval, gradients = self.interval, self.trainer.gradients
         self.interval, self.trainer.gradients = Interval(), Gradients()
         with self.clock("evaluate"):
@@ -170,7 +170,7 @@ class Run:
         }
 
     def evaluate(self) -> dict[str, float]:
-        """Pass@1 on held-out prompts by sampling and, for a method with an estimator, how well it tells them apart."""
+        """Pass@1 on held-out prompts by sampling and, for a method with an estimator, how well it predicts."""
         generator = torch.Generator().manual_seed(EVALUATION)
         indices = range(len(self.held_out.prompts))
         sampled = roll_out(self.policy, self.held_out, indices, self.config.samples, generator)
@@ -198,5 +198,5 @@ class Run:
 
 
 def group_of(rollout: Rollout) -> Group:
-    """What a selector is told: rewards, and each completion's mean token log-probability."""
+    """A rollout for a selector: rewards, and each completion's mean token log-probability."""
     return Group(rollout.index, rollout.rewards, tuple(float(np.mean(c.log_probs)) for c in rollout.completions))

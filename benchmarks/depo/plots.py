@@ -58,7 +58,7 @@ def draw(runs: Runs, out: Path) -> None:
 
 
 def spent(result: Mapping[str, Any]) -> list[float]:
-    """CPU seconds of a run by phase; without the oracle's looking, which happens while it observes."""
+    """CPU seconds of a run by phase, without those of the oracle's free rollouts."""
     seconds = result["history"][-1]["seconds"]
     return [seconds[phase] - (seconds["oracle"] if phase == "observe" else 0.0) for phase in PHASES]
 
@@ -74,7 +74,7 @@ def lines(
     style: str = "-",
     legend: bool = True,
 ) -> None:
-    """One line a method, the mean over seeds at the same x."""
+    """One line for each method, the mean over seeds at the same x."""
     for name, by_seed in runs.items():
         histories = [result["history"][first:] for result in by_seed.values()]
         grid = np.linspace(

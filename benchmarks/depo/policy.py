@@ -1,7 +1,7 @@
-"""The policy, sampled and differentiated fast on one CPU thread: a Llama's own weights, run without its framework.
+"""The policy: a Llama's weights with sampling and gradients that are fast on one CPU thread, without transformers.
 
-At 0.1M parameters transformers' forward spends most of its time outside of matrix products. The functions here give the
-same logits (a test compares them); sampling runs each prompt once for its whole group, and drops rows that have ended.
+At 0.1M parameters transformers' forward pass spends most of its time outside of matrix products. The functions here
+give the same logits (a test compares them). Sampling runs each prompt once for its whole group; finished rows drop out.
 
 Shapes: B rows, T tokens, D hidden, H heads, V vocabulary; P prompts of G completions each.
 """
@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled answer: its tokens with the end token if it came to one, and their log-probabilities at sampling."""
+    """One sampled answer: its tokens, with the end token if it was sampled, and their log-probabilities."""
 
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
@@ -41,7 +41,7 @@ class Policy:
     def log_probs(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
         """Log-probabilities of completions given prompts, differentiable; one number a completion token, row by row.
 
-        rows: (prompt, completion), all of them padded on the right to the longest, so like lengths belong together.
+        rows: (prompt, completion), all padded on the right to the longest, so similar lengths should go together.
         """
         lengths = [len(prompt) + len(completion) - 1 for prompt, completion in rows]
         ids = torch.full((len(rows), max(lengths)), self.pad)
@@ -54,7 +54,7 @@ class Policy:
         x = embedding(ids, self.model.model.embed_tokens.weight)
         for layer in self.model.model.layers:
             q, k, v = self._heads_of(layer, x, self.cosines[:time], self.sines[:time])
-            mixed = scaled_dot_product_attention(q, k, v, is_causal=True)  # padding comes last, so nothing looks at it
+            mixed = scaled_dot_product_attention(q, k, v, is_causal=True)  # padding is last: no row attends to it
             x = self._after(layer, x, mixed)
         seen = target >= 0
         logits = self._logits(x[seen])
@@ -71,7 +71,7 @@ class Policy:
         layers = self.model.model.layers
         total = longest + limit
         place = torch.arange(total)
-        # what a row may look at, so far: its own tokens; and itself where it is padding, or softmax has nothing
+        # a row attends to its own tokens; padding attends to itself, as softmax needs one element
         visible = place[None, :longest] >= starts[:, None]
         causal = (place[:longest, None] >= place[None, :longest]) & visible[:, None, :]
         causal = causal | torch.eye(longest, dtype=torch.bool)
@@ -87,7 +87,7 @@ class Policy:
         bias = torch.zeros(len(prompts), total).masked_fill_(place[None] < starts[:, None], float("-inf"))
         bias = bias.repeat_interleave(count, 0)[:, None, None, :]
         starts = starts.repeat_interleave(count)
-        rows = torch.arange(len(starts))  # of the answer, for each row that is still running
+        rows = torch.arange(len(starts))  # indices of the rows that are not finished
         tokens: list[list[int]] = [[] for _ in range(len(starts))]
         chances: list[list[float]] = [[] for _ in range(len(starts))]
         for step in range(limit):

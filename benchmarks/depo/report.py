@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.depo import plots
 from benchmarks.depo.catalog import TITLES
 from benchmarks.depo.figures import interval, ratio, reached, smoothed
-from depo_gateway.training.evaluation.routing_metrics import table
+from depo_gateway.training.evaluation.markdown import table
 
 Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # method -> seed -> result
 FRACTIONS = (0.5, 0.75)  # of the way from the start to GRPO's final accuracy
@@ -31,13 +31,13 @@ PHASES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.depo.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/depo"), help="where the result files are (%(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/depo"), help="directory of the results (%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="N")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/depo"), help="directory (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/depo"), help="for the page (%(default)s)")
     options = parser.parse_args(argv)
     runs = load(options.runs, options.seeds)
     if "grpo" not in runs:
-        parser.error(f"there is no result of grpo in {options.runs}; all others are compared with it")
+        parser.error(f"{options.runs} has no result of grpo, which all others are compared with")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "README.md").write_text(page(runs), encoding="utf-8")
     (options.out / "runs.json").write_text(json.dumps(compact(runs)) + "\n", encoding="utf-8")
@@ -56,7 +56,7 @@ def load(place: Path, seeds: Sequence[int]) -> dict[str, dict[int, Any]]:
 
 
 def compact(runs: Runs) -> dict[str, dict[str, Any]]:
-    """What stands behind the table, small enough to commit: completions, tokens and accuracy by method and seed."""
+    """The data of the table, small enough to commit: completions, tokens and accuracy by method and seed."""
     names = ("completions", "tokens", "accuracy")
     return {
         method: {
@@ -86,7 +86,7 @@ def needed(result: Mapping[str, Any], level: float, unit: str = "completions") -
 
 
 def levels_of(runs: Runs) -> list[float]:
-    """The accuracies that completions are counted to: two on the way, and GRPO's final one, means over seeds."""
+    """Accuracies to count completions to: two on the way, and GRPO's final one; means over seeds."""
     begin = float(np.mean([column(result, "accuracy")[0] for result in runs["grpo"].values()]))
     end = float(np.mean([final(result) for result in runs["grpo"].values()]))
     return [*(round(begin + part * (end - begin), 2) for part in FRACTIONS), end]
@@ -97,44 +97,45 @@ def page(runs: Runs) -> str:
     first = next(iter(runs["grpo"].values()))
     seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
     parts = [
-        "# DEPO and its rivals on chain arithmetic",
-        "Made by `make bench-depo` (`python -m benchmarks.depo.run`, then `python -m benchmarks.depo.report`); what the"
-        " task, the policy and the methods are stands in the docstrings of benchmarks/depo. Runs end after"
+        "# DEPO and other ways to choose prompts on chain arithmetic",
+        "Made by `make bench-depo` (`python -m benchmarks.depo.run`, then `python -m benchmarks.depo.report`); the"
+        " docstrings of benchmarks/depo describe task, policy and methods. Runs end after"
         f" {first['loop']['budget']:,} completions, {first['loop']['need']} prompts of {first['loop']['group_size']}"
         f" rollouts a step, {first['prompts']:,} training prompts; policy learning rate"
         f" {first['grpo']['learning_rate']:g}{other_rates(runs)}; seeds {', '.join(map(str, seeds))}. {processor()},"
         " one thread a run. The warm-up is a tenth of GRPO's steps, as 100 of 1,000 in the paper; the band is its own."
-        " Settings were chosen on other seeds (catalog.py says how)."
-        " Accuracy: pass@1 by sampling on held-out prompts. Intervals: 95%, Student's t over seeds. Every completion a"
-        " method asks for is counted, warm-up, exploration, refills and offline measuring included; the evaluations,"
-        " alike for all, and what the oracle knows are not.",
+        " Settings were chosen on other seeds (see catalog.py)."
+        " Accuracy: pass@1 by sampling on held-out prompts. Intervals: 95%, Student's t over seeds. Every completion of"
+        " a"
+        " method is counted, with warm-up, exploration, refills and preliminary measurements; not counted are the"
+        " evaluations, which are the same for all, and the oracle's knowledge.",
         "## What it takes",
         table(*needs(runs, levels)),
         f"Completions in thousands until the evaluations, each averaged with its neighbours, reach {levels[0]:.2f},"
-        f" {levels[1]:.2f}, and {levels[2]:.3f}, which is where GRPO ends. `>`: not all seeds got there; one that did"
-        " not counts with all its completions, so the figure is a lower bound; `<`: the rival did not, so the ratio is"
-        " an upper bound; `-`: neither did. Ratios of completions to GRPO's final accuracy are paired by seed"
-        " (geometric mean).",
+        f" {levels[1]:.2f}, and {levels[2]:.3f}, GRPO's final accuracy. `>`: not all seeds reached it; one that did not"
+        " counts with all its completions, so the figure is a lower bound; `<`: the other one did not reach it, so"
+        " the ratio is an upper bound; `-`: neither did. Ratios of completions to GRPO's final accuracy are geometric"
+        " means, paired by seed.",
         "![learning curves](curves.png)",
-        "## What was rolled out, and what was known",
+        "## Groups rolled out, and the estimator",
         table(*groups(runs)),
-        "Zero advantage: groups of all that were generated whose rollouts all passed or all failed. Informative groups"
-        " are those that the policy learned from, a thousand completions. Signal to noise: of the gradient of half a"
-        " step's prompts (`Gradients` in grpo.py says how). AUROC and error: the estimator on held-out prompts against"
+        "Zero advantage: share of all generated groups whose rollouts all passed or all failed. Informative groups:"
+        " those that the policy learned from, per thousand completions. Signal to noise: of the gradient of half a"
+        " step's prompts (see `Gradients` in grpo.py). AUROC and error: the estimator on held-out prompts against"
         " four rollouts each, mean over the run after the warm-up's rows.",
         "![groups](groups.png)",
         "![estimator](estimator.png)",
         "## Seconds",
         table(*phases(runs)),
         "CPU seconds of a run by phase, means over seeds. The policy has 0.1M parameters and the estimator 5M: here the"
-        " estimator costs more than the rollouts it saves, which a policy of any useful size turns round.",
+        " estimator costs more than the rollouts it saves; with a realistically sized policy the balance reverses.",
         "![seconds](phases.png)",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def other_rates(runs: Runs) -> str:
-    """The methods whose policy learns at another rate than GRPO's."""
+    """The methods whose policy has another learning rate than GRPO's."""
     rates = {method: next(iter(by_seed.values()))["grpo"]["learning_rate"] for method, by_seed in runs.items()}
     others = [f"{title_of(method)} {rate:g}" for method, rate in rates.items() if rate != rates["grpo"]]
     return f" ({', '.join(others)})" if others else ""
@@ -163,7 +164,7 @@ def needs(runs: Runs, levels: Sequence[float]) -> tuple[list[list[Any]], tuple[s
 
 
 def compared(mine: Mapping[int, Any], theirs: Mapping[int, Any], level: float, unit: str) -> str:
-    """The ratio of what both need to reach `level`, over the seeds both have; "-" if neither always gets there."""
+    """The ratio of the costs to reach `level`, over the seeds of both; "-" if neither reaches it with every seed."""
     seeds = sorted(set(mine) & set(theirs))
     if not seeds:
         return "-"
@@ -229,7 +230,7 @@ def show(value: tuple[float, float, float], digits: int) -> str:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name, where the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except FileNotFoundError:

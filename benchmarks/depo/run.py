@@ -1,6 +1,6 @@
-"""Run the benchmark: every method with every seed, a result file each. `python -m benchmarks.depo.run --help`.
+"""Run the benchmark: a result file for each method and seed. `python -m benchmarks.depo.run --help`.
 
-Runs that have a result file are left out, so an interrupted benchmark goes on where it was.
+Runs that have a result file are skipped, so an interrupted benchmark continues.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="N")
     parser.add_argument("--budget", type=int, default=LoopConfig().budget, help="completions a run (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/depo"), help="directory of result files (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/depo"), help="directory for result files (%(default)s)")
     parser.add_argument("--prompts", type=int, default=1024, help="training prompts (%(default)s)")
     parser.add_argument("--held-out", type=int, default=480, help="prompts to evaluate on (%(default)s)")
     parser.add_argument(
-        "--start-steps", type=int, default=STEPS, help="of the start's SFT; fewer for a try (%(default)s)"
+        "--start-steps", type=int, default=STEPS, help="steps of the starting policy's fine-tuning (%(default)s)"
     )
     parser.add_argument("--rows", type=int, default=LoopConfig().rows, help="evaluations a run (%(default)s)")
     options = parser.parse_args(argv)
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     loop = replace(LoopConfig(), budget=options.budget, rows=options.rows)
     jobs = [
         Job(method, seed, options.out, loop, options.prompts, options.held_out)
-        for seed in options.seeds  # seed by seed: an interrupted benchmark has whole comparisons
+        for seed in options.seeds  # seed by seed, so that an interrupted benchmark has complete comparisons
         for method in options.methods
     ]
     todo = [job for job in jobs if not job.path.exists()]

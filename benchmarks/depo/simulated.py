@@ -1,15 +1,15 @@
-"""Choosing prompts where difficulty must be read from words: a policy simulated by the real outcomes of many models.
+"""Choosing prompts whose difficulty is in their words: a policy simulated by the real outcomes of many models.
 
     python -m benchmarks.depo.simulated --data DIR --out DIR --report FILE.md
 
 Models are ranked by accuracy. At strength s in [0, 1] the policy's pass rate of a question is the mean of the models'
 outcomes on it, weighted by a Gaussian over ranks around the s-th; a group is G draws of that rate. No policy is
-trained: s rises by 1/target with each informative group learned from, since a group of equal rewards has no gradient.
-So every method meets the same policies in the same order, and they differ in the completions each stretch costs them.
-Were s to rise with steps, a method would get stronger for free.
+trained: s rises by 1/target with each informative group learned from, because a group of equal rewards has no gradient.
+So every method meets the same policies in the same order, and methods differ in the completions that each stretch
+costs. If s rose with steps, methods would improve without informative groups.
 
 `DIR` has a JSON-lines file a question set, {"source", "question", "correct": {model: 0 or 1}}. Runs with a result file
-in `--out` are left out, so an interrupted benchmark goes on where it was.
+in `--out` are skipped, so an interrupted benchmark continues.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 from benchmarks.depo.catalog import method_of, parse
 from benchmarks.depo.methods import Method
 from benchmarks.depo.simulated_estimator import DEPO, Items, TextDepo, embedded, text_depo
-from benchmarks.depo.simulated_policy import Domain, auroc_of, expected_auroc, read, readable
+from benchmarks.depo.simulated_policy import Domain, auroc_of, expected_auroc, read, text_limits
 from benchmarks.depo.simulated_report import report
 from depo_gateway.training.rl.group_labels import Group
 from depo_gateway.training.rl.pass_rate_belief import nonzero_advantage
@@ -41,41 +41,41 @@ from depo_gateway.training.rl.pass_rate_belief import nonzero_advantage
 Row = dict[str, Any]
 FILES = {"gsm8k": "gsm8k_many_models.jsonl", "math_l5": "math_l5_many_models.jsonl"}
 DOMAINS = {"gsm8k": ("gsm8k",), "mixed": ("gsm8k", "math_l5")}
-UNREAD = "depo-plus@trunk_learning_rate=0"  # its estimator never learns: what is left is memory of each prompt
-# Left out: what only changes the loss (DAPO's clipping), and DEPO without distillation: models here say no log-probs
+UNREAD = "depo-plus@trunk_learning_rate=0"  # its estimator never learns: only the memory of each prompt is left
+# Without DAPO's clipping, which only changes the loss, and DEPO without distillation: there are no log-probabilities
 METHODS = ("grpo", "dapo", "polaris", "greso", "mopps", "depo", "depo-noranking", "depo-plus", UNREAD, "oracle")
 DRAWS = 12  # a stream of random numbers
 
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    target: int = 600  # informative groups learned from until the policy is the strongest
+    target: int = 600  # informative groups until the policy has its full strength
     need: int = 16  # prompts a step
     group_size: int = 8
     width: float = 3.0  # of the Gaussian over ranks
     held_out: float = 0.2
     rows: int = 10  # of the history
     rounds: int = 10  # generations a step at most, for a method that samples until enough groups are informative
-    patience: int = 60  # completions a step needs at most are so many times the informative ones, or the run ends
+    patience: int = 60  # the run ends after so many times `target` groups
 
 
 @dataclass(slots=True)
 class Books:
-    """What a run spent, step by step: completions, and informative groups learned from; totals so far."""
+    """The cost of a run, step by step: cumulative completions, and informative groups learned from."""
 
     completions: list[int] = field(default_factory=lambda: [0])
     learned: list[int] = field(default_factory=lambda: [0])
 
 
 class Run:
-    """A simulated policy, a method that chooses its prompts, and the books."""
+    """A simulated policy, a method that chooses its prompts, and what the run costs."""
 
     def __init__(self, train: Domain, held_out: Domain, config: RunConfig, method: Method, seed: int) -> None:
         self.train, self.held_out, self.config, self.method = train, held_out, config, method
         self.draws = np.random.default_rng([seed, DRAWS])
         self.books = Books()
         self.generated = self.informative = 0  # groups
-        self.first_pass = 0  # steps of the run before every training question was offered once; 0: not yet over
+        self.first_pass = 0  # steps until every training question was offered once; 0: not yet
         self.chosen: list[tuple[float, float, bool]] = []  # predicted rate, length, informative; since the last row
         self.drawn = 0  # groups so far
         self.seconds = 0.0  # CPU, of choosing and observing
@@ -102,10 +102,12 @@ class Run:
         groups: list[Group] = []
         need, informative = config.need, 0
         for _ in range(config.rounds if method.dynamic else 1):
-            choice = method.choose(need)
-            new = self.roll_out(choice.indices)
-            for group, predicted in zip(new, choice.predicted, strict=True):
-                self.chosen.append((predicted, float(len(self.train.questions[group.index])), is_informative(group)))
+            tickets = method.choose(need)
+            new = self.roll_out([ticket.row for ticket in tickets])
+            for group, ticket in zip(new, tickets, strict=True):
+                self.chosen.append(
+                    (ticket.predicted, float(len(self.train.questions[group.index])), is_informative(group))
+                )
             groups += new
             informative = sum(map(is_informative, groups))
             if informative >= config.need:
@@ -115,7 +117,7 @@ class Run:
         self.seconds += time.process_time() - began
         self.generated += len(groups)
         self.informative += informative
-        # a method that samples until it has enough throws away what is more
+        # a method that samples until it has enough discards the surplus
         learned = min(informative, config.need) if method.dynamic else informative
         self.books.learned.append(self.books.learned[-1] + learned)
         self.books.completions.append(self.drawn * config.group_size)
@@ -123,7 +125,7 @@ class Run:
             self.first_pass = len(self.books.learned) - 1
 
     def roll_out(self, indices: Sequence[int]) -> list[Group]:
-        """A group of each question, charged to the run. Token log-probabilities are not known of these models."""
+        """A group of each question, charged to the run. These models have no token log-probabilities."""
         rates = self.train.rates(self.strength, self.config.width)[list(indices)]
         passed = self.draws.random((len(indices), self.config.group_size)) < rates[:, None]
         self.drawn += len(indices)
@@ -175,14 +177,13 @@ def is_informative(group: Group) -> bool:
     return max(group.rewards) > min(group.rewards)
 
 
-def epoch_of(method: Any) -> int:
+def epoch_of(method: Method) -> int:
     """How many times a method has gone through the training questions."""
-    stream = method.stream if hasattr(method, "stream") else method.selector.stream
-    return int(stream.epoch)
+    return method.selector.stream.epoch
 
 
 def grpo_steps(domain: Domain, config: RunConfig) -> int:
-    """How many steps GRPO takes to the target, in expectation."""
+    """The expected number of steps that GRPO takes to the target."""
     share = [
         float(nonzero_advantage(domain.rates(strength, config.width), config.group_size).mean())
         for strength in np.linspace(0.0, 1.0, 101)
@@ -224,8 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.depo.simulated", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help=f"directory of {', '.join(FILES.values())}")
-    parser.add_argument("--out", type=Path, default=Path("runs/depo-simulated"), help="result files (%(default)s)")
-    parser.add_argument("--report", type=Path, help="the Markdown file to write, and a plot beside it")
+    parser.add_argument("--out", type=Path, default=Path("runs/depo-simulated"), help="for results (%(default)s)")
+    parser.add_argument("--report", type=Path, help="Markdown file to write, with a plot beside it")
     parser.add_argument("--domains", nargs="+", choices=list(DOMAINS), default=list(DOMAINS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="default: %(default)s")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="N")
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parse(name)
         for domain_name in options.domains:
             domain = read([options.data / FILES[source] for source in DOMAINS[domain_name]])
-            for seed in options.seeds:  # seed by seed: an interrupted benchmark has whole comparisons
+            for seed in options.seeds:  # seed by seed, so that an interrupted benchmark has complete comparisons
                 for name in options.methods:
                     path = options.out / f"{domain_name}-{name}-seed{seed}.json"
                     if not path.exists():
@@ -252,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(line(domain_name, result), flush=True)
             if options.report is not None:
                 embeddings_ND = embedded(domain.questions, items)
-                ceilings[domain_name] = readable(domain, embeddings_ND, config.width, config.group_size)
+                ceilings[domain_name] = text_limits(domain, embeddings_ND, config.width, config.group_size)
     except ValueError as error:
         parser.error(str(error))
     if options.report is not None:
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def save(path: Path, result: Row) -> None:
-    """A result file, whole or not at all."""
+    """Write a result file atomically."""
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
     unfinished.replace(path)

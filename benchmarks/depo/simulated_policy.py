@@ -52,13 +52,13 @@ class Domain:
 
 
 def read(paths: Sequence[Path]) -> Domain:
-    """The questions of the files with the models that answered all of them. Raises ValueError for files of no use."""
+    """The questions of the files with the models that answered all of them. Raises ValueError for unusable files."""
     records = []
     for path in paths:
         try:
             records += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         except OSError as error:
-            raise ValueError(f"{path} can't be read: {error.strerror}") from None
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON lines: {error}") from None
     shared = sorted(set.intersection(*(set(record["correct"]) for record in records))) if records else []
@@ -75,9 +75,9 @@ def read(paths: Sequence[Path]) -> Domain:
 
 
 def expected_auroc(score: Array, probability: Array) -> float:
-    """AUROC of scores (N,) for events that happen with a probability (N,), all pairs weighted by how likely they are.
+    """AUROC of scores (N,) for events with probabilities (N,): all pairs, weighted by their probability.
 
-    As if every question's group were drawn anew without end; NaN if all is certain.
+    The limit of drawing every question's group again and again; NaN if all is certain.
     """
     above = (score[:, None] > score[None, :]) + 0.5 * (score[:, None] == score[None, :])
     weight = probability[:, None] * (1.0 - probability[None, :])
@@ -90,11 +90,11 @@ def auroc_of(score: Array, positive: Array) -> float:
     return auroc(score, positive > 0) if 0 < (positive > 0).sum() < len(positive) else float("nan")
 
 
-def readable(domain: Domain, embeddings_ND: Array, width: float, group_size: int) -> list[dict[str, Any]]:
-    """How well a question's text can tell at all whether its group will be informative, at some strengths: AUROCs.
+def text_limits(domain: Domain, embeddings_ND: Array, width: float, group_size: int) -> list[dict[str, Any]]:
+    """Upper limits of predicting from a question's text whether its group will be informative: AUROCs by strength.
 
-    Ridge regression of the probability on standardised embeddings, fitted on four of five folds with all labels exact:
-    more than a run ever sees. Regularised a little or a lot, whichever tells more: so in the text's favour.
+    Ridge regression of the probability on standardised embeddings, fitted on four of five folds with exact labels, more
+    than a run ever sees. Of three penalties the best one counts, so the figure is optimistic.
     """
     x_ND = (embeddings_ND - embeddings_ND.mean(0)) / (embeddings_ND.std(0) + 1e-9) / embeddings_ND.shape[1] ** 0.5
     folds_N = np.random.default_rng(SPLIT).permutation(len(x_ND)) % 5
@@ -114,7 +114,7 @@ def readable(domain: Domain, embeddings_ND: Array, width: float, group_size: int
 
 
 def crossfit(x_ND: Array, y_N: Array, folds_N: NDArray[np.int64], penalty: float) -> Array:
-    """Ridge predictions (N,), each by a fit that was not shown its fold."""
+    """Ridge predictions (N,), each by a fit without its fold."""
     predicted_N = np.zeros(len(y_N))
     for fold in np.unique(folds_N):
         shown = folds_N != fold

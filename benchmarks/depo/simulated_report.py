@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.depo.catalog import TITLES, parse
 from benchmarks.depo.figures import at, interval, ratio
-from depo_gateway.training.evaluation.routing_metrics import table
+from depo_gateway.training.evaluation.markdown import table
 
 Row = dict[str, Any]
 Runs = dict[str, dict[int, Row]]  # by method and seed
@@ -26,12 +26,13 @@ NAMES = {"gsm8k": "GSM8K", "mixed": "GSM8K and MATH level 5"}
 
 
 def report(results: Mapping[str, Sequence[Row]], ceilings: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Write the Markdown file `path`, and a plot of the same name beside it. What is written in the file under the
-    heading Reading, by hand, stays.
+    """Write the Markdown file `path`, and a plot of the same name beside it.
+
+    The section Reading, which is written by hand, stays.
     """
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     reading = old[old.index(READING) :] if READING in old else ""
-    by_domain = {name: sorted_out(runs) for name, runs in results.items()}
+    by_domain = {name: by_method_and_seed(runs) for name, runs in results.items()}
     parts = [heading(by_domain, path)]
     for name, runs in by_domain.items():
         any_run = next(iter(runs["grpo"].values()))
@@ -41,10 +42,10 @@ def report(results: Mapping[str, Sequence[Row]], ceilings: Mapping[str, Sequence
             f"{train + held_out} questions, {held_out} of them held out, {any_run['models']} models,"
             f" {any_run['config']['target']} informative groups.",
             table(*costs(runs)),
-            f"Who can tell which questions are informative? AUROC on the {held_out} held-out ones, mean over the run:",
+            f"Predictors of informative questions: AUROC on the {held_out} held-out ones, mean over the run:",
             table(*predictors(runs)),
-            "What can be read at all: ridge regression on the same encoder's embeddings, taught the exact pass rates"
-            " of four fifths of all questions, AUROC on the last fifth (five folds), beside what needs no learning:",
+            "Upper limits: ridge regression on the same encoder's embeddings, fitted on the exact pass rates of four"
+            " fifths of all questions, AUROC on the last fifth (five folds), beside predictors that need no fit:",
             table(*ceiling(ceilings[name])),
         ]
     parts += [f"![completions and informative groups]({path.stem}.png)"]
@@ -67,15 +68,15 @@ def heading(by_domain: Mapping[str, Runs], path: Path) -> str:
         f" {config['target']} with each informative group learned from (one whose {config['group_size']} rewards are"
         " not all equal: the others have no gradient), so all methods meet the same policies in the same order and"
         " differ in what each stretch costs. It says nothing of how good a gradient is, only whether there is one."
-        f" {config['need']} prompts a step. All rollouts are counted, warm-up, exploration and Polaris's first look"
-        " included. The estimator is MiniLM (5 layers, frozen: training it would take most of the time) under DEPO's"
+        f" {config['need']} prompts a step. All rollouts are counted, warm-up, exploration and Polaris's first"
+        " measurement included. The estimator is MiniLM (5 layers, frozen: training it takes too long) under DEPO's"
         " trunk, the same for all DEPO rows. These models report no token log-probabilities, so distillation has no"
         " labels, and DEPO without ranking is DEPO without both. The oracle knows the pass rates of the moment and"
-        " takes, in order, what is likelier than not to be informative."
+        " takes, in order, the prompts that are more likely than not to be informative."
     )
 
 
-def sorted_out(results: Sequence[Row]) -> Runs:
+def by_method_and_seed(results: Sequence[Row]) -> Runs:
     runs: Runs = defaultdict(dict)
     for result in results:
         runs[result["method"]][result["seed"]] = result
@@ -83,7 +84,7 @@ def sorted_out(results: Sequence[Row]) -> Runs:
 
 
 def name_of(method: str) -> str:
-    return "memory alone (DEPO plus, untaught)" if parse(method)[1] else TITLES[method]
+    return "memory alone (DEPO plus, untrained)" if parse(method)[1] else TITLES[method]
 
 
 def costs(runs: Runs) -> tuple[list[list[str]], tuple[str, ...]]:
@@ -109,12 +110,12 @@ def costs(runs: Runs) -> tuple[list[list[str]], tuple[str, ...]]:
 
 
 def against_grpo(grpo: Mapping[int, Row], mine: Mapping[int, Row], end: Callable[[Row], int]) -> str:
-    """Completions up to step `end` as a share of what GRPO needs for as many informative groups."""
+    """Completions up to step `end` relative to those of GRPO for as many informative groups."""
     shared = sorted(set(grpo) & set(mine))
     spent, theirs = [], []
     for seed in shared:
         books, other, step = mine[seed]["books"], grpo[seed]["books"], end(mine[seed])
-        # past GRPO's own end by a few groups of its last step
+        # the last step may pass GRPO's end by a few groups
         learned = np.array([min(books["learned"][step], other["learned"][-1])])
         spent.append(float(books["completions"][step]))
         theirs.append(float(at(other["learned"], other["completions"], learned)[0]))

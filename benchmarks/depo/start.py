@@ -1,6 +1,6 @@
-"""The policy that every method starts from: the demo's small recipe, taught for 2,500 steps and hardly any `*`.
+"""The policy that every method starts from: the demo's small recipe, fine-tuned for 2,500 steps with hardly any `*`.
 
-It is made once, in three minutes of one core, and kept in a file; the same file for all runs.
+It is trained once, in three minutes on one core, and stored in a file that all runs load.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tqdm import tqdm
 from benchmarks.demo_models.chains import RECIPES, answer_of, build_model, build_tokenizer, draw
 from benchmarks.depo.policy import Policy
 
-LESSONS = (8.0, 4.0, 0.1)  # the weights of + - * in what it is taught
+LESSONS = (8.0, 4.0, 0.1)  # the weights of + - * in the fine-tuning prompts
 STEPS, BATCH, RATE, SEED = 2500, 64, 3e-3, 0
 
 
 def start(place: Path, steps: int = STEPS) -> Policy:
-    """The policy before any reinforcement learning; from the file `place`, which is made if it isn't there."""
+    """The policy before reinforcement learning, from the file `place`, which is created if it does not exist."""
     policy = Policy(build_model(RECIPES[0], build_tokenizer()))
     if place.exists():
         safetensors.torch.load_model(policy.model, place)

@@ -2,11 +2,10 @@
 
 Prompts, their correct completions, rollouts.
 
-Training prompts are of the split `collect`, held-out ones of `evaluate`; the policy was taught on `sft` and hardly any
-multiplication. Both are a mix of three kinds: what it has learned, what it solves now and then, and what it hardly ever
-does, so that three groups of eight in five begin without any advantage. The reward is 1 for the whole worked answer and
-0 for anything else: the last digit alone comes out right by chance once in ten, and then a hopeless prompt looks
-informative.
+Training prompts are of the split `collect`, held-out ones of `evaluate`; the policy was fine-tuned on `sft` with hardly
+any multiplication. Both are a mix of three kinds, which the policy solves nearly always, sometimes, and hardly ever, so
+that at the start three in five groups of eight have no advantage. The reward is 1 for the whole worked answer and 0
+otherwise: the last digit alone is right by chance once in ten, and then a hopeless prompt looks informative.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ LIMIT = 56  # tokens of a completion; the longest answer has 48 with its end
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A part of the prompts: its share, the weights of + - * in it, its shortest and its longest chain."""
+    """One kind of prompts: its share, the weights of + - * in it, its shortest and longest chain."""
 
     share: float
     operators: tuple[float, float, float]
@@ -42,7 +41,7 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Prompts as text, as the policy's tokens, and the only completion of each that is right."""
+    """Prompts as text and as the policy's tokens, with the only right completion of each."""
 
     prompts: tuple[str, ...]
     encoded: tuple[tuple[int, ...], ...]

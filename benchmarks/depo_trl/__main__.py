@@ -1,6 +1,6 @@
-"""GRPO, DAPO and DEPO through the real TRL trainer: every method with every seed, a result file each, and a page.
+"""Compare GRPO, DAPO and DEPO in the real TRL trainer: a result file for each method and seed, and a report.
 
-Runs that have a result file are left out, so an interrupted comparison goes on where it was.
+Runs that have a result file are skipped, so an interrupted comparison continues.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the finished runs", file=sys.stderr)
+        print("interrupted; the same command continues after the finished runs", file=sys.stderr)
         return 1
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Raises ValueError for what the user can mend."""
+    """Run the comparison. Raises ValueError for mistakes of the user."""
     quiet()
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no GPU is at hand; use --device cpu")
+        raise ValueError("no GPU is available; use --device cpu")
     prompts, micro, rate = SIZES[task_of(options.policy)]
     settings = Settings(
         policy=options.policy,
@@ -69,8 +69,8 @@ def compare(options: argparse.Namespace) -> int:
     there = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*-seed*.json"))}
     for name, result in there.items():
         if result["settings"] != asdict(settings):
-            raise ValueError(f"{out}/{name}.json is of a run with other settings; name another --out")
-    for method in options.methods:  # before anything is spent
+            raise ValueError(f"{out}/{name}.json is a run with other settings; choose another --out")
+    for method in options.methods:  # fail before the first run
         config_of(method, 0, settings, out / "check", device)
     shutil.rmtree(out / "check", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -107,25 +107,38 @@ def arguments() -> argparse.ArgumentParser:
     add("--policy", default="chains", metavar="NAME", help="chains, smollm2 or an instruct model (%(default)s)")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: all of them")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="N")
-    add("--steps", type=int, default=200, help="of the policy (%(default)s)")
+    add("--steps", type=int, default=200, help="policy steps a run (%(default)s)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add("--out", type=Path, default=Path("runs/depo_trl"), help="directory of results and report.md (%(default)s)")
+    add("--out", type=Path, default=Path("runs/depo_trl"), help="directory for results and report.md (%(default)s)")
     add("--prompts", type=int, help="prompts a step (default: 16 chains, 32 sums)")
     add("--group-size", type=int, default=8, help="completions a prompt (%(default)s)")
     add("--micro", type=int, help="completions in one pass of the policy (default: 128 chains, 64 sums)")
     add("--learning-rate", type=float, help="of the policy (default: 3e-4 chains, 1e-5 sums)")
-    add("--sft-steps", type=int, help="teach the start so long first (default: 200 for smollm2, else 0)")
+    add(
+        "--sft-steps",
+        type=int,
+        help="steps of SFT before the runs (default: 200 for smollm2, else 0)",
+    )
     add("--train-rows", type=int, default=2048, help="training prompts (%(default)s)")
     add("--held-out", type=int, default=512, help="prompts to evaluate on (%(default)s)")
-    add("--start-prompts", type=int, default=360, help="that the start is measured on, by grade (%(default)s)")
-    add("--evaluations", type=int, default=20, help="times a run (%(default)s)")
-    add("--encoder", default="", help="of the estimator, a name or directory (default: small for chains, else MiniLM)")
+    add(
+        "--start-prompts",
+        type=int,
+        default=360,
+        help="prompts to measure the start on (%(default)s)",
+    )
+    add("--evaluations", type=int, default=20, help="evaluations a run (%(default)s)")
+    add(
+        "--encoder",
+        default="",
+        help="of the estimator, a name or directory (default: a small one for chains, else MiniLM)",
+    )
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other setting of DepoConfig")
     return parser
 
 
 def once(path: Path, make: Any) -> Any:
-    """What `make` gives, kept in a JSON file; from there if it is there."""
+    """The value of `make`, stored in a JSON file; read from the file if it exists."""
     if not path.exists():
         write(path, json.dumps(make()) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +157,7 @@ def machine(device: str) -> str:
 
 
 def quiet() -> None:
-    """What TRL and transformers tell each other is not the user's."""
+    """Hide warnings that concern TRL and transformers, not the user."""
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("trl").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The runs' page in Markdown: what each method cost, how accurate it became, and on what machine."""
+"""The report in Markdown: the cost and accuracy of each method, and the machine."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 from benchmarks.depo.figures import at, interval, reached, smoothed
 from benchmarks.depo_trl.run import METHODS, PHASES
-from depo_gateway.training.evaluation.routing_metrics import table
+from depo_gateway.training.evaluation.markdown import table
 
 Result = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Result]]  # method -> its seeds' results
 TITLES = {"grpo": "GRPO", "dapo": "DAPO", "depo": "DEPO", "depo-plus": "DEPO plus"}
-POINTS = 5  # of the accuracy curve that are shown
+POINTS = 5  # points of the accuracy curve
 
 
 def page(results: Sequence[Result], start: Mapping[str, Sequence[float]]) -> str:
-    """All of it. `start`: grade -> the starting policy's chances on some prompts of that grade."""
+    """The whole report. `start`: grade -> the starting policy's probabilities of a right answer."""
     by_method: defaultdict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_method[result["method"]].append(result)
@@ -33,15 +33,15 @@ def page(results: Sequence[Result], start: Mapping[str, Sequence[float]]) -> str
         + (f", {settings['extra']}" if settings["extra"] else "")
         + ".",
         "## Cost",
-        "Means over seeds, with 95% intervals of the accuracy. Completions and tokens are all that were generated for"
-        " training, warm-up, exploration and refills included. Seconds leave out loading and evaluating.",
+        "Means over seeds, with 95% intervals of the accuracy. All completions and tokens generated for training count,"
+        " with warm-up, exploration and refills. Seconds do not include loading and evaluating.",
         costs(runs),
         "## Held-out accuracy over completions",
         curves(runs),
         "## To GRPO's final accuracy",
         *needs(runs),
         "## The start",
-        "How likely the starting policy answers held-out prompts of a grade with the right answer and nothing else.",
+        "Probability that the starting policy gives exactly the right answer to held-out prompts, by grade.",
         grades(start),
     ]
     return "\n\n".join(parts) + "\n"
@@ -70,7 +70,7 @@ def costs(runs: Runs) -> str:
 
 
 def zero_share(result: Result) -> float:
-    """Share of all groups generated whose rewards are all the same."""
+    """Share of all generated groups whose rewards are equal."""
     before, groups, zeros = 0, 0, 0.0
     for row in result["steps"]:
         count = row["completions"] - before
@@ -91,7 +91,7 @@ def curve(result: Result, unit: str) -> tuple[list[float], list[float]]:
 
 
 def curves(runs: Runs) -> str:
-    """Accuracy at costs that every run came to, straight lines between evaluations."""
+    """Accuracy at costs that every run reached, interpolated linearly between evaluations."""
     least = min(curve(result, "completions")[0][-1] for results in runs.values() for result in results)
     where = np.linspace(0, least, POINTS)
     rows = []
@@ -102,7 +102,7 @@ def curves(runs: Runs) -> str:
 
 
 def needs(runs: Runs) -> list[str]:
-    """What each method took to come to the mean final accuracy of GRPO's runs, curves smoothed."""
+    """The cost of each method to reach the mean final accuracy of GRPO's runs, with smoothed curves."""
     if "grpo" not in runs:
         return ["No run of GRPO."]
     level = float(np.mean([smoothed(curve(result, "completions")[1])[-1] for result in runs["grpo"]]))

@@ -1,4 +1,4 @@
-"""One run: DepoTrainer on a task, with a clock for its phases, and what it logged as a result for the report."""
+"""One run: DepoTrainer on a task, with the time of its phases. Its log is the result that the report reads."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "depo": {"depo": "faithful"},
     "depo-plus": {"depo": "plus"},
 }
-WARMUP = 0.1  # of the steps keep every prompt, as in the paper: 100 of 1,000
+WARMUP = 0.1  # share of the steps that keep every prompt, as in the paper: 100 of 1,000
 LOOP, ASIDE = "updating the policy", "evaluating"
 PHASES = ("generating", "grading", "scoring", "updating the estimator", LOOP)
-# Of the estimator for chains, as in benchmarks.depo: random weights, and few labels to learn them from
+# The estimator for chains starts from random weights and has few labels, as in benchmarks.depo
 CHAINS_ESTIMATOR = {"depo_learning_rate": 1e-3, "depo_encoder_learning_rate": 1e-3, "depo_max_tokens": 64}
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What all runs of a comparison share. A generation is one policy step of `prompts` groups."""
+    """The settings of all runs of a comparison. A generation is one policy step of `prompts` groups."""
 
     policy: str
     sft_steps: int
@@ -51,12 +51,12 @@ class Settings:
     train_rows: int
     held_out: int
     evaluations: int
-    encoder: str  # "": of the task
-    extra: dict[str, Any]  # any of DepoConfig's
+    encoder: str  # "": the task's
+    extra: dict[str, Any]  # other settings of DepoConfig
 
 
 class Clock:
-    """Seconds by phase; those of a phase within another are its own alone, but within ASIDE all are ASIDE's."""
+    """Seconds by phase. Time of a nested phase counts for it alone; within ASIDE all time counts for ASIDE."""
 
     def __init__(self, device: str) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -75,7 +75,7 @@ class Clock:
             self._phases.pop()
 
     def tick(self) -> None:
-        """Book the time since the last one; what a GPU was told in it is waited for."""
+        """Add the time since the last call to the current phase, after the GPU has finished its work."""
         if self._gpu:
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -91,15 +91,14 @@ class Clock:
         return called
 
 
-class Timed(DepoTrainer):
+class TimedTrainer(DepoTrainer):
     """Logs the seconds of each phase so far, and the completions and tokens generated."""
 
     def __init__(self, clock: Clock, **others: Any) -> None:
         self.clock, self.tokens = clock, 0
         super().__init__(**others)
-        # in the instance, where the trainer calls them
-        self.selector.choose = clock.timed("scoring", self.selector.choose)  # type: ignore[method-assign]
-        self.selector.observe = clock.timed("updating the estimator", self.selector.observe)  # type: ignore[method-assign]
+        self.selector.take = clock.timed("scoring", self.selector.take)  # type: ignore[method-assign]
+        self.selector.step = clock.timed("updating the estimator", self.selector.step)  # type: ignore[method-assign]
 
     def _generate(self, prompts: Any) -> Any:
         with self.clock.phase("generating"):
@@ -112,7 +111,7 @@ class Timed(DepoTrainer):
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self.clock.phase(LOOP):  # and what the loop spends on itself
+        with self.clock.phase(LOOP):
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +119,7 @@ class Timed(DepoTrainer):
             return super().evaluate(*args, **kwargs)
 
     def export(self) -> Path | None:
-        """Nothing: the comparison is over when the policy is trained."""
+        """Exports nothing: the comparison ends when the policy is trained."""
         return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -134,9 +133,9 @@ class Timed(DepoTrainer):
 
 
 def run(method: str, seed: int, settings: Settings, start: Path, place: Path, device: str) -> dict[str, Any]:
-    """A run's result: {"method", "seed", "settings", "evaluations", "steps"}; its counts and seconds are those so far.
+    """A run's result: {"method", "seed", "settings", "evaluations", "steps"}; its counts and seconds are cumulative.
 
-    `place`: a directory for what the trainer writes. Raises ValueError for settings that can't be.
+    `place`: the trainer's output directory. Raises ValueError for settings that do not fit together.
     """
     task = task_of(settings.policy)
     disable_progress_bars()
@@ -148,7 +147,7 @@ def run(method: str, seed: int, settings: Settings, start: Path, place: Path, de
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     clock = Clock(device)
     with closing(reward_function(VERIFIERS[task])) as reward:
-        trainer = Timed(
+        trainer = TimedTrainer(
             clock,
             model=str(start),
             processing_class=tokenizer,
@@ -162,7 +161,7 @@ def run(method: str, seed: int, settings: Settings, start: Path, place: Path, de
         if not any("eval_reward" in row and row["step"] == settings.steps for row in trainer.state.log_history):
             trainer.evaluate()
     history = trainer.state.log_history
-    zero = next(row for row in history if "eval_reward" in row)  # before the first step: setting up is not counted
+    zero = next(row for row in history if "eval_reward" in row)  # before the first step
     return {
         "method": method,
         "seed": seed,
@@ -181,7 +180,7 @@ def run(method: str, seed: int, settings: Settings, start: Path, place: Path, de
 
 
 def counted(row: dict[str, Any], zero: dict[str, Any]) -> dict[str, Any]:
-    """What Timed logged in a row, less the seconds until the row `zero`."""
+    """The counts and seconds of a row of the log, less the seconds until the row `zero`."""
     return {
         "completions": row["completions"],
         "tokens": row["tokens"],
@@ -190,7 +189,7 @@ def counted(row: dict[str, Any], zero: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_of(method: str, seed: int, settings: Settings, place: Path, device: str) -> DepoConfig:
-    """DAPO's token-mean loss, no KL, temperature 1 for every method. Raises ValueError for settings that can't be."""
+    """All methods have DAPO's token-mean loss, no KL, temperature 1. Raises ValueError for wrong settings."""
     completions = settings.prompts * settings.group_size
     micro = min(settings.micro, completions)
     if completions % micro:
@@ -238,7 +237,7 @@ def config_of(method: str, seed: int, settings: Settings, place: Path, device: s
 
 
 def estimator_of(settings: Settings, place: Path, seed: int) -> dict[str, Any]:
-    """Chains have an encoder of their own that reads characters, made on the spot; else a pretrained one."""
+    """The estimator's settings: for chains a new encoder that reads characters, otherwise a pretrained one."""
     if settings.encoder or task_of(settings.policy) != "chains":
         return {"depo_encoder": settings.encoder or DEFAULT_ENCODER, "depo_max_tokens": 128}
     save_encoder(place / "encoder", seed=seed)
@@ -246,12 +245,12 @@ def estimator_of(settings: Settings, place: Path, seed: int) -> dict[str, Any]:
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` up to `limit`: batches alike, so that their mean is the mean."""
+    """The largest divisor of `number` up to `limit`: with batches of equal size their mean is the overall mean."""
     return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
 
 
 def parsed(words: list[str]) -> dict[str, Any]:
-    """`KEY=VALUE`s, values as YAML has them. Raises ValueError for a word without `=`."""
+    """The `KEY=VALUE` words, with values in YAML. Raises ValueError for a word without `=`."""
     if wrong := [word for word in words if "=" not in word]:
         raise ValueError(f"--set {wrong[0]}: write KEY=VALUE")
     return {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in words)}

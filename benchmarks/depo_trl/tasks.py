@@ -1,4 +1,4 @@
-"""The two tasks: chain arithmetic, and graded sums in words of a chat. Rows of prompt, answer and grade."""
+"""The two tasks: chain arithmetic, and graded sums as chat messages. Rows of prompt, answer and grade."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.depo.task import LIMIT, task_of
 
 DIGITS, TERMS = range(1, 7), range(2, 5)
 SPLITS = {"sft": range(0, 6), "train": range(6, 14), "evaluate": range(14, 16)}  # sixteenths of all sums
-VERIFIERS = {"sums": "number", "chains": "exact"}  # of depo_gateway.training.rewards.verifiers
+VERIFIERS = {"sums": "number", "chains": "exact"}  # names in depo_gateway.training.rewards.verifiers
 LIMITS = {"sums": 32, "chains": LIMIT}  # tokens of a completion
 Row = dict[str, Any]
 
@@ -23,7 +23,7 @@ def rows(task: str, split: str, count: int, seed: int = 0) -> list[Row]:
 
 
 def sums(split: str, count: int, seed: int) -> list[Row]:
-    """Every grade alike as far as the small ones reach: there are only some hundred sums of two digits."""
+    """All grades are equally frequent, as far as there are enough sums: of small ones there are only some hundred."""
     rng = random.Random(f"sums {split} {seed}")
     found: dict[str, Row] = {}
     while len(found) < count:
@@ -36,7 +36,7 @@ def sums(split: str, count: int, seed: int) -> list[Row]:
 
 
 def sum_of(rng: random.Random, digits: int, terms: int) -> list[int]:
-    """Terms of which one has `digits` digits and the others one to as many."""
+    """Terms, one of which has `digits` digits and the others one to as many."""
     lengths = [digits, *(rng.randint(1, digits) for _ in range(terms - 1))]
     rng.shuffle(lengths)
     return [rng.randrange(10 ** (length - 1) if length > 1 else 0, 10**length) for length in lengths]
@@ -47,13 +47,13 @@ def question(numbers: Sequence[int]) -> str:
 
 
 def split_of(text: str) -> str:
-    """The one set that a sum belongs to, by a hash of its text."""
+    """The split that a sum belongs to, by a hash of its text."""
     slot = hashlib.sha256(text.encode()).digest()[0] % 16
     return next(name for name, slots in SPLITS.items() if slot in slots)
 
 
 def chains(split: str, count: int, seed: int) -> list[Row]:
-    """The prompts of benchmarks.depo; the answer is the whole worked one, and nothing else is right."""
+    """The prompts of benchmarks.depo; only the whole worked answer is right."""
     prompts = task_of({"train": "collect"}.get(split, split), count, seed).prompts
     return [row(prompt, answer_of(prompt), f"length {length_of(prompt)}") for prompt in prompts]
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-SCORED = ("confident", "unsure", "explore")  # reasons of decisions that the scores and chance made, among all pools
+from depo_gateway.estimator.records.reasons import reason_named
+
 FEEDBACK = "feedback"  # the source of an application's own labels; a judge's name is the source of others
 
 
@@ -46,8 +47,9 @@ class Record:
 
     @property
     def free(self) -> bool:
-        """Whether scores or chance chose the pool, so that `propensity` may weigh it."""
-        return self.reason in SCORED and self.propensity > 0
+        """Whether scores or chance chose the pool, so that `propensity` may weigh the record."""
+        reason = reason_named(self.reason)
+        return reason is not None and reason.free and self.propensity > 0
 
 
 @dataclass(frozen=True, slots=True)

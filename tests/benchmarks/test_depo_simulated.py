@@ -11,7 +11,7 @@ import pytest
 from benchmarks.depo.catalog import method_of
 from benchmarks.depo.simulated import Run, RunConfig, grpo_steps, main
 from benchmarks.depo.simulated_estimator import text_depo
-from benchmarks.depo.simulated_policy import Domain, expected_auroc, read, readable
+from benchmarks.depo.simulated_policy import Domain, expected_auroc, read, text_limits
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.rl.group_labels import Group
 
@@ -49,7 +49,7 @@ def test_models_are_ranked_from_weak_to_strong_and_only_those_that_answered_all_
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [(None, "can't be read"), ("{not json}", "not JSON lines"), ("", "no two models")],
+    [(None, "cannot be read"), ("{not json}", "not JSON lines"), ("", "no two models")],
 )
 def test_files_of_no_use_are_named(tmp_path: Path, text: str | None, says: str) -> None:
     path = tmp_path / "outcomes.jsonl"
@@ -164,13 +164,13 @@ def test_the_estimator_is_judged_by_text_alone(domain: Domain) -> None:
     for row in range(10):  # memory of prompts 0 to 9 must not speak for the unseen
         depo.selector.beliefs.learn(row, float("nan"), 1.0, 8, 1.0, 0)
     assert depo.judge(domain.questions[40:50])[1] == pytest.approx(before)
-    depo.observe([Group(0, (1.0,) * 8)])
+    depo.observe([Group(0, (1.0,) * 8)] * 4)
 
 
 def test_ridge_reads_what_can_be_read(domain: Domain) -> None:
     hard = np.array([["Prove" in question] for question in domain.questions], dtype=float)
     noise = np.random.default_rng(0).normal(size=(70, 1))
-    told, not_told = (readable(domain, x, 0.5, 8)[3] for x in (hard, noise))
+    told, not_told = (text_limits(domain, x, 0.5, 8)[3] for x in (hard, noise))
     assert told["ridge on embeddings"] > not_told["ridge on embeddings"] + 0.1
     assert told["truth"] >= told["ridge on embeddings"]
 
@@ -202,4 +202,4 @@ def test_the_command_writes_results_once_and_a_report_that_keeps_its_reading(
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
-    assert "can't be read" in capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be read" in capsys.readouterr().err.splitlines()[-1]

@@ -14,7 +14,7 @@ import torch
 from benchmarks.depo_trl import report, run, start, tasks
 from benchmarks.depo_trl.__main__ import main
 
-# what TRL and transformers say to each other
+# deprecations between TRL and transformers
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 SMALL = run.Settings("chains", 0, 3, 4, 4, 8, 1e-4, 48, 16, 1, "", {})
 TINY = """--policy chains --seeds 1 --steps 3 --prompts 4 --group-size 4 --micro 8 --train-rows 48 --held-out 16
@@ -68,8 +68,8 @@ def test_teaching_makes_the_answers_likelier(tmp_path: Path, monkeypatch: pytest
     start.teach(model, tokenizer, given, 3)
     assert loss() < before
     place = start.start("chains", tmp_path / "start", 1, "cpu")
-    assert start.start("chains", place, 1, "cpu") == place  # it is there
-    with pytest.raises(ValueError, match="holds another start"):
+    assert start.start("chains", place, 1, "cpu") == place  # it exists already
+    with pytest.raises(ValueError, match="contains another start"):
         start.start("chains", place, 2, "cpu")
 
 

@@ -116,6 +116,7 @@ def policy(encoder: Path, config: LearnerConfig, wide: bool, rounded: bool) -> L
     """A learner of an RL run after a few steps, with logits as large as a fitted one's."""
     pools = ("policy", "spread")
     made = ModelConfig(pools, TextConfig(max_tokens=32), str(encoder), 0, wide=wide, trunk=True)
+    torch.manual_seed(0)
     built, tokenizer = create_model(made, rounded=rounded)
     with torch.no_grad():
         built.trunk.heads.weight.normal_(std=0.1)

@@ -43,6 +43,7 @@ class Script:
     before_first_s: float = 0.0  # between the head and the first event
     between_s: float = 0.0  # between events
     events: int = 5
+    raw_events: tuple[bytes, ...] | None = None  # instead of the usual ones
     reset_before_head: bool = False
     reset_after_events: int | None = None
     stop_after_events: int | None = None  # a clean end of the body without [DONE]
@@ -156,6 +157,8 @@ class FakeVllm:
 
     def events(self, request: Seen, script: Script) -> list[bytes]:
         """The server-sent events of a stream, as vLLM words them."""
+        if script.raw_events is not None:
+            return list(script.raw_events)
         asked = request.json
         chat = request.path == "/v1/chat/completions"
         usage = bool((asked.get("stream_options") or {}).get("include_usage"))

@@ -2,17 +2,21 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import fastapi.dependencies.models
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from depo_gateway.gateway import config, server
+from depo_gateway.gateway.openai.apis import APIS, Apis
 from tests.gateway.backend import FakeVllm
+from tests.stored import stored
 
 
 @dataclass
@@ -64,12 +68,12 @@ def settings(small: list[FakeVllm], large: list[FakeVllm], checkpoint: Path, /, 
 
 
 @contextlib.asynccontextmanager
-async def running(raw: dict[str, Any], path: Path | None = None) -> AsyncIterator[Running]:
+async def running(raw: dict[str, Any], path: Path | None = None, apis: Apis = APIS) -> AsyncIterator[Running]:
     """Serves a config in this process, over real sockets."""
     addresses: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     task = asyncio.create_task(
-        server.serve(config.parse_config(raw), path, lambda *both: addresses.set_result(both), stop)
+        server.serve(config.parse_config(raw), path, lambda *both: addresses.set_result(both), stop, apis)
     )  # fmt: skip
     await asyncio.wait((task, addresses), return_when=asyncio.FIRST_COMPLETED)
     if task.done():
@@ -81,6 +85,21 @@ async def running(raw: dict[str, Any], path: Path | None = None) -> AsyncIterato
         finally:
             stop.set()
             await task
+            forget_routes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected() -> Iterator[None]:
+    """What a module's gateways leave is reference cycles that hold memory outside Python's count."""
+    yield
+    gc.collect()
+
+
+def forget_routes() -> None:
+    """Empties FastAPI's caches, which hold the routes of past gateways and so their estimators, up to 800 MB each."""
+    for cached in vars(fastapi.dependencies.models).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
 
 
 StartGateway = Callable[..., contextlib.AbstractAsyncContextManager[Running]]
@@ -97,6 +116,7 @@ def start(tiny_checkpoint: Path) -> StartGateway:
 
 
 @pytest.fixture(scope="session")
+@stored
 def slow_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real checkpoint that takes its time: thousands of tokens through full attention."""
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast

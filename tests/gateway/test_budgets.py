@@ -12,12 +12,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway import budgets, config
 from depo_gateway.gateway.auth_config import Key
 from depo_gateway.gateway.budgets import BURST, Account, Budgets
 from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.control import Accounting, Control
-from depo_gateway.gateway.protocol import ApiError
+from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.routing import Decision, Eligible
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import Running, StartGateway, running, settings
@@ -248,7 +249,7 @@ def test_refused_requests_earn_nothing() -> None:
     for _ in range(2000):
         accounting = Accounting()
         with contextlib.suppress(ApiError):
-            ruled.commit(accounting, "bounded", "hi", PINNED, Decision("large", "pinned"))
+            ruled.commit(accounting, "bounded", "hi", PINNED, Decision("large", Reason.PINNED))
             served += 1
             ruled.conclude(accounting, "large", 10)
     assert served <= 0.1 * served + BURST
@@ -262,7 +263,7 @@ def test_what_nobody_answered_earns_nothing(pool: str | None) -> None:
     account.calls = 0.0
     for _ in range(50):
         accounting = Accounting()
-        ruled.commit(accounting, "bounded", "hi", BOTH, Decision("small", "confident"))
+        ruled.commit(accounting, "bounded", "hi", BOTH, Decision("small", Reason.CONFIDENT))
         ruled.conclude(accounting, pool, 0, answered=False)
     assert account.calls == 0.0
 
@@ -271,7 +272,7 @@ async def test_a_new_checkpoint_or_config_loses_no_refund() -> None:
     ruled = control(large_share=0.5)
     accountings = [Accounting() for _ in range(10)]
     for accounting in accountings:
-        ruled.commit(accounting, "bounded", "hi", BOTH, Decision("large", "unsure"))
+        ruled.commit(accounting, "bounded", "hi", BOTH, Decision("large", Reason.UNSURE))
     account = ruled._budgets.account("bounded")
     assert account is not None
     assert account.calls == 5.0

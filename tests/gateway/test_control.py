@@ -15,6 +15,7 @@ import yaml
 
 from depo_gateway.estimator import calibration, checkpoint, standing
 from depo_gateway.estimator.calibration import Curve
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.gateway import checkpoint_watcher, config
@@ -181,7 +182,7 @@ def test_requests_under_way_over_a_reload_are_put_right_where_they_were_counted(
     }) for share in (0.3, 0.5)]  # fmt: skip
     control.follow(read[0], runtime)
     accountings = [Accounting(decisive_confidence=0.5) for _ in range(300)]
-    both, large = Eligible(("small", "large")), Decision("large", "unsure", 0.5, 0.9)
+    both, large = Eligible(("small", "large")), Decision("large", Reason.UNSURE, 0.5, 0.9)
     for accounting in accountings:
         control.commit(accounting, "", "hi", both, large)
     old = control._controller

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from depo_gateway.gateway.conversations import AnswerHead, Conversations, in_tool_loop
-from depo_gateway.gateway.protocol import answer_of
+from depo_gateway.gateway.openai.choices import first_choice
+from depo_gateway.gateway.openai.server_sent_events import json_of
 from tests.gateway.backend import FakeVllm
 from tests.gateway.conftest import Running, StartGateway
 
@@ -27,7 +28,7 @@ def tool(call_id: str) -> Message:
 
 
 def answered(message: Message) -> AnswerHead:
-    head = AnswerHead()
+    head = AnswerHead(first_choice)
     head.whole({"choices": [{"index": 0, "message": message}]})
     return head
 
@@ -150,7 +151,7 @@ def test_a_streamed_answer_has_the_head_of_the_whole_one(ending: str, per_chunk:
         *(f"data: {json.dumps(chunk)}{ending}" for chunk in chunks),
         f"data: [DONE]{ending}",
     ]
-    head = AnswerHead()
+    head = AnswerHead(first_choice)
     starts = range(0, len(events), per_chunk)
     complete = [head.feed("".join(events[start : start + per_chunk]).encode()) for start in starts]
     assert head.head == answered(message).head != b""
@@ -158,7 +159,7 @@ def test_a_streamed_answer_has_the_head_of_the_whole_one(ending: str, per_chunk:
 
 
 def test_a_long_stream_is_read_no_further_than_its_head() -> None:
-    head = AnswerHead()
+    head = AnswerHead(first_choice)
     events = 0
     while not head.feed(b'data: {"choices":[{"index":0,"delta":{"content":"word and "}}]}\n\n'):
         events += 1
@@ -168,8 +169,8 @@ def test_a_long_stream_is_read_no_further_than_its_head() -> None:
 
 @pytest.mark.parametrize("body", [b"", b"not json", b"[]", b'{"choices":[]}', b'{"choices":[7,{"message":8}]}'])
 def test_an_answer_of_an_odd_shape_has_no_head(body: bytes) -> None:
-    head = AnswerHead()
-    head.whole(answer_of(body))
+    head = AnswerHead(first_choice)
+    head.whole(json_of(body))
     assert (head.head, head.complete) == (b"", True)
 
 

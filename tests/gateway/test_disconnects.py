@@ -107,7 +107,7 @@ async def test_while_being_scored(slow_checkpoint: Path, stream: bool) -> None:
         raw = settings([one], [one], slow_checkpoint, estimator={"path": str(slow_checkpoint), "deadline_ms": 60_000})
         async with running(raw) as gateway:
             started = time.monotonic()
-            long = [asyncio.create_task(gateway.chat(f"{index} " + "easy question " * 2000)) for index in range(64)]
+            long = [asyncio.create_task(gateway.chat(f"{index} " + "easy question " * 2000)) for index in range(32)]
             await asyncio.sleep(0.1)  # they are being scored, and the next one waits behind them
             async with asking(gateway, stream):
                 await asyncio.sleep(0.1)

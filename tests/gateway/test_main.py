@@ -203,15 +203,18 @@ def test_serve_serves_until_it_is_told_to_stop(tiny_checkpoint: Path, tmp_path: 
     path = write(tmp_path / "gateway.yaml", tiny_checkpoint)
     with subprocess.Popen([*COMMAND, "serve", "--config", str(path)], stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
-        for line in running.stderr:
-            if " WARNING depo_gateway.gateway.pools: backend " not in line:  # nothing listens at those addresses
-                break
-        found = re.fullmatch(
-            r"serving (http://[\d.:]+)/v1, metrics at (http://[\d.:]+)/metrics, status page at \2/admin/\n", line
-        )
-        assert found is not None, line
-        with urllib.request.urlopen(found[1] + "/livez", timeout=10) as answer:
-            assert json.load(answer) == {"status": "alive"}
-        running.terminate()
-        assert running.wait(timeout=20) == 0
+        try:
+            for line in running.stderr:
+                if " WARNING depo_gateway.gateway.pools: backend " not in line:  # nothing listens at those addresses
+                    break
+            found = re.fullmatch(
+                r"serving (http://[\d.:]+)/v1, metrics at (http://[\d.:]+)/metrics, status page at \2/admin/\n", line
+            )
+            assert found is not None, line
+            with urllib.request.urlopen(found[1] + "/livez", timeout=10) as answer:
+                assert json.load(answer) == {"status": "alive"}
+            running.terminate()
+            assert running.wait(timeout=20) == 0
+        finally:
+            running.kill()  # after a failure: `with` would wait for ever
         assert "Traceback" not in running.stderr.read()

@@ -14,12 +14,15 @@ import aiohttp
 import pytest
 import yaml
 
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.records.store import Feedback, Store
 from depo_gateway.estimator.records.types import Record
-from depo_gateway.gateway import config, protocol, records, request_notes
+from depo_gateway.gateway import config, records, request_notes
 from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.openai.chat import CHAT
+from depo_gateway.gateway.openai.query import json_object, query_of
 from depo_gateway.gateway.records import Recorder
-from depo_gateway.gateway.request_notes import Answer, Notes, record_of, reference_text
+from depo_gateway.gateway.request_notes import RequestNotes, StreamCopy, record_of, reference_text
 from depo_gateway.gateway.routing import Decision
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import Running, StartGateway, running, settings
@@ -269,30 +272,31 @@ async def test_a_conversation_is_one_through_all_its_turns(start: StartGateway, 
 
 def test_a_long_stream_is_not_kept_but_its_end_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_notes, "ANSWER_BYTES", 2000)
-    answer = Answer(whole=True)
+    answer = StreamCopy(whole=True)
     for index in range(100):
         choice = {"index": 0, "delta": {"content": "word "}, "finish_reason": "stop" if index == 99 else None}
         answer.add(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
     answer.add(b"data: [DONE]\n\n")
-    assert len(answer.chunks) == request_notes.TAIL_CHUNKS
-    record = record_of(Notes("req-1", key="", stream=answer, status=200), "full", b"key")
+    assert len(answer.chunks) == request_notes.LAST_CHUNKS
+    record = record_of(RequestNotes(CHAT, "req-1", key="", stream=answer, status=200), "full", b"key")
     assert (record.answer, record.finish_reason) == (None, "stop")
 
 
 def test_answers_of_any_shape_make_a_record() -> None:
     for whole in (None, [], {}, {"choices": 1}, {"choices": [1, {"index": 1}]}, {"choices": [{"message": 3}]}):
-        record = record_of(Notes("req-1", key="", whole=whole, usage={"prompt_tokens": "many"}), "full", b"key")
+        notes = RequestNotes(CHAT, "req-1", key="", whole=whole, usage={"prompt_tokens": "many"})
+        record = record_of(notes, "full", b"key")
         assert (record.answer or "", record.finish_reason, record.prompt_tokens) == ("", "", None)
-    stream = Answer(whole=True)
+    stream = StreamCopy(whole=True)
     stream.add(b'data: {"choices": [{"index": 1, "delta": {"content": "b"}}, {"delta": {"content": "a"}}]}\n\ndata: {')
-    assert record_of(Notes("req-1", key="", stream=stream), "full", b"key").answer == "a"
+    assert record_of(RequestNotes(CHAT, "req-1", key="", stream=stream), "full", b"key").answer == "a"
 
 
 # When the database doesn't take them.
 
 
-def notes_of(number: int) -> Notes:
-    return Notes(f"req-{number}", key="", status=200, time=float(number))
+def notes_of(number: int) -> RequestNotes:
+    return RequestNotes(CHAT, f"req-{number}", key="", status=200, time=float(number))
 
 
 def outcome(metrics: Metrics, name: str) -> float:
@@ -348,7 +352,7 @@ def test_so_does_one_with_too_much_text(tmp_path: Path, monkeypatch: pytest.Monk
     until(lambda: outcome(metrics, "written") == 1)
     other = lock(path)
     for number in range(1, 5):
-        answer = Answer(whole=True)
+        answer = StreamCopy(whole=True)
         answer.add(b"x" * 400)
         recorder.add(replace(notes_of(number), stream=answer))
     until(lambda: recorder.trouble != "")
@@ -356,7 +360,7 @@ def test_so_does_one_with_too_much_text(tmp_path: Path, monkeypatch: pytest.Monk
     other.rollback()
     other.close()
     until(lambda: outcome(metrics, "written") == 3)
-    answer = Answer(whole=True)
+    answer = StreamCopy(whole=True)
     answer.add(b"x" * 900)
     recorder.add(replace(notes_of(5), stream=answer))  # there is room again
     recorder.close()
@@ -371,7 +375,7 @@ async def test_all_that_waits_is_counted(
     sizes = list[int]()
     add = Recorder.add
 
-    def weighed(recorder: Recorder, item: Notes) -> None:
+    def weighed(recorder: Recorder, item: RequestNotes) -> None:
         sizes.append(item.size)
         add(recorder, item)
 
@@ -396,7 +400,7 @@ async def test_feedback_that_nobody_waits_for_any_more_is_not_written(
     """Its sender has been told to send again, perhaps to another gateway, and may have changed their mind."""
     url = f"sqlite:///{tmp_path / 'records.db'}"
     recorder = Recorder(config.Records(url), Metrics("0"))
-    decision = Decision("small", "confident")
+    decision = Decision("small", Reason.CONFIDENT)
     recorder.add(replace(notes_of(0), decision=decision, served=True))
     assert await recorder.feedback(Feedback("req-0", "", 0.5))
     other = lock(tmp_path / "records.db")
@@ -440,8 +444,8 @@ def test_what_no_database_takes_holds_nothing_up(tmp_path: Path, caplog: pytest.
         deep = [deep]
     body = json.dumps({"model": "auto", "messages": [{"role": "user", "content": "x"}], "deep": deep}).encode()
     recorder.add(notes_of(1))
-    recorder.add(replace(notes_of(2), query=protocol.parse("chat", body)))
-    recorder.add(replace(notes_of(3), query=protocol.parse("chat", body.replace(b'"x"', json.dumps(deep).encode()))))
+    for number, sent in ((2, body), (3, body.replace(b'"x"', json.dumps(deep).encode()))):
+        recorder.add(replace(notes_of(number), query=query_of(CHAT, json_object(sent), sent)))
     recorder.add(notes_of(4))
     recorder.close()
     assert [record.id for record in stored(f"sqlite:///{path}")] == ["req-1", "req-4"]

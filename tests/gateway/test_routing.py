@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depo_gateway.estimator.configuration.shared import BackendConfig
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway import routing
 from depo_gateway.gateway.config import Modality, PoolConfig
 from depo_gateway.gateway.routing import Decision, Eligible, eligible
@@ -57,7 +58,7 @@ def test_difficulty_is_the_pools_own_quality() -> None:
 def test_the_cheapest_confident_pool_serves(
     confidence: dict[str, float], threshold: float, chosen: str, reason: str
 ) -> None:
-    decision = routing.decide(confidence, ALL, threshold, "v1")
+    decision = routing.by_threshold(confidence, ALL, threshold, "v1")
     assert (decision.pool, decision.reason) == (chosen, reason)
     assert (decision.confidence, decision.threshold) == (confidence["small"], threshold)
     assert (decision.estimator, decision.propensity) == ("v1", 1.0)
@@ -65,24 +66,24 @@ def test_the_cheapest_confident_pool_serves(
 
 @pytest.mark.parametrize("excluded", ["context", "accepts"])
 def test_the_reason_tells_why_the_cheapest_could_not(excluded: str) -> None:
-    candidates = Eligible(("middle", "large"), excluded)  # type: ignore[arg-type]
-    decision = routing.decide(quality(1.0, 0.9, 1.0), candidates, 0.85, "v1")
+    candidates = Eligible(("middle", "large"), Reason(excluded))
+    decision = routing.by_threshold(quality(1.0, 0.9, 1.0), candidates, 0.85, "v1")
     assert (decision.pool, decision.reason, decision.confidence) == ("middle", excluded, 0.9)
-    assert routing.decide(quality(1.0, 0.1, 1.0), candidates, 0.85, "v1").reason == "unsure"
+    assert routing.by_threshold(quality(1.0, 0.1, 1.0), candidates, 0.85, "v1").reason == "unsure"
 
 
 @pytest.mark.parametrize(
     ("needs", "tokens", "expected"),
     [
         (set(), 10, Eligible(("a", "b", "c"))),
-        (set(), 101, Eligible(("b", "c"), "context")),
+        (set(), 101, Eligible(("b", "c"), Reason.CONTEXT)),
         (set(), 100, Eligible(("a", "b", "c"))),
-        (set(), 10_000, Eligible(("c",), "context")),
+        (set(), 10_000, Eligible(("c",), Reason.CONTEXT)),
         ({"tools"}, 10, Eligible(("a", "b", "c"))),
-        ({"image"}, 10, Eligible(("b", "c"), "accepts")),
-        ({"image"}, 2_000, Eligible(("c",), "accepts")),
-        ({"image", "tools"}, 10, Eligible(("c",), "accepts")),
-        ({"audio"}, 10, Eligible((), "accepts")),
+        ({"image"}, 10, Eligible(("b", "c"), Reason.ACCEPTS)),
+        ({"image"}, 2_000, Eligible(("c",), Reason.ACCEPTS)),
+        ({"image", "tools"}, 10, Eligible(("c",), Reason.ACCEPTS)),
+        ({"audio"}, 10, Eligible((), Reason.ACCEPTS)),
     ],
 )
 def test_eligibility(needs: set[str], tokens: int, expected: Eligible) -> None:
@@ -99,7 +100,7 @@ def test_eligibility(needs: set[str], tokens: int, expected: Eligible) -> None:
 
 def test_a_prompt_too_long_for_all_goes_where_there_is_most_room() -> None:
     pools = {"a": pool(100), "b": pool(300), "c": pool(200)}
-    assert routing.eligible(pools, frozenset(), 1_000) == Eligible(("b",), "context")
+    assert routing.eligible(pools, frozenset(), 1_000) == Eligible(("b",), Reason.CONTEXT)
     assert routing.eligible({"a": pool(300), "b": pool(100)}, frozenset(), 1_000) == Eligible(("a",))
 
 
@@ -110,7 +111,7 @@ def test_a_prompt_too_long_for_all_goes_where_there_is_most_room() -> None:
 )
 def test_propensities_are_those_of_the_draw(explore: float, draw: float, count: int) -> None:
     pools = POOLS[:count]
-    decision = routing.decide(quality(0.1, 0.9, 1.0), Eligible(pools), 0.5, "v", explore, draw)
+    decision = routing.by_threshold(quality(0.1, 0.9, 1.0), Eligible(pools), 0.5, "v", explore, draw)
     greedy = pools[min(1, count - 1)]
     if decision.reason != "explore":
         assert decision.pool == greedy
@@ -127,7 +128,7 @@ def test_propensities_sum_to_one_and_match_frequencies(explore: float) -> None:
     seen: Counter[str] = Counter()
     propensity: dict[str, float] = {}
     for step in range(steps):
-        decision = routing.decide(confidence, ALL, 0.5, "v", explore, step / steps)
+        decision = routing.by_threshold(confidence, ALL, 0.5, "v", explore, step / steps)
         seen[decision.pool] += 1
         propensity[decision.pool] = decision.propensity
     assert sum(propensity.values()) == pytest.approx(1.0)
@@ -137,13 +138,13 @@ def test_propensities_sum_to_one_and_match_frequencies(explore: float) -> None:
 
 def test_without_exploring_the_draw_means_nothing() -> None:
     for draw in (0.0, 0.5, BELOW_ONE):
-        decision = routing.decide(quality(0.9, 1.0, 1.0), ALL, 0.5, "v", 0.0, draw)
+        decision = routing.by_threshold(quality(0.9, 1.0, 1.0), ALL, 0.5, "v", 0.0, draw)
         assert (decision.pool, decision.reason, decision.propensity) == ("small", "confident", 1.0)
 
 
 def test_overload_goes_to_the_pool_named() -> None:
     decision = routing.without_scores(ALL, "large", {}, 0.85, 0.0)
-    assert decision == Decision("large", "overload", None, 0.85, "", 1.0)
+    assert decision == Decision("large", Reason.OVERLOAD, None, 0.85, "", 1.0)
 
 
 def test_overload_tosses_a_coin_at_the_usual_shares() -> None:
@@ -162,14 +163,14 @@ def test_by_share_the_scores_are_only_shown() -> None:
         assert (decision.pool, decision.reason, decision.confidence) == (expected, "explore", 1.0)
         assert (decision.threshold, decision.estimator) == (0.85, "v")
         assert decision.propensity == pytest.approx(shares[expected])
-    two = Eligible(("middle", "large"), "context")
+    two = Eligible(("middle", "large"), Reason.CONTEXT)
     assert routing.by_share(sure, two, shares, 0.85, "v", 0.39).propensity == pytest.approx(0.4)
-    alone = routing.by_share(sure, Eligible(("large",), "context"), shares, 0.85, "v", 0.5)
-    assert (alone.pool, alone.reason, alone.propensity) == ("large", "context", 1.0)  # no coin was tossed
+    alone = routing.by_share(sure, Eligible(("large",), Reason.CONTEXT), shares, 0.85, "v", 0.5)
+    assert (alone.pool, alone.reason, alone.propensity) == ("large", "context", 1.0)  # nothing was drawn
 
 
 def test_overload_among_fewer_pools_keeps_their_proportions() -> None:
-    two = Eligible(("middle", "large"), "context")
+    two = Eligible(("middle", "large"), Reason.CONTEXT)
     decision = routing.without_scores(two, "small", quality(0.5, 0.2, 0.3), 0.85, 0.39)  # the named one can't serve
     assert (decision.pool, decision.propensity) == ("middle", pytest.approx(0.4))
     even = routing.without_scores(two, "share", {}, 0.85, 0.6)
@@ -177,7 +178,7 @@ def test_overload_among_fewer_pools_keeps_their_proportions() -> None:
 
 
 def decided(name: str, reason: str = "unsure") -> Decision:
-    return Decision(name, reason, 0.5, 0.85, "v", 1.0)  # type: ignore[arg-type]
+    return Decision(name, Reason(reason), 0.5, 0.85, "v", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def decided(name: str, reason: str = "unsure") -> Decision:
         (decided("large"), "middle", False, ("large", "unsure")),
         (decided("large"), "small", True, ("small", "sticky")),
         (decided("small", "confident"), "large", True, ("large", "sticky")),
-        (decided("large", "overload"), "small", False, ("small", "sticky")),  # a coin is no need to move up
+        (decided("large", "overload"), "small", False, ("small", "sticky")),  # a random draw is no need to move up
         (decided("small", "overload"), "large", False, ("large", "sticky")),
         (decided("large", "explore"), "small", False, ("small", "sticky")),
         (decided("middle", "confident"), "gone", False, ("middle", "confident")),
@@ -204,7 +205,7 @@ def test_a_conversation_keeps_its_pool_unless_it_must_move_up(
 
 
 def test_a_conversation_leaves_a_pool_that_can_take_it_no_more() -> None:
-    candidates = Eligible(("middle", "large"), "context")
+    candidates = Eligible(("middle", "large"), Reason.CONTEXT)
     kept = routing.keep(decided("middle", "context"), "small", POOLS, candidates, True)
     assert (kept.pool, kept.reason) == ("middle", "context")
 
@@ -215,5 +216,5 @@ def test_a_prompt_too_long_for_all_is_still_routed_among_the_longest() -> None:
         "b": PoolConfig("b", (), context_tokens=200),
         "c": PoolConfig("c", (), context_tokens=200),
     }
-    assert eligible(pools, frozenset(), 500) == Eligible(("b", "c"), "context")
+    assert eligible(pools, frozenset(), 500) == Eligible(("b", "c"), Reason.CONTEXT)
     assert eligible({"b": pools["b"], "c": pools["c"]}, frozenset(), 500) == Eligible(("b", "c"), None)

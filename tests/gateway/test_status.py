@@ -12,16 +12,17 @@ import pytest
 import yaml
 
 from depo_gateway.estimator.calibration import Curve
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway import config, status
-from depo_gateway.gateway.recent_requests import KEPT, SLICE_SECONDS, SLICES, Recent
+from depo_gateway.gateway.recent_requests import DECISIONS, SLICE_SECONDS, SLICES, RecentRequests
 from depo_gateway.gateway.routing import Decision
 from tests.gateway import checkpoints
 from tests.gateway.backend import FakeVllm, Script
 from tests.gateway.conftest import Running, StartGateway, running, settings
 
 KEY = "sk-depo-one"
-SMALL = Decision("small", "confident", 0.9, 0.85, "v1")
-LARGE = Decision("large", "unsure", 0.3, 0.85, "v1")
+SMALL = Decision("small", Reason.CONFIDENT, 0.9, 0.85, "v1")
+LARGE = Decision("large", Reason.UNSURE, 0.3, 0.85, "v1")
 CURVE = Curve((0.0, 0.5, 0.9), ((1.0, 0.0), (0.75, 0.25), (0.4, 0.6)), (0.5, 0.7, 0.85), 0.9)
 
 
@@ -35,27 +36,27 @@ def auth(**limits: Any) -> dict[str, Any]:
     return {"keys": [{"name": "team-a", "sha256": config.key_digest(KEY), **limits}]}
 
 
-def ended(recent: Recent, began: float, name: str, decision: Decision | None = SMALL, code: int = 200) -> None:
-    recent.over(began, name, "chat", decision, code == 200, code, 0.5)
+def ended(recent: RecentRequests, began: float, name: str, decision: Decision | None = SMALL, code: int = 200) -> None:
+    recent.add(began, name, "chat", decision, code == 200, code, 0.5)
 
 
 # What is remembered.
 
 
 def test_the_last_decisions_are_kept_newest_first() -> None:
-    recent = Recent(1000.0)
-    for index in range(KEPT + 7):
+    recent = RecentRequests(1000.0)
+    for index in range(DECISIONS + 7):
         ended(recent, 1000.0 + index, f"req-{index}")
     ended(recent, 2000.0, "refused", None, 429)
     kept = recent.decisions()
-    assert [item.id for item in kept] == [f"req-{index}" for index in range(KEPT + 6, 6, -1)]
-    assert (kept[0].time, kept[0].seconds, kept[0].decision) == (1000.0 + KEPT + 6, 0.5, SMALL)
+    assert [item.id for item in kept] == [f"req-{index}" for index in range(DECISIONS + 6, 6, -1)]
+    assert (kept[0].time, kept[0].seconds, kept[0].decision) == (1000.0 + DECISIONS + 6, 0.5, SMALL)
 
 
 def test_slices_count_what_falls_into_them_and_have_no_gaps() -> None:
-    recent = Recent(1000.0)
+    recent = RecentRequests(1000.0)
     for now, decision in ((1000.0, SMALL), (1009.999, SMALL), (1010.0, LARGE), (1045.0, SMALL)):
-        recent.decided(decision, now)
+        recent.count_decision(decision, now)
     ended(recent, 1044.0, "a", SMALL, 200)
     ended(recent, 1044.6, "b", None, 503)
     ended(recent, 1044.7, "c", None, 404)
@@ -67,8 +68,8 @@ def test_slices_count_what_falls_into_them_and_have_no_gaps() -> None:
 
 
 def test_slices_end_after_five_minutes_and_begin_with_the_process() -> None:
-    recent = Recent(1000.0)
-    recent.decided(SMALL, 1000.0)
+    recent = RecentRequests(1000.0)
+    recent.count_decision(SMALL, 1000.0)
     assert len(recent.slices(1000.0)) == 1
     last = 1000.0 + SLICE_SECONDS * (SLICES - 1)
     assert sum(bool(item.decisions) for item in recent.slices(last)) == 1
@@ -77,11 +78,11 @@ def test_slices_end_after_five_minutes_and_begin_with_the_process() -> None:
 
 
 def test_a_clock_that_is_set_back_loses_nothing_new() -> None:
-    recent = Recent(1000.0)
-    recent.decided(SMALL, 5000.0)
-    recent.decided(LARGE, 1200.0)
+    recent = RecentRequests(1000.0)
+    recent.count_decision(SMALL, 5000.0)
+    recent.count_decision(LARGE, 1200.0)
     assert [dict(item.decisions) for item in recent.slices(1205.0)][-1] == {("large", "unsure"): 1}
-    recent.decided(SMALL, 700.0)  # before the start
+    recent.count_decision(SMALL, 700.0)  # before the start
     assert [dict(item.decisions) for item in recent.slices(705.0)] == [{("small", "confident"): 1}]
 
 

@@ -266,8 +266,8 @@ async def test_a_gateway_that_is_gone_is_told_with_the_time_and_found_again(
             assert not chromium.find_element(By.ID, "lost").is_displayed()
         told = await shown.shows("lost", "has not answered since")
         assert re.fullmatch(
-            r"The gateway has not answered since (\d\d:\d\d:\d\d) \(no connection\)\. What you see is from then; "
-            r"this page keeps asking\.",
+            r"The gateway has not answered since (\d\d:\d\d:\d\d) \(no connection\)\. "
+            r"The page shows the state of that moment; it keeps trying\.",
             told,
         )
         assert await shown.text("state") == "No answer"
@@ -294,7 +294,7 @@ async def test_trouble_stands_at_the_top(chromium: webdriver.Chrome, curved: Pat
             large.script = Script(status=503)
             await large.kill()
             assert (await gateway.chat("easy")).status == 503
-            await shown.shows("notices", "No request should come here: no pool has a usable backend.")
+            await shown.shows("notices", "The gateway is not ready: no pool has a usable backend.")
             assert await shown.text("state") == "Not ready"
             assert await shown.shows("failed-of", "(5xx)") == "1 of 2 requests in 10 s (5xx)"
             assert "no answer" in (await shown.rows("recent"))[0][2]
@@ -327,7 +327,7 @@ async def test_the_target_s_own_words_stand_where_others_count(chromium: webdriv
             assert "calibration" not in told
             await small.kill()
             told = await shown.shows("told", "calibration")
-            assert told.endswith("). So the calibration has it; now small has no backend that answers.")
+            assert told.endswith("). This is by the calibration; at present small has no backend that answers.")
             label = await shown.run("return document.querySelector('#curve svg').getAttribute('aria-label')")
             assert label.endswith("now small has no backend that answers.")
         async with page(chromium, settings([large], [large], curved)) as (shown, gateway):

@@ -190,7 +190,7 @@ async def test_connections_are_reused_and_let_go() -> None:
 
 async def test_a_connection_that_is_never_idle_is_let_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Service that has taken a server out sends new connections elsewhere, and only those."""
-    monkeypatch.setattr(upstream_module, "KEPT_SECONDS", 0.3)
+    monkeypatch.setattr(upstream_module, "CONNECTION_SECONDS", 0.3)
     requests: list[int] = []  # of each connection
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -211,7 +211,7 @@ async def test_a_connection_that_is_never_idle_is_let_go_too(monkeypatch: pytest
 
 async def test_a_busy_loop_starts_nothing_on_an_old_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next request is there before the loop has come to ending what was idle for too long."""
-    monkeypatch.setattr(upstream_module, "KEPT_SECONDS", 0.2)
+    monkeypatch.setattr(upstream_module, "CONNECTION_SECONDS", 0.2)
     connections = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from depo_gateway.gateway.upstream import KEPT_SECONDS
+from depo_gateway.gateway.upstream import CONNECTION_SECONDS
 from tests.helm.chart import CHART, Manifest, Values, file_of, named, of_kind, pod_of, pods, refusal, rendered
 
 FULL = "depo-depo-gateway"
@@ -48,7 +48,7 @@ def test_a_pool_is_served_by_vllm_with_a_gpu_of_its_own() -> None:
     assert startup["periodSeconds"] * startup["failureThreshold"] == 600
     pause = pod.main["lifecycle"]["preStop"]["exec"]["command"]
     assert pause == ["sleep", "10"]
-    assert float(pause[1]) > 2 * KEPT_SECONDS, "no connection outlives the pause, however late the Service was told"
+    assert float(pause[1]) > 2 * CONNECTION_SECONDS, "a connection may outlive the pause"
     volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
     mounts = {mount["mountPath"]: mount["name"] for mount in pod.main["volumeMounts"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}

@@ -85,7 +85,7 @@ async def test_a_refused_reload_reaches_the_webhook(tiny_checkpoint: Path, tmp_p
     assert alert["labels"] == {
         "alertname": "DepoConfigReloadFailed", "severity": "ticket", "namespace": "depo", "job": "gw",
     }  # fmt: skip
-    assert alert["annotations"]["summary"] == "A reload of gw was refused; the old config stays"
+    assert alert["annotations"]["summary"] == "A reload of gw was refused; the old config stays in force"
     assert alert["annotations"]["runbook"] == "docs/runbooks/DepoConfigReloadFailed.md"
 
 

@@ -20,13 +20,13 @@ def test_the_json_is_what_the_code_writes(capsys: pytest.CaptureFixture[str]) ->
     assert {path.stem for path in PLACE.glob("*.json")} == set(BOARDS)
 
 
-def test_a_stale_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_an_outdated_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("dashboards.__main__.PLACE", tmp_path / "dashboards")
     assert main([]) == 0
     (tmp_path / "dashboards/routing.json").write_text("{}")
     assert main(["--check"]) == 1
     assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path / 'dashboards/routing.json'} is not what python -m dashboards writes"
+        f"{tmp_path / 'dashboards/routing.json'} is outdated: run python -m dashboards"
     ]
 
 

@@ -128,10 +128,10 @@ def test_where_nothing_goes_wrong_no_panel_is_empty(tmp_path: Path, tiny_checkpo
             }
     assert empty == {
         "routing: Score drift",
-        "routing: Better than a coin by",
+        "routing: Better than random by",
         "routing: Calibration error",
-        "learning: Better than a coin by",
+        "learning: Better than random by",
         "learning: Published",
         "learning: Calibration error",
-        "learning: Length of a training",
+        "learning: Duration of a training",
     }

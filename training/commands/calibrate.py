@@ -1,7 +1,7 @@
-"""`depo-train calibrate`: probabilities from logits, thresholds for targets; a new version of a checkpoint.
+"""`depo-train calibrate`: fits probabilities, and thresholds for targets, as a new version of a checkpoint.
 
-Use rows that the checkpoint was not fitted on: on its own fitting rows it looks surer and better than it is. What the
-rows have too few labels for stays as it was.
+Use rows that the checkpoint was not fitted on: its predictions for those are too confident. Outputs for which the rows
+have too few labels keep their calibration.
 
 Shapes: N prompts, K pools cheapest first.
 """
@@ -12,110 +12,129 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from depo_gateway.estimator import calibration, checkpoint
-from depo_gateway.estimator.calibration import calibrate_quality
+from depo_gateway.estimator.calibration import Calibration, calibrate_quality
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.runtime import Runtime
-from depo_gateway.training.evaluation import calibration_data, logged_traffic
-from depo_gateway.training.evaluation.calibration_data import Split
-from depo_gateway.training.evaluation.contamination import fitted_share, known_of, warn_of_fitted
-from depo_gateway.training.evaluation.predictions import logits_of_texts
-from depo_gateway.training.evaluation.report import finite
-from depo_gateway.training.evaluation.risk_control import Guarantee, grid, guarantee
-from depo_gateway.training.evaluation.routing_metrics import Array
+from depo_gateway.training.evaluation import logged_traffic
+from depo_gateway.training.evaluation.calibration_data import (
+    GuaranteeSplit,
+    read_calibration_data,
+    split_for_guarantee,
+    with_off_policy_curves,
+)
+from depo_gateway.training.evaluation.contamination import fitted_on, fitted_share, warn_of_contamination
+from depo_gateway.training.evaluation.predictions import text_logits
+from depo_gateway.training.evaluation.report import nan_to_null
+from depo_gateway.training.evaluation.risk_control import Guarantee, guarantee, threshold_grid
 from depo_gateway.training.evaluation.targets import (
-    guaranteed,
-    name_of_loss,
+    guarantee_lines,
+    guaranteed_thresholds,
+    loss_target_name,
     parse_costs,
     parse_target,
-    summary,
+    target_summary,
     thresholds_of,
-    told,
 )
-from depo_gateway.training.fitting.calibration import calibrate, curves, kept
+from depo_gateway.training.fitting.calibration import calibrate, rule_curves, unchanged_message
 
+Guarantees = Mapping[str, Mapping[str, Guarantee]]  # "loss=0.02@0.95" -> rule -> Guarantee
 DELTA = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or builtin")
-    logged_traffic.add_source(parser, "rows it was not fitted on")
+    logged_traffic.add_source_arguments(parser, "outcome tables whose rows it was not fitted on")
     parser.add_argument("--pools", nargs="+", metavar="NAME=MODEL", help="default: the models it was fitted on")
     parser.add_argument(
         "--target",
         nargs="+",
         default=[],
         metavar="NAME=X",
-        help="large-share=0.3, quality=0.98 (of all-large), cost=0.4, loss=0.02 (below all-large at most, guaranteed)",
+        help="large-share=0.3, quality=0.98 (of all-large), cost=0.4, loss=0.02 (below all-large, guaranteed)",
     )
     parser.add_argument("--costs", nargs="+", default=[], metavar="NAME=X", help="each pool's cost, for a cost target")
     parser.add_argument(
         "--delta", type=float, default=DELTA, metavar="X",
-        help=f"a guaranteed loss may be exceeded with this probability (default {DELTA:g})",
+        help=f"probability that a guaranteed loss is exceeded (default {DELTA:g})",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the new version goes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the new version")
     parser.add_argument(
-        "--publish", action="store_true", help="let `current` beside --out name it: gateways that watch take it up"
+        "--publish", action="store_true", help="point `current` beside --out at it: gateways that watch load it"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: the checkpoint with a new calibration, its parent on record."""
+    """Runs the command. Exit code 0; ValueError for the user's mistakes."""
     checkpoint.ensure_free(args.out)
-    logged_traffic.check_source(args)
+    logged_traffic.check_source_arguments(args)
     targets = [parse_target(target) for target in args.target]
     losses = [value for name, value in targets if name == "loss"]
     if not 0 < args.delta < 1:
         raise ValueError(f"--delta is {args.delta:g}; it must lie between 0 and 1")
     place = checkpoint.resolve(args.checkpoint)
     runtime = Runtime.load(place, threads=os.cpu_count() or 1)
-    names, costs = runtime.pools, parse_costs(args.costs, runtime.pools)
+    costs = parse_costs(args.costs, runtime.pools)
     if costs is None and any(name == "cost" for name, _ in targets):
         raise ValueError(f"a cost target needs --costs {' '.join(f'{pool}=X' for pool in runtime.pools)}")
-    rows = calibration_data.gather(args, runtime)
-    tested = calibration_data.held_back(rows, known_of(rows.examples, runtime.manifest)) if losses else None
-    warn_of_fitted("calibrate", fitted_share(rows.examples, runtime.manifest))
-    full, cheap = logits_of_texts(runtime, rows.texts)
-    weights = rows.weights if tested is None else np.where(tested.fitting, rows.weights, 0.0)
-    calibrated = calibrate(full, cheap, rows.labels, weights, names, runtime.calibration, np.ones(len(weights)))
+    data = read_calibration_data(args, runtime)
+    split = split_for_guarantee(data, fitted_on(data.examples, runtime.manifest)) if losses else None
+    warn_of_contamination("calibrate", fitted_share(data.examples, runtime.manifest))
+    full, cheap = text_logits(runtime, data.texts)
+    weights = data.weights if split is None else np.where(split.fitting, data.weights, 0.0)
+    calibrated = calibrate(full, cheap, data.labels, weights, runtime.pools, runtime.calibration, np.ones(len(weights)))
     quality = calibrate_quality(calibrated.stages["full"], full)
-    by_tokens = dataclasses.replace(calibrated, curves=curves(quality, rows.observed, rows.tokens, names))
-    calibrated = calibration_data.with_logs(calibrated, rows, quality)
-    guarantees = {} if tested is None else guarantees_of(quality, rows.observed, tested, losses, args.delta)
-    found = thresholds_of(calibrated, targets, costs, by_tokens) | guaranteed(guarantees)
-    calibrated = dataclasses.replace(calibrated, targets=found)
-    manifest, files = checkpoint.load_checkpoint(place)
-    files[checkpoint.CALIBRATION] = calibration.dumps(calibrated)
-    on = {"examples": len(rows.texts)}
-    proofs = {name: {rule: dataclasses.asdict(one) for rule, one in by.items()} for name, by in guarantees.items()}
-    metrics = {**manifest.metrics, "calibrated_on": on, **({"guarantees": finite(proofs)} if proofs else {})}
-    written = checkpoint.write_checkpoint(
-        args.out, files, manifest.base, manifest.pools, manifest.text, metrics, manifest.version, manifest.heads
-    )
+    by_tokens = dataclasses.replace(calibrated, curves=rule_curves(quality, data.observed, data.tokens, runtime.pools))
+    calibrated = with_off_policy_curves(calibrated, data, quality)
+    guarantees = {} if split is None else _guarantees(quality, data.observed, split, losses, args.delta)
+    thresholds = thresholds_of(calibrated, targets, costs, by_tokens) | guaranteed_thresholds(guarantees)
+    calibrated = dataclasses.replace(calibrated, targets=thresholds)
+    version = _write(place, args.out, calibrated, len(data.texts), guarantees)
     sys.stdout.write(
-        kept(rows.labels, names, weights)
-        + summary(calibrated, quality, rows.observed, by_curve=rows.traffic is not None)
-        + told(guarantees, names[-1])
+        unchanged_message(data.labels, runtime.pools, weights)
+        + target_summary(calibrated, quality, data.observed, by_curve=data.traffic is not None)
+        + guarantee_lines(guarantees, runtime.pools[-1])
     )
     if args.publish:
         checkpoint.publish(args.out)
-    sys.stdout.write(f"{args.out}: checkpoint {written.version}\n")
+    sys.stdout.write(f"{args.out}: checkpoint {version}\n")
     return 0
 
 
-def guarantees_of(
-    quality_NK: Array, observed_NK: Array, split: Split, losses: Sequence[float], delta: float
+def _write(place: Path, out: Path, calibrated: Calibration, count: int, guarantees: Guarantees) -> str:
+    """Writes the checkpoint at `place` with the new calibration to `out`, as its child; returns the new version."""
+    manifest, files = checkpoint.load_checkpoint(place)
+    files[checkpoint.CALIBRATION] = calibration.dumps(calibrated)
+    metrics = {**manifest.metrics, "calibrated_on": {"examples": count}}
+    if guarantees:
+        metrics["guarantees"] = nan_to_null(
+            {name: {rule: dataclasses.asdict(one) for rule, one in by.items()} for name, by in guarantees.items()}
+        )
+    written = checkpoint.write_checkpoint(
+        out, files, manifest.base, manifest.pools, manifest.text, metrics, manifest.version, manifest.heads
+    )
+    return written.version
+
+
+def _guarantees(
+    quality_NK: Array, observed_NK: Array, split: GuaranteeSplit, losses: Sequence[float], delta: float
 ) -> dict[str, dict[str, Guarantee]]:
-    """{"loss=0.02@0.95": {rule: Guarantee}}: each by itself, so choose rule and loss before looking at the others."""
+    """Guarantees by target and rule. Each holds by itself: choose rule and loss before looking at the others."""
     tested = split.testing
     return {
-        name_of_loss(epsilon, delta): {
+        loss_target_name(epsilon, delta): {
             rule: guarantee(
-                quality_NK[tested], observed_NK[tested], rule, grid(quality_NK[split.fitting], rule), epsilon, delta
+                quality_NK[tested],
+                observed_NK[tested],
+                rule,
+                threshold_grid(quality_NK[split.fitting], rule),
+                epsilon,
+                delta,
             )
             for rule in calibration.RULES
         }

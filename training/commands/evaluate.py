@@ -1,6 +1,6 @@
 """`depo-train evaluate`: a checkpoint's routing on outcomes or on logged traffic, beside random and prompt length.
 
-It scores with the serving runtime, so what is measured is what is served.
+Scores come from the serving runtime, so that the measured behaviour is the served one.
 
 Shapes: N prompts, K pools cheapest first.
 """
@@ -19,120 +19,124 @@ import numpy as np
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.runtime import Runtime
-from depo_gateway.training.evaluation import calibration_data, logged_traffic, off_policy_report
-from depo_gateway.training.evaluation.contamination import fitted_share, warn_of_fitted
-from depo_gateway.training.evaluation.off_policy import CLIP
+from depo_gateway.training.evaluation import logged_traffic
+from depo_gateway.training.evaluation.calibration_data import traffic_calibration_data
+from depo_gateway.training.evaluation.contamination import fitted_share, warn_of_contamination
+from depo_gateway.training.evaluation.off_policy import MAX_INVERSE_PROPENSITY
+from depo_gateway.training.evaluation.off_policy_report import logs_markdown, logs_report, plot_logs
 from depo_gateway.training.evaluation.predictions import (
-    logits_of,
-    logits_of_texts,
-    pools_of,
-    qualities_of,
+    prompt_logits,
+    resolve_pools,
+    stage_qualities,
+    text_logits,
     write_scores,
 )
-from depo_gateway.training.evaluation.report import draw, finite, markdown, report_of
+from depo_gateway.training.evaluation.report import nan_to_null, outcome_report, plot_outcomes, report_markdown
 from depo_gateway.training.evaluation.targets import parse_costs
-from depo_gateway.training.outcomes.table import examples_of, key_of, read_tables
+from depo_gateway.training.outcomes.table import examples_of, question_key, read_tables
 
 REPORT_JSON, REPORT_MD, CURVE, SCORES = "report.json", "report.md", "curve.png", "scores.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or builtin")
-    logged_traffic.add_source(parser, "outcome tables")
+    logged_traffic.add_source_arguments(parser, "outcome tables")
     parser.add_argument("--pools", nargs="+", metavar="NAME=MODEL", help="default: the models it was fitted on")
-    parser.add_argument("--costs", nargs="+", default=[], metavar="NAME=X", help="--records: each pool's cost a token")
+    parser.add_argument(
+        "--costs", nargs="+", default=[], metavar="NAME=X", help="with --records: cost per token of each pool"
+    )
     parser.add_argument(
         "--clip",
         type=float,
-        default=CLIP,
+        default=MAX_INVERSE_PROPENSITY,
         metavar="X",
-        help=f"--records: the largest 1 / propensity (default {CLIP:g})",
+        help=f"with --records: the largest 1 / propensity (default {MAX_INVERSE_PROPENSITY:g})",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report goes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the report")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: report.json, report.md, curve.png and scores.jsonl under --out."""
-    logged_traffic.check_source(args)
+    """Runs the command: writes report.json, report.md, curve.png and scores.jsonl under --out."""
+    logged_traffic.check_source_arguments(args)
     runtime = Runtime.load(checkpoint.resolve(args.checkpoint), threads=os.cpu_count() or 1)
     if args.records is None and args.costs:
-        raise ValueError("--costs goes with --records; on outcome tables the share of large calls says it all")
+        raise ValueError("--costs goes with --records; reports on outcome tables show the share of large calls instead")
     if not args.clip >= 1:
         raise ValueError(f"--clip is {args.clip:g}; it must be 1 or more")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; give a directory")
-    report = of_outcomes(args, runtime) if args.records is None else of_records(args, runtime)
-    (args.out / REPORT_JSON).write_text(json.dumps(finite(report), indent=2) + "\n", encoding="utf-8")
-    text = markdown(report) + (off_policy_report.markdown(report["logs"]) if "logs" in report else "")
+    report = _report_on_outcomes(args, runtime) if args.records is None else _report_on_records(args, runtime)
+    (args.out / REPORT_JSON).write_text(json.dumps(nan_to_null(report), indent=2) + "\n", encoding="utf-8")
+    text = report_markdown(report) + (logs_markdown(report["logs"]) if "logs" in report else "")
     (args.out / REPORT_MD).write_text(text, encoding="utf-8")
     sys.stdout.write(text)
     return 0
 
 
-def of_outcomes(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
-    """The report on outcome tables; curve.png and scores.jsonl are written."""
-    pools = pools_of(args.pools, runtime.manifest)
+def _report_on_outcomes(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
+    """The report on outcome tables; writes curve.png and scores.jsonl."""
+    pools = resolve_pools(args.pools, runtime.manifest)
     rows = read_tables(args.outcomes)
     examples = examples_of(rows, pools)
     fitted = fitted_share(examples, runtime.manifest)
-    warn_of_fitted("evaluate", fitted)
+    warn_of_contamination("evaluate", fitted)
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys((row.question, row.context) for row in rows))
-    place = {prompt: index for index, prompt in enumerate(prompts)}
-    stages = qualities_of(runtime, *logits_of(runtime, prompts))
-    asked = np.array([place[row.question, row.context] for row in rows])
-    write_scores(args.out / SCORES, [row.question for row in rows], stages["full"][asked], runtime.pools)
-    index = np.array([place[example.prompt, example.context] for example in examples])
+    index_of = {prompt: index for index, prompt in enumerate(prompts)}
+    stages = stage_qualities(runtime, *prompt_logits(runtime, prompts))
+    of_rows = np.array([index_of[row.question, row.context] for row in rows])
+    write_scores(args.out / SCORES, [row.question for row in rows], stages["full"][of_rows], runtime.pools)
+    of_examples = np.array([index_of[example.prompt, example.context] for example in examples])
+    quality = {stage: of_prompts[of_examples] for stage, of_prompts in stages.items()}
     observed = labels_by_head(examples, pools.names)["quality"]
     length = np.array([len(example.prompt) for example in examples], float)
-    source_of = {(key_of(row.question), row.context): row.source for row in rows}
-    sources = np.array([source_of[key_of(example.prompt), example.context] for example in examples])
-    quality = {stage: quality_all[index] for stage, quality_all in stages.items()}
+    complete = ~np.isnan(observed).any(1)
+    plot_outcomes(args.out / CURVE, {s: q[complete] for s, q in quality.items()}, observed[complete], length[complete])
     report: dict[str, Any] = {
         "checkpoint": runtime.version,
         "outcomes": [str(path) for path in args.outcomes],
         "pools": dict(zip(pools.names, pools.models, strict=True)),
         "fitted_share": fitted,
-        "all": report_of(quality, observed, length, runtime.pools),
+        "all": outcome_report(quality, observed, length, runtime.pools),
     }
+    source_of = {(question_key(row.question), row.context): row.source for row in rows}
+    sources = np.array([source_of[question_key(example.prompt), example.context] for example in examples])
     names = sorted(set(sources.tolist()))
     if len(names) > 1:
-        report["sources"] = {
-            name: report_of({s: q[sources == name] for s, q in quality.items()}, observed[sources == name],
-                            length[sources == name], runtime.pools)
-            for name in names
-        }  # fmt: skip
-    complete = ~np.isnan(observed).any(1)
-    draw(args.out / CURVE, {s: q[complete] for s, q in quality.items()}, observed[complete], length[complete])
+        report["sources"] = {}
+        for name in names:
+            own = sources == name
+            own_quality = {stage: of_stage[own] for stage, of_stage in quality.items()}
+            report["sources"][name] = outcome_report(own_quality, observed[own], length[own], runtime.pools)
     return report
 
 
-def of_records(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
-    """The report on logged traffic; curve.png and scores.jsonl are written.
+def _report_on_records(args: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
+    """The report on logged traffic; writes curve.png and scores.jsonl.
 
-    What is known of every pool (shadowed) is measured as an outcome table is; estimates from all labels stand beside.
+    Records with every pool's label (shadowed) are measured like an outcome table, besides the off-policy estimates.
     """
     pools, costs = runtime.pools, parse_costs(args.costs, runtime.pools)
     if args.pools is not None:
-        pools_of(args.pools, runtime.manifest)
-    traffic = logged_traffic.read(args.records, args.since, args.newest, pools, runtime.manifest.text)
-    weights = calibration_data.of_traffic(traffic).weights
+        resolve_pools(args.pools, runtime.manifest)
+    traffic = logged_traffic.read_traffic(args.records, args.since, args.newest, pools, runtime.manifest.text)
+    weights = traffic_calibration_data(traffic).weights
     fitted = fitted_share(traffic.examples(), runtime.manifest)
-    warn_of_fitted("evaluate", fitted)
+    warn_of_contamination("evaluate", fitted)
     args.out.mkdir(parents=True, exist_ok=True)
-    stages = qualities_of(runtime, *logits_of_texts(runtime, traffic.texts))
+    stages = stage_qualities(runtime, *text_logits(runtime, traffic.texts))
     length = np.array([len(prompt) for prompt, _ in traffic.texts], float)
     write_scores(args.out / SCORES, [prompt for prompt, _ in traffic.texts], stages["full"], pools)
     conversations = [str(number) for number in traffic.conversation]
-    logs = off_policy_report.report_of(traffic, stages["full"], length, costs, args.clip)
-    off_policy_report.draw(args.out / CURVE, logs)
+    logs = logs_report(traffic, stages["full"], length, costs, args.clip)
+    plot_logs(args.out / CURVE, logs)
     return {
         "checkpoint": runtime.version,
         "records": traffic.source,
         "pools": {
-            pool: list(models) for pool, models in zip(pools, pools_of(None, runtime.manifest).models, strict=True)
+            pool: list(models) for pool, models in zip(pools, resolve_pools(None, runtime.manifest).models, strict=True)
         },
         "fitted_share": fitted,
-        "all": report_of(stages, traffic.observed, length, pools, groups=conversations, weights=weights),
+        "all": outcome_report(stages, traffic.observed, length, pools, groups=conversations, weights=weights),
         "logs": logs,
     }

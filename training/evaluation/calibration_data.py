@@ -1,4 +1,4 @@
-"""What a calibration stands on: prompts and their labels, from outcome tables or from logged traffic.
+"""Data of a calibration: prompts and their labels, from outcome tables or from logged traffic.
 
 Shapes: N prompts, K pools cheapest first, U units.
 """
@@ -15,82 +15,88 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator.calibration import Calibration, Curve, route
 from depo_gateway.estimator.heads import labels_by_head
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic, off_policy
-from depo_gateway.training.evaluation.logged_traffic import Logged
+from depo_gateway.training.evaluation.logged_traffic import LoggedTraffic
 from depo_gateway.training.evaluation.off_policy import Integers, Logs
-from depo_gateway.training.evaluation.predictions import as_served, pools_of
-from depo_gateway.training.evaluation.routing_metrics import Array
+from depo_gateway.training.evaluation.predictions import resolve_pools, served_text
 from depo_gateway.training.outcomes.table import examples_of, read_tables
 
-FITTING = 1 / 3  # of the units set probabilities where the others test a guarantee: a Platt has two parameters
-AT_ONCE = 32  # policies: memory of N x AT_ONCE x 11 numbers for two pools
+FITTING_SHARE = 1 / 3  # of the units, where the others test a guarantee: a Platt fit has only two parameters
+POLICIES_AT_ONCE = 32  # memory of N x POLICIES_AT_ONCE x 11 numbers for two pools
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """N prompts. Those of one unit, a conversation, are not independent of one another."""
+class CalibrationData:
+    """N prompts with their labels. Those of one unit, a conversation, are not independent of one another."""
 
     examples: Sequence[Example]
     texts: Sequence[tuple[str, str]]  # as estimator.text.extract_text() gives them
     labels: Mapping[str, Array]  # by head, (N, K), NaN where there is none
-    weights: Array  # (N,) for probabilities; 0: its labels tell nothing of prompts like it
-    tokens: Array  # (N,) of prompt and answer; 1 each where nobody counted
+    weights: Array  # (N,) for fitting probabilities; 0: the label's probability of being observed is unknown
+    tokens: Array  # (N,) of prompt and answer; 1 each where there is no count
     unit: Integers  # (N,) 0 to U - 1
-    traffic: Logged | None = None
+    traffic: LoggedTraffic | None = None
 
     @property
     def observed(self) -> Array:
-        """Quality (N, K)."""
+        """Labels of quality (N, K)."""
         return self.labels["quality"]
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """What sets probabilities and the grid, and what tests a guarantee; no unit is in both."""
+class GuaranteeSplit:
+    """The prompts that fit probabilities and the grid, and those that test a guarantee; no unit is in both."""
 
     fitting: NDArray[np.bool_]  # (N,)
     testing: NDArray[np.bool_]  # (N,) with every pool's label, one a unit
 
 
-def gather(args: argparse.Namespace, runtime: Runtime) -> Evidence:
+def read_calibration_data(args: argparse.Namespace, runtime: Runtime) -> CalibrationData:
     """The rows of --outcomes, or the labelled traffic of --records."""
-    pools = pools_of(args.pools, runtime.manifest)
+    pools = resolve_pools(args.pools, runtime.manifest)
     if args.records is not None:
-        traffic = logged_traffic.read(args.records, args.since, args.newest, runtime.pools, runtime.manifest.text)
-        return of_traffic(traffic)
+        traffic = logged_traffic.read_traffic(
+            args.records, args.since, args.newest, runtime.pools, runtime.manifest.text
+        )
+        return traffic_calibration_data(traffic)
     examples = examples_of(read_tables(args.outcomes), pools)
     labels = labels_by_head(examples, runtime.pools, runtime.manifest.heads)
-    texts = [as_served(runtime.manifest.text, example.prompt, example.context) for example in examples]
+    texts = [served_text(runtime.manifest.text, example.prompt, example.context) for example in examples]
     count = len(examples)
-    return Evidence(examples, texts, labels, np.ones(count), np.ones(count), np.arange(count))
+    return CalibrationData(examples, texts, labels, np.ones(count), np.ones(count), np.arange(count))
 
 
-def of_traffic(traffic: Logged) -> Evidence:
-    """Every record counts in shares. Labels of every pool weigh 1, others one over their probability of being seen."""
+def traffic_calibration_data(traffic: LoggedTraffic) -> CalibrationData:
+    """Labelled traffic as calibration data, weighted by off_policy.propensity_weights.
+
+    Every record counts in shares; one whose propensity is not meaningful has weight 0 unless it has all labels.
+    """
     weights = np.where(np.isnan(traffic.observed).any(1), 0.0, 1.0)
     logs = traffic.logs(np.zeros_like(traffic.observed))
-    keep, _ = off_policy.usable(logs)
-    weights[np.flatnonzero(traffic.free)[keep]] = off_policy.weights(off_policy.subset(logs, keep))
+    usable, _ = off_policy.usable_records(logs)
+    selected = off_policy.select_records(logs, usable)
+    weights[np.flatnonzero(traffic.free)[usable]] = off_policy.propensity_weights(selected)
     examples = traffic.examples()
     labels = {"quality": traffic.observed, "token_confidence": traffic.token}
-    return Evidence(examples, traffic.texts, labels, weights, traffic.tokens, traffic.conversation, traffic)
+    return CalibrationData(examples, traffic.texts, labels, weights, traffic.tokens, traffic.conversation, traffic)
 
 
-def held_back(evidence: Evidence, fitted: NDArray[np.bool_], seed: int = 0) -> Split:
-    """A split at random by unit. Prompts that the checkpoint was fitted on, `fitted` (N,), test nothing.
+def split_for_guarantee(data: CalibrationData, fitted: NDArray[np.bool_], seed: int = 0) -> GuaranteeSplit:
+    """A random split by unit. Prompts that the checkpoint was fitted on, `fitted` (N,), are not used for testing.
 
     Raises ValueError where no other prompt has every pool's label.
     """
-    complete = np.asarray(~np.isnan(evidence.observed).any(1))
-    if evidence.observed.shape[1] < 2:
+    complete = np.asarray(~np.isnan(data.observed).any(1))
+    if data.observed.shape[1] < 2:
         raise ValueError("a loss target needs a checkpoint of two pools or more; this one has one")
-    units = int(evidence.unit.max()) + 1
+    units = int(data.unit.max()) + 1
     order = np.random.default_rng(seed).permutation(units)
-    fitting = np.isin(evidence.unit, order[: round(units * FITTING)])
+    fitting = np.isin(data.unit, order[: round(units * FITTING_SHARE)])
     candidates = np.flatnonzero(complete & ~fitting & ~fitted)
-    _, first = np.unique(evidence.unit[candidates], return_index=True)
+    _, first = np.unique(data.unit[candidates], return_index=True)
     testing = np.zeros(len(complete), np.bool_)
     testing[candidates[first]] = True
     if not testing.any() or not fitting.any():
@@ -98,16 +104,16 @@ def held_back(evidence: Evidence, fitted: NDArray[np.bool_], seed: int = 0) -> S
             "a loss target needs prompts with labels of every pool, which the checkpoint was not fitted on: an outcome"
             " table, or shadowed records"
         )
-    return Split(fitting, testing)
+    return GuaranteeSplit(fitting, testing)
 
 
-def with_logs(calibrated: Calibration, evidence: Evidence, quality_NK: Array) -> Calibration:
-    """Curves whose quality partial labels tell too, where logs support every threshold; else as they were."""
-    if evidence.traffic is None:
+def with_off_policy_curves(calibrated: Calibration, data: CalibrationData, quality_NK: Array) -> Calibration:
+    """The calibration with off-policy estimates as its curves' quality, where logs support every threshold."""
+    if data.traffic is None:
         return calibrated
-    logs = evidence.traffic.logs(quality_NK)
-    keep, _ = off_policy.usable(logs)
-    logs = off_policy.subset(logs, keep)
+    logs = data.traffic.logs(quality_NK)
+    usable, _ = off_policy.usable_records(logs)
+    logs = off_policy.select_records(logs, usable)
     if not len(logs.pool):
         return calibrated
     curves = {rule: _estimated(curve, rule, logs) for rule, curve in calibrated.curves.items()}
@@ -117,12 +123,10 @@ def with_logs(calibrated: Calibration, evidence: Evidence, quality_NK: Array) ->
 def _estimated(curve: Curve, rule: str, logs: Logs) -> Curve:
     last = np.full(len(logs.pool), logs.observed.shape[1] - 1)
     routes = [*(route(logs.predicted, rule, threshold) for threshold in curve.thresholds), last]
-    values = np.concatenate(
-        [
-            off_policy.estimate(logs, np.stack(routes[start : start + AT_ONCE], 1), resamples=1).doubly_robust.point
-            for start in range(0, len(routes), AT_ONCE)
-        ]
-    )
+    chunks = [
+        np.stack(routes[start : start + POLICIES_AT_ONCE], 1) for start in range(0, len(routes), POLICIES_AT_ONCE)
+    ]
+    values = np.concatenate([off_policy.estimate(logs, chunk, resamples=1).doubly_robust.point for chunk in chunks])
     if np.isnan(values).any():
         return curve
     *quality, all_large = values.clip(0.0, 1.0).tolist()

@@ -1,4 +1,4 @@
-"""Which questions a checkpoint was fitted on, so that nobody measures it on them unawares."""
+"""Contamination: which questions a checkpoint was fitted on, so that it is not unknowingly measured on them."""
 
 from __future__ import annotations
 
@@ -12,57 +12,55 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.records.types import Example
-from depo_gateway.training.outcomes.table import key_of
+from depo_gateway.training.outcomes.table import question_key
 
-FINGERPRINTS = 16_384  # a checkpoint remembers so many of the questions it was fitted on: 170 KiB
+FINGERPRINTS = 16_384  # the most questions that a checkpoint remembers: 170 KiB
 
 
 def fingerprints(examples: Sequence[Example]) -> str:
-    """Base64 of 8 bytes of each question's sha256, sorted. Of many questions the lowest, which are a fair sample."""
+    """Base64 of 8 bytes of each question's sha256, sorted. Of too many questions the lowest, a uniform sample."""
     hashes = sorted({_fingerprint(example) for example in examples})
     return base64.b64encode(b"".join(hashes[:FINGERPRINTS])).decode()
 
 
 def fitted_share(examples: Sequence[Example], manifest: Manifest) -> float | None:
-    """The share of examples whose question the checkpoint was fitted on; None if it doesn't say which those are."""
-    stored = manifest.metrics.get("fitted_on")
-    if not isinstance(stored, str):
+    """The share of examples whose question the checkpoint was fitted on; None if its manifest does not record those."""
+    if not isinstance(manifest.metrics.get("fitted_on"), str):
         return None
-    data = base64.b64decode(stored)
-    fitted = {data[start : start + 8] for start in range(0, len(data), 8)}
-    last = max(fitted) if len(fitted) >= FINGERPRINTS else b"\xff" * 8  # beyond it nothing was stored
+    fitted, last = _recorded(manifest)
     known = [found for found in map(_fingerprint, examples) if found <= last]
     return sum(found in fitted for found in known) / len(known) if known else None
 
 
-def known_of(examples: Sequence[Example], manifest: Manifest) -> NDArray[np.bool_]:
-    """Which examples (N,) ask a question that the checkpoint remembers having been fitted on."""
-    stored = manifest.metrics.get("fitted_on")
-    data = base64.b64decode(stored) if isinstance(stored, str) else b""
-    fitted = {data[start : start + 8] for start in range(0, len(data), 8)}
+def fitted_on(examples: Sequence[Example], manifest: Manifest) -> NDArray[np.bool_]:
+    """Which examples (N,) ask a question that the checkpoint is recorded to have been fitted on."""
+    fitted, _ = _recorded(manifest)
     return np.array([_fingerprint(example) in fitted for example in examples], bool)
 
 
-def surely_new_to(examples: Sequence[Example], manifest: Manifest) -> NDArray[np.bool_]:
-    """Which examples (N,) ask a question that the checkpoint was not fitted on, for all that it says: of those that it
-    would have forgotten, none.
-    """
-    stored = manifest.metrics.get("fitted_on")
-    data = base64.b64decode(stored) if isinstance(stored, str) else b""
-    full = len(data) >= 8 * FINGERPRINTS
-    told = np.array([not full or _fingerprint(example) <= data[-8:] for example in examples], bool)
-    fresh: NDArray[np.bool_] = told & ~known_of(examples, manifest)
-    return fresh
+def certainly_unseen(examples: Sequence[Example], manifest: Manifest) -> NDArray[np.bool_]:
+    """Which examples (N,) ask a question that would be recorded if the checkpoint had been fitted on it, and is not."""
+    fitted, last = _recorded(manifest)
+    found = [_fingerprint(example) for example in examples]
+    return np.array([fingerprint <= last and fingerprint not in fitted for fingerprint in found], bool)
 
 
-def warn_of_fitted(command: str, share: float | None) -> None:
-    """One line on stderr if some of the prompts are those the checkpoint was fitted on."""
+def warn_of_contamination(command: str, share: float | None) -> None:
+    """Writes one line to stderr if the checkpoint was fitted on some of the prompts."""
     if share:
         sys.stderr.write(
-            f"depo-train {command}: the checkpoint was fitted on {share:.1%} of these prompts, and looks better on"
-            " those than it is; use others\n"
+            f"depo-train {command}: the checkpoint was fitted on {share:.1%} of these prompts, and results on those are"
+            " optimistic; use other prompts\n"
         )
 
 
+def _recorded(manifest: Manifest) -> tuple[set[bytes], bytes]:
+    """The fingerprints in a manifest, and the largest one up to which all questions are recorded."""
+    stored = manifest.metrics.get("fitted_on")
+    data = base64.b64decode(stored) if isinstance(stored, str) else b""
+    fitted = {data[start : start + 8] for start in range(0, len(data), 8)}
+    return fitted, max(fitted) if len(fitted) >= FINGERPRINTS else b"\xff" * 8
+
+
 def _fingerprint(example: Example) -> bytes:
-    return hashlib.sha256(key_of(example.prompt).encode()).digest()[:8]
+    return hashlib.sha256(question_key(example.prompt).encode()).digest()[:8]

@@ -1,7 +1,7 @@
-"""Logged traffic as evaluation and calibration take it: texts, labels, propensities, and what was left out and why.
+"""Logged traffic for evaluation and calibration: texts, labels, propensities, and what was left out and why.
 
-Nothing is merged or down-weighted here, as learning from the same records does: an estimate speaks of the traffic as
-it came.
+Unlike learning from the same records, nothing is merged or down-weighted here: an estimate is about the traffic as it
+was.
 
 Shapes: N records, K pools cheapest first.
 """
@@ -18,59 +18,64 @@ from pathlib import Path
 import numpy as np
 from sqlalchemy import make_url
 
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Example, Label, Labelled, Record
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.estimator.text import extract_text as text_of
-from depo_gateway.training.evaluation.off_policy import Array, Integers, Logs
-from depo_gateway.training.outcomes.label_precedence import believed
+from depo_gateway.training.evaluation.off_policy import Integers, Logs
+from depo_gateway.training.outcomes.label_precedence import preferred_qualities
 
-NEWEST = 20_000
+DEFAULT_NEWEST = 20_000
 DAY_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
-class Logged:
-    """Records with a text, answered by one of the checkpoint's pools. N of them, oldest first."""
+class LoggedTraffic:
+    """N records with a text, answered by one of the checkpoint's pools, oldest first."""
 
     source: str  # the database, without its password
     pools: tuple[str, ...]
-    read: int  # records read, with those that can't be used at all
+    read: int  # records read, including those that cannot be used at all
     texts: tuple[tuple[str, str], ...]  # (prompt, context)
     observed: Array  # (N, K) quality, NaN where there is no label
     token: Array  # (N, K) token confidence
     pool: Integers  # (N,) that served
     propensity: Array  # (N,)
-    free: np.ndarray[tuple[int], np.dtype[np.bool_]]  # (N,) whether chance or scores chose, among all pools
-    tokens: Array  # (N,) of prompt and answer; the mean where a record doesn't say
+    free: np.ndarray[tuple[int], np.dtype[np.bool_]]  # (N,) whether random choice or scores chose, among all pools
+    tokens: Array  # (N,) of prompt and answer; the mean where a record has no count
     conversation: Integers  # (N,) 0 to C - 1
-    unused: Mapping[str, int]  # reason -> records that can't be used at all
-    not_free: Mapping[str, int]  # reason -> records whose propensity says nothing
+    unused: Mapping[str, int]  # reason -> records that cannot be used at all
+    not_free: Mapping[str, int]  # reason -> records whose propensity is not meaningful
 
     def examples(self) -> list[Example]:
-        """The prompts alone, without labels."""
+        """The prompts, without labels."""
         return [Example(prompt, {}, context=context) for prompt, context in self.texts]
 
     def logs(self, predicted: Array) -> Logs:
-        """The free decisions, as estimates take them. `predicted`: quality (N, K) by a checkpoint."""
-        keep = self.free
-        numbers = np.unique(self.conversation[keep], return_inverse=True)[1]
-        return Logs(self.pool[keep], self.propensity[keep], self.observed[keep], predicted[keep], numbers)
+        """The free decisions, for off-policy estimates. `predicted`: quality (N, K) by a checkpoint."""
+        free = self.free
+        numbers = np.unique(self.conversation[free], return_inverse=True)[1]
+        return Logs(self.pool[free], self.propensity[free], self.observed[free], predicted[free], numbers)
 
 
-def add_source(parser: argparse.ArgumentParser, outcomes: str) -> None:
-    """--outcomes or --records, and which of the records."""
+def add_source_arguments(parser: argparse.ArgumentParser, outcomes: str) -> None:
+    """Adds --outcomes (with help `outcomes`) and --records, of which one is required, and the choice of records."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--outcomes", nargs="+", type=Path, metavar="FILE", help=outcomes)
-    source.add_argument("--records", metavar="URL", help="the gateway's records.url: labelled traffic instead")
-    parser.add_argument("--since", type=float, metavar="DAYS", help="--records: those of the last so many days")
+    source.add_argument("--records", metavar="URL", help="use labelled traffic: the gateway's records.url")
+    parser.add_argument("--since", type=float, metavar="DAYS", help="with --records: only the last DAYS days")
     parser.add_argument(
-        "--newest", type=int, default=NEWEST, metavar="N", help=f"--records: the newest N of them (default {NEWEST})"
+        "--newest",
+        type=int,
+        default=DEFAULT_NEWEST,
+        metavar="N",
+        help=f"with --records: only the newest N (default {DEFAULT_NEWEST})",
     )
 
 
-def check_source(args: argparse.Namespace) -> None:
-    """Raises ValueError for numbers that can't be, and for flags of records beside outcome tables."""
+def check_source_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError for invalid numbers, and for flags of records used with outcome tables."""
     if args.since is not None and not args.since > 0:
         raise ValueError(f"--since is {args.since:g} days; it must be above 0")
     if args.newest < 1:
@@ -79,12 +84,14 @@ def check_source(args: argparse.Namespace) -> None:
         raise ValueError("--since goes with --records; outcome tables have no times")
 
 
-def read(url: str, since_days: float | None, newest: int, pools: tuple[str, ...], text: TextConfig) -> Logged:
-    """The newest records of a database. Raises ValueError where there is nothing in it to estimate from."""
+def read_traffic(
+    url: str, since_days: float | None, newest: int, pools: tuple[str, ...], text: TextConfig
+) -> LoggedTraffic:
+    """The newest records of a database. Raises ValueError where it holds nothing to estimate from."""
     store = Store(url)
     file = make_url(url).database if url.startswith("sqlite") else None
     if file is not None and not Path(file).is_file():
-        raise ValueError(f"{store.name}: no such file; --records takes what records.url says in gateway.yaml")
+        raise ValueError(f"{store.name}: no such file; --records takes the value of records.url in gateway.yaml")
     try:
         if store.last_time() is None:
             raise ValueError(f"{store.name} holds no records")
@@ -92,66 +99,67 @@ def read(url: str, since_days: float | None, newest: int, pools: tuple[str, ...]
         labelled = store.logged(newest, since)
         if not labelled:
             raise ValueError(f"{store.name} holds no records of the last {since_days:g} days; give a larger --since")
-        return logged(labelled, pools, text, store.name)
+        return traffic_of(labelled, pools, text, store.name)
     finally:
         store.close()
 
 
-def logged(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextConfig, source: str) -> Logged:
-    """Records -> Logged. Raises ValueError, one sentence, where none has a text, a label or one of `pools`."""
+def traffic_of(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextConfig, source: str) -> LoggedTraffic:
+    """LoggedTraffic of records with labels. Raises ValueError where none has a text, a label or one of `pools`."""
+    usable, unused = _usable_records(labelled, pools, source)
+    qualities = [preferred_qualities(item.labels, pools) for item in usable]
+    if not any(qualities):
+        raise ValueError(
+            f"none of the {len(usable)} usable records in {source} has a label; send scores to /v1/feedback, or let"
+            " depo-train refresh --follow shadow and judge some"
+        )
+    reasons = [_not_free(item.record, pools) for item in usable]
+    conversations = [item.record.conversation or f"alone {number}" for number, item in enumerate(usable)]
+    return LoggedTraffic(
+        source,
+        pools,
+        len(labelled),
+        tuple(text_of(text, item.record.asked or "") for item in usable),
+        _table(qualities, pools),
+        _table([_token_confidence(item.labels) for item in usable], pools),
+        np.array([pools.index(item.record.pool) for item in usable], np.int64),
+        np.array([item.record.propensity for item in usable], float),
+        np.array([not reason for reason in reasons], bool),
+        _tokens([item.record for item in usable]),
+        np.unique(np.array(conversations, dtype=object).astype(str), return_inverse=True)[1],
+        unused,
+        dict(Counter(filter(None, reasons))),
+    )
+
+
+def reason_counts(reasons: Mapping[str, int]) -> str:
+    """ "3 sticky, 2 pinned", the most frequent reason first."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+
+
+def _usable_records(
+    labelled: Sequence[Labelled], pools: tuple[str, ...], source: str
+) -> tuple[list[Labelled], dict[str, int]]:
+    """The records that can be used, and how many cannot, by reason. Raises ValueError, with the remedy, if none can."""
     if len(pools) < 2:
         raise ValueError("the checkpoint scores one pool; evaluating from records needs one that scores every pool")
     if all(item.record.asked is None for item in labelled):
         raise ValueError(
-            f"none of the {len(labelled)} records in {source} keeps its text; set records.prompts: full in gateway.yaml"
-            " (it stores what users write) and let traffic come in"
+            f"none of the {len(labelled)} records in {source} has its text; set records.prompts: full in gateway.yaml"
+            " (it stores what users write) and collect new traffic"
         )
-    unused, not_free = Counter[str](), Counter[str]()
-    kept: list[Labelled] = []
-    for item in labelled:
-        why = _unusable(item.record, pools)
-        unused.update([why] if why else [])
-        kept += [] if why else [item]
-    if not kept:
-        served = sorted({item.record.pool for item in labelled if item.record.pool})
-        if served and not set(served) & set(pools):
-            raise ValueError(
-                f"the records' pools are {', '.join(served)}, the checkpoint's {', '.join(pools)}; take a checkpoint of"
-                " the same pools"
-            )
-        raise ValueError(f"none of the {len(labelled)} records in {source} can be used: {counted(unused)}")
-    qualities = [believed(item.labels, pools) for item in kept]
-    if not any(qualities):
+    reasons = [_unusable(item.record, pools) for item in labelled]
+    unused = dict(Counter(filter(None, reasons)))
+    usable = [item for item, reason in zip(labelled, reasons, strict=True) if not reason]
+    if usable:
+        return usable, unused
+    served = sorted({item.record.pool for item in labelled if item.record.pool})
+    if served and not set(served) & set(pools):
         raise ValueError(
-            f"none of the {len(kept)} usable records in {source} has a label; send scores to /v1/feedback, or let"
-            " depo-train refresh --follow shadow and judge some"
+            f"the records' pools are {', '.join(served)}, the checkpoint's {', '.join(pools)}; take a checkpoint of"
+            " the same pools"
         )
-    free = []
-    for item in kept:
-        why = _not_free(item.record, pools)
-        not_free.update([why] if why else [])
-        free.append(not why)
-    conversations = [item.record.conversation or f"alone {number}" for number, item in enumerate(kept)]
-    return Logged(
-        source,
-        pools,
-        len(labelled),
-        tuple(text_of(text, item.record.asked or "") for item in kept),
-        _table(qualities, pools),
-        _table([_token_confidence(item.labels) for item in kept], pools),
-        np.array([pools.index(item.record.pool) for item in kept], np.int64),
-        np.array([item.record.propensity for item in kept], float),
-        np.array(free, bool),
-        _tokens([item.record for item in kept]),
-        np.unique(np.array(conversations, dtype=object).astype(str), return_inverse=True)[1],
-        dict(unused),
-        dict(not_free),
-    )
-
-
-def counted(reasons: Mapping[str, int]) -> str:
-    """ "3 sticky, 2 pinned"."""
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    raise ValueError(f"none of the {len(labelled)} records in {source} can be used: {reason_counts(unused)}")
 
 
 def _unusable(record: Record, pools: tuple[str, ...]) -> str:
@@ -160,7 +168,7 @@ def _unusable(record: Record, pools: tuple[str, ...]) -> str:
     if record.asked is None:
         return "without text"
     if record.pool not in pools:
-        return "of a pool that the checkpoint does not know"
+        return "of a pool that the checkpoint does not score"
     return ""
 
 
@@ -185,7 +193,7 @@ def _table(rows: Sequence[Mapping[str, float]], pools: tuple[str, ...]) -> Array
 
 
 def _tokens(records: Sequence[Record]) -> Array:
-    """(N,) tokens of prompt and answer, 1 each where no record says."""
+    """(N,) tokens of prompt and answer; 1 each where no record has a count."""
     known = np.array(
         [np.nan if r.prompt_tokens is None else r.prompt_tokens + (r.completion_tokens or 0) for r in records]
     )

@@ -1,45 +1,48 @@
-"""What another routing would have scored, from logged decisions and their labels alone. Pure.
+"""Off-policy evaluation: the mean quality of a routing policy that did not serve, from logged decisions. Pure.
 
-Two estimates of the mean quality of a policy that was not the one that served:
+Two estimators of a policy's mean quality:
 
-- SNIPS, self-normalised inverse propensity (Swaminathan and Joachims 2015): the mean of the labels of those records on
-  which the policy agrees with what was done, each weighing one over the probability of having been seen. It assumes
-  nothing of the estimator.
-- Doubly robust (Dudik, Langford and Li 2011, arXiv 1103.4601): predicted qualities, corrected by what labels deviated
-  from them, so weighted. Here the predictions are the checkpoint's own, which narrows the interval and can't bias it,
-  unless the checkpoint was fitted on these very records (no cross-fitting is done).
+- SNIPS, self-normalised inverse propensity scoring (Swaminathan and Joachims 2015): the mean label of the records on
+  which the policy agrees with the logged decision, each weighted by one over the probability that its label was
+  observed. It makes no assumption about the estimator.
+- Doubly robust (Dudik, Langford and Li 2011, arXiv 1103.4601): predicted qualities, corrected by the equally weighted
+  deviations of labels from predictions. The predictions are the checkpoint's own. They narrow the interval and do not
+  bias it, unless the checkpoint was fitted on these very records (there is no cross-fitting here).
 
-A record with labels of every pool (shadowed) is a known outcome of any policy, and weighs 1. Labels are taken to be
-there or not whatever they say, given the pool that served: the probability of having been seen is propensity times the
-share of that pool's records that have one. Users who complain more than they praise break that.
+A record with labels of every pool (shadowed) is a known outcome of any policy and has weight 1. Whether a label exists
+is assumed to be independent of its value given the pool that served: the probability of observing it is the propensity
+times the share of that pool's records that have a label. Users who complain more than they praise violate this.
 
-A propensity of 1 says that no other pool had a chance. Where a policy would have taken one, nothing is known of it:
-`unsupported` is the share of such records, and beyond UNSUPPORTED there is no estimate. Nor is there one where fewer
-than LEAST effective records are to be expected: what was explored rarely may by luck not have been seen at all, and
-then neither the estimate nor a bootstrap nor the weights that did turn up show it.
+A propensity of 1 says that no other pool could have been chosen. Where a policy would choose one, the logs say nothing:
+`unsupported` is the share of such records; above MAX_UNSUPPORTED there is no estimate. Nor is there one where fewer
+than MIN_EFFECTIVE effective records are expected: by chance, records that were explored rarely may be missing from the
+logs, and then neither the estimate nor its bootstrap nor the observed weights show that.
 
 Shapes: N records, K pools cheapest first, T policies, C conversations, R resamples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from depo_gateway.estimator.logistic import Array
+from depo_gateway.training.evaluation.bootstrap import DEFAULT_RESAMPLES, draw_counts, percentile_interval
+
 Integers = NDArray[np.int64]
-CLIP = 100.0  # the largest 1 / propensity: explore: 0.02 over two pools
-UNSUPPORTED = 0.01  # an estimate can be wrong by no more than the share it knows nothing of
-LEAST = 30.0  # effective records; with fewer an interval covers the truth far less often than it says
-RESAMPLES = 500
+MAX_INVERSE_PROPENSITY = 100.0  # explore: 0.02 over two pools
+MAX_UNSUPPORTED = 0.01  # the unsupported share bounds the error of an estimate
+MIN_EFFECTIVE = 30.0  # effective records; with fewer, intervals cover the truth far less often than 95%
 CHUNK = 50  # resamples at once: memory of CHUNK x C
 
 
 @dataclass(frozen=True, slots=True)
 class Logs:
-    """Free decisions, and what is known of their outcomes."""
+    """Decisions that random choice or scores made, and what is known of their outcomes."""
 
     pool: Integers  # (N,) that served
     propensity: Array  # (N,) with which it was chosen
@@ -59,10 +62,10 @@ class Logs:
 
 
 @dataclass(frozen=True, slots=True)
-class Values:
+class PolicyValues:
     """Mean quality of T policies by one method, NaN where there is no support, and R bootstrap draws of each.
 
-    The same resamples everywhere, so that differences of draws are paired.
+    All values share the same resamples, so that differences of draws are paired.
     """
 
     point: Array  # (T,)
@@ -70,19 +73,21 @@ class Values:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimated:
-    snips: Values
-    doubly_robust: Values
+class OffPolicyEstimates:
+    """Both estimators' values of T policies, and how much evidence they rest on."""
+
+    snips: PolicyValues
+    doubly_robust: PolicyValues
     shares: Array  # (T, K) of the calls
     share_draws: Array  # (R, T, K)
-    effective: Array  # (T,) sample size (sum w)^2 / sum w^2 of the weights that SNIPS used
-    expected: Array  # (T,) the same of the weights that were to be expected, whatever chance has shown
-    unsupported: Array  # (T,) share of records whose outcome under the policy no log could show
+    effective: Array  # (T,) effective sample size (sum w)^2 / sum w^2 of the weights that SNIPS used
+    expected: Array  # (T,) the expected effective sample size, given the propensities alone
+    unsupported: Array  # (T,) share of records whose outcome under the policy could not be logged
     clipped: float  # share of the labels whose 1 / propensity was clipped
 
 
-def subset(logs: Logs, rows: NDArray[np.bool_]) -> Logs:
-    """The records in `rows` (N,), their conversations numbered anew."""
+def select_records(logs: Logs, rows: NDArray[np.bool_]) -> Logs:
+    """The records in `rows` (N,), their conversations renumbered."""
     return Logs(
         logs.pool[rows],
         logs.propensity[rows],
@@ -92,12 +97,12 @@ def subset(logs: Logs, rows: NDArray[np.bool_]) -> Logs:
     )
 
 
-def usable(logs: Logs) -> tuple[NDArray[np.bool_], dict[str, int]]:
-    """The records (N,) that an estimate can stand on, and how many are left out of it, by reason.
+def usable_records(logs: Logs) -> tuple[NDArray[np.bool_], dict[str, int]]:
+    """The records (N,) that an estimate can use, and how many are left out of it, by reason.
 
-    Where some records were logged with explore above 0, those without stay out: theirs was another time, or a turn
-    that had to move up. Where none was, all stay, and there is support only where the policy does as was done. Records
-    without any label stay in, to tell the shares, unless no partial label can speak for them.
+    Where some records were logged with explore above 0, those without are left out: they come from another period, or
+    are turns that had to move up. Where none was, all are used, and only policies that agree with the log have support.
+    Records without a label are used for the shares, unless there is no partial label to represent them.
     """
     left_out = {}
     keep = np.ones(len(logs.pool), bool)
@@ -120,8 +125,8 @@ def label_rates(logs: Logs) -> Array:
     return np.asarray(labelled / np.maximum(served, 1))
 
 
-def weights(logs: Logs, clip: float = CLIP) -> Array:
-    """(N,): one over the probability of having seen what is known: 1 of complete records, 0 of those without label."""
+def propensity_weights(logs: Logs, clip: float = MAX_INVERSE_PROPENSITY) -> Array:
+    """(N,): one over the probability that the label was observed; 1 if complete, 0 without a label."""
     rates = label_rates(logs)[logs.pool]
     inverse = np.minimum(1.0 / logs.propensity, clip) / np.where(rates > 0, rates, 1.0)
     return np.where(logs.complete, 1.0, np.where(logs.seen, inverse, 0.0))
@@ -130,92 +135,64 @@ def weights(logs: Logs, clip: float = CLIP) -> Array:
 def estimate(
     logs: Logs,
     policies_NT: Integers,
-    clip: float = CLIP,
-    least: float = LEAST,
-    resamples: int = RESAMPLES,
+    clip: float = MAX_INVERSE_PROPENSITY,
+    min_effective: float = MIN_EFFECTIVE,
+    resamples: int = DEFAULT_RESAMPLES,
     seed: int = 0,
-) -> Estimated:
-    """Values of policies that send record n to pool `policies_NT[n, t]`; NaN of those with too little to stand on."""
-    count, pools = logs.observed.shape
-    rows = np.arange(count)[:, None]
-    complete, seen = logs.complete[:, None], logs.seen[:, None]
-    agrees = (policies_NT == logs.pool[:, None]) & seen
-    known = np.where(complete, logs.observed[rows, policies_NT], 0.0)
-    believed = logs.predicted[rows, policies_NT]
-    reward = np.where(seen[:, 0], np.nan_to_num(logs.observed[rows[:, 0], logs.pool]), 0.0)[:, None]
-    deviation = reward - logs.predicted[rows[:, 0], logs.pool][:, None]
-    inverse = agrees * np.minimum(1.0 / logs.propensity, clip)[:, None]
-    of_pool = [(logs.pool == k)[:, None] for k in range(pools)]
-    # Sums by conversation, those divided by a pool's label rate kept apart by pool: a resample has rates of its own
-    parts = [known, complete + np.zeros_like(known), np.where(complete, known, believed)]
-    for k in range(pools):
-        weight = inverse * of_pool[k]
-        parts += [weight * reward, weight, weight * deviation, (policies_NT == k).astype(float)]
-    counted = [np.ones((count, 1)), *(mask & ~complete for mask in of_pool), *(mask & seen for mask in of_pool)]
-    sums = _by_conversation(np.concatenate([*parts, *counted], 1, dtype=float), logs.conversation)
-    policies = policies_NT.shape[1]
-    drawn = [
-        _values(drawn_sums, policies, pools) for drawn_sums in _resampled(sums, resamples, np.random.default_rng(seed))
+) -> OffPolicyEstimates:
+    """Values of policies that send record n to pool `policies_NT[n, t]`; NaN of those without enough evidence."""
+    policies, pools = policies_NT.shape[1], logs.observed.shape[1]
+    sums = _sums_by_conversation(logs, policies_NT, clip)
+    draws = [
+        _values_of(totals, policies, pools) for totals in _drawn_totals(sums, resamples, np.random.default_rng(seed))
     ]
-    snips, robust, shares = (np.concatenate([part[i] for part in drawn]) for i in range(3))
-    point = _values(sums.sum(0, keepdims=True), policies, pools)
-    chances = _chances(logs, policies_NT)
+    snips, robust, shares = (np.concatenate([part[i] for part in draws]) for i in range(3))
+    point = _values_of(sums.sum(0, keepdims=True), policies, pools)
+    chances = _observation_probability(logs, policies_NT)
     unsupported = np.mean(chances == 0, 0)
     expected = (chances > 0).sum(0) ** 2 / np.maximum(
         np.divide(1.0, chances, where=chances > 0, out=0 * chances).sum(0), 1
     )
-    lost = (unsupported > UNSUPPORTED) | (expected < least)
+    rejected = (unsupported > MAX_UNSUPPORTED) | (expected < min_effective)
     for values in (snips, robust, point[0], point[1]):
-        values[:, lost] = np.nan
-    used = weights(logs, clip)[:, None] * (agrees | complete)
-    with np.errstate(invalid="ignore"):
-        effective = np.nan_to_num(used.sum(0) ** 2 / (used**2).sum(0))
+        values[:, rejected] = np.nan
     labelled = logs.seen
-    return Estimated(
-        Values(point[0][0], snips),
-        Values(point[1][0], robust),
+    return OffPolicyEstimates(
+        PolicyValues(point[0][0], snips),
+        PolicyValues(point[1][0], robust),
         point[2][0],
         shares,
-        effective,
+        _effective_size(logs, policies_NT, clip),
         expected,
         unsupported,
         float((1.0 / logs.propensity[labelled] > clip).mean()) if labelled.any() else 0.0,
     )
 
 
-def _chances(logs: Logs, policies_NT: Integers) -> Array:
-    """The probability (N, T) with which the outcome under a policy was to be seen. Of three pools or more, those that
-    did not serve share what the one that did leaves, evenly: logs don't tell more.
-    """
-    others = (1.0 - logs.propensity) / max(logs.observed.shape[1] - 1, 1)
-    chosen = np.where(policies_NT == logs.pool[:, None], logs.propensity[:, None], others[:, None])
-    return np.where(logs.complete[:, None], 1.0, chosen * label_rates(logs)[policies_NT])
-
-
-def coin(of_constants: Values, shares: Array, share_draws: Array) -> Values:
-    """A policy that sends each pool the same shares (T, K) by coin, from the values of the K constant policies."""
-    used = shares > 0  # a constant without support spoils only the coins that need it
+def random_routing(of_constants: PolicyValues, shares: Array, share_draws: Array) -> PolicyValues:
+    """Random routing with the given shares (T, K) of each pool, from the values of the K constant policies."""
+    used = shares > 0  # a constant policy without support must not spoil the mixtures that do not use it
     point = np.where(used, shares * of_constants.point, 0.0).sum(1)
     draws = np.where(used, share_draws * of_constants.draws[:, None, :], 0.0).sum(2)
-    return Values(point, draws)
+    return PolicyValues(point, draws)
 
 
-def difference(one: Values, other: Values) -> Values:
-    """Paired."""
-    return Values(one.point - other.point, one.draws - other.draws)
+def paired_difference(one: PolicyValues, other: PolicyValues) -> PolicyValues:
+    """`one` minus `other`, on the same resamples."""
+    return PolicyValues(one.point - other.point, one.draws - other.draws)
 
 
-def interval(values: Values) -> tuple[Array, Array]:
+def value_intervals(values: PolicyValues) -> tuple[Array, Array]:
     """The 95% percentile interval of each policy, two (T,); NaN without support."""
     low, high = (np.full(len(values.point), np.nan) for _ in range(2))
     for t, draws in enumerate(values.draws.T):
-        if not np.isnan(values.point[t]) and not np.isnan(draws).all():
-            low[t], high[t] = np.nanpercentile(draws, [2.5, 97.5])
+        if not np.isnan(values.point[t]):
+            low[t], high[t] = percentile_interval(draws)
     return low, high
 
 
-def by_length(length: Array, shares: Array) -> Integers:
-    """(N, T): the shortest prompts to the first pool, the longest to the last, as many to each as `shares` (T, K)."""
+def length_routing(length: Array, shares: Array) -> Integers:
+    """(N, T): the shortest prompts to the first pool, the longest to the last, with the given shares (T, K)."""
     order = np.argsort(length, kind="stable")
     rank = np.empty(len(length))
     rank[order] = (np.arange(len(length)) + 0.5) / max(len(length), 1)
@@ -223,31 +200,62 @@ def by_length(length: Array, shares: Array) -> Integers:
     return np.asarray((rank[:, None, None] > edges[None]).sum(2), np.int64)
 
 
-def _by_conversation(parts_NX: Array, conversation: Integers) -> Array:
-    """Sums of rows by conversation, (C, X)."""
-    order = np.argsort(conversation, kind="stable")
-    starts = np.flatnonzero(np.diff(conversation[order], prepend=-1))
-    return np.add.reduceat(parts_NX[order], starts, 0)
+def _observation_probability(logs: Logs, policies_NT: Integers) -> Array:
+    """The probability (N, T) that the outcome under a policy was observed.
+
+    With three pools or more, the pools that did not serve share the remaining probability evenly: it is not logged.
+    """
+    others = (1.0 - logs.propensity) / max(logs.observed.shape[1] - 1, 1)
+    chosen = np.where(policies_NT == logs.pool[:, None], logs.propensity[:, None], others[:, None])
+    return np.where(logs.complete[:, None], 1.0, chosen * label_rates(logs)[policies_NT])
 
 
-def _resampled(sums_CX: Array, resamples: int, generator: np.random.Generator) -> list[Array]:
-    """Totals (CHUNK, X) of conversations drawn with replacement, R of them in all."""
-    conversations = len(sums_CX)
-    chunks = []
-    for start in range(0, resamples, CHUNK):
-        size = min(CHUNK, resamples - start)
-        times = np.stack(
-            [
-                np.bincount(generator.integers(0, conversations, conversations), minlength=conversations)
-                for _ in range(size)
-            ]
-        )
-        chunks.append(times @ sums_CX)
-    return chunks
+def _agreement(logs: Logs, policies_NT: Integers) -> NDArray[np.bool_]:
+    """(N, T): whether the policy chooses the pool that served, whose label is known."""
+    return np.asarray((policies_NT == logs.pool[:, None]) & logs.seen[:, None])
 
 
-def _values(totals_RX: Array, policies: int, pools: int) -> tuple[Array, Array, Array]:
-    """Totals, in the order of `parts` -> SNIPS (R, T), doubly robust (R, T), shares (R, T, K)."""
+def _effective_size(logs: Logs, policies_NT: Integers, clip: float) -> Array:
+    """(T,): the effective sample size of the weights that SNIPS uses."""
+    used = propensity_weights(logs, clip)[:, None] * (_agreement(logs, policies_NT) | logs.complete[:, None])
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.nan_to_num(used.sum(0) ** 2 / (used**2).sum(0)))
+
+
+def _sums_by_conversation(logs: Logs, policies_NT: Integers, clip: float) -> Array:
+    """What both estimators sum over records, summed by conversation (C, X), as _values_of reads them.
+
+    Terms that are divided by a pool's label rate are kept per pool, because each resample has its own rates.
+    """
+    count, pools = logs.observed.shape
+    rows = np.arange(count)[:, None]
+    complete, seen = logs.complete[:, None], logs.seen[:, None]
+    known = np.where(complete, logs.observed[rows, policies_NT], 0.0)
+    predicted = logs.predicted[rows, policies_NT]
+    reward = np.where(seen[:, 0], np.nan_to_num(logs.observed[rows[:, 0], logs.pool]), 0.0)[:, None]
+    deviation = reward - logs.predicted[rows[:, 0], logs.pool][:, None]
+    inverse = _agreement(logs, policies_NT) * np.minimum(1.0 / logs.propensity, clip)[:, None]
+    of_pool = [(logs.pool == k)[:, None] for k in range(pools)]
+    parts = [known, complete + np.zeros_like(known), np.where(complete, known, predicted)]
+    for k in range(pools):
+        weight = inverse * of_pool[k]
+        parts += [weight * reward, weight, weight * deviation, (policies_NT == k).astype(float)]
+    counts = [np.ones((count, 1)), *(mask & ~complete for mask in of_pool), *(mask & seen for mask in of_pool)]
+    terms_NX = np.concatenate([*parts, *counts], 1, dtype=float)
+    order = np.argsort(logs.conversation, kind="stable")
+    starts = np.flatnonzero(np.diff(logs.conversation[order], prepend=-1))
+    return np.asarray(np.add.reduceat(terms_NX[order], starts, 0))
+
+
+def _drawn_totals(sums_CX: Array, resamples: int, generator: np.random.Generator) -> Iterator[Array]:
+    """Totals (CHUNK, X) over conversations drawn with replacement; R of them in all."""
+    counts = draw_counts(len(sums_CX), resamples, generator)
+    while chunk := list(islice(counts, CHUNK)):
+        yield np.stack(chunk) @ sums_CX
+
+
+def _values_of(totals_RX: Array, policies: int, pools: int) -> tuple[Array, Array, Array]:
+    """Totals of _sums_by_conversation -> SNIPS (R, T), doubly robust (R, T), shares (R, T, K)."""
     width = policies * (3 + 4 * pools)
     parts = totals_RX[:, :width].reshape(len(totals_RX), 3 + 4 * pools, policies)
     count, served, labelled = (

@@ -1,4 +1,4 @@
-"""Targets and the thresholds that meet them: a share, a quality, a cost, or a bound on the loss with a guarantee.
+"""Targets and the thresholds that meet them: a large share, a quality, a cost, or a loss that is guaranteed.
 
 Shapes: N prompts, K pools cheapest first.
 """
@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.calibration import Calibration
+from depo_gateway.estimator.logistic import Array
+from depo_gateway.training.evaluation.markdown import table
 from depo_gateway.training.evaluation.risk_control import Guarantee
-from depo_gateway.training.evaluation.routing_metrics import Array, at_thresholds, table
+from depo_gateway.training.evaluation.routing_metrics import at_thresholds
 
 TARGETS = ("large-share", "quality", "cost", "loss")
-MISSED = 0.01  # a share that differs more from the wanted one, or a quality that falls shorter of it, is told
+TARGET_TOLERANCE = 0.01  # a share further from its target, or a quality further below it, is reported as not met
 
 
 def parse_target(target: str) -> tuple[str, float]:
@@ -55,9 +57,9 @@ def thresholds_of(
     costs: tuple[float, ...] | None,
     by_tokens: Calibration | None = None,
 ) -> dict[str, dict[str, float]]:
-    """{"large-share=0.3": {rule: threshold}} of the targets that a curve meets, which loss is not one of.
+    """{"large-share=0.3": {rule: threshold}} of all targets but loss, which curves do not answer.
 
-    `by_tokens`: the same with shares of tokens instead of calls, which a cost is a matter of.
+    `by_tokens`: the calibration with shares of tokens instead of calls, used for cost targets.
     """
     found: dict[str, dict[str, float]] = {}
     for name, value in targets:
@@ -69,58 +71,63 @@ def thresholds_of(
     return found
 
 
-def guaranteed(guarantees: Mapping[str, Mapping[str, Guarantee]]) -> dict[str, dict[str, float]]:
-    """{"loss=0.02@0.95": {rule: threshold}} of the rules for which there is one."""
+def guaranteed_thresholds(guarantees: Mapping[str, Mapping[str, Guarantee]]) -> dict[str, dict[str, float]]:
+    """{"loss=0.02@0.95": {rule: threshold}} of the rules that passed."""
     return {
         target: {rule: one.threshold for rule, one in by_rule.items() if one.passed}
         for target, by_rule in guarantees.items()
     }
 
 
-def name_of_loss(epsilon: float, delta: float) -> str:
-    """ "loss=0.02@0.95": a loss above 0.02 has a chance of 5% at most."""
+def loss_target_name(epsilon: float, delta: float) -> str:
+    """ "loss=0.02@0.95": the probability of a loss above 0.02 is at most 5%."""
     return f"loss={epsilon:g}@{1 - delta:g}"
 
 
-def told(guarantees: Mapping[str, Mapping[str, Guarantee]], last: str) -> str:
-    """What was guaranteed, a line each. `last`: the dearest pool's name."""
-    lines = ""
-    for target, by_rule in guarantees.items():
-        for rule, one in by_rule.items():
-            tested = f"on the {one.prompts} prompts it was tested on"
-            if not one.passed:
-                lines += f"{target} under {rule}: nothing can be guaranteed: even at threshold 1, which leaves"
-                lines += f" {1 - one.large_share:.1%} of the calls to cheaper pools, the loss {tested} ({one.loss:.3f})"
-                lines += " is not shown to be that low; rule difficulty at threshold 1 sends everything to"
-                lines += f" {last}\n"
-            elif one.large_share == 1.0:
-                lines += f"{target} under {rule}: nothing passes {tested} but threshold"
-                lines += f" {one.threshold:.4f}, which sends everything to {last}\n"
-            else:
-                lines += f"{target} under {rule}: threshold {one.threshold:.4f} saves {1 - one.large_share:.1%} of the"
-                lines += f" calls to {last}; the loss {tested} is {one.loss:.4f} (p {one.p_value:.2g})\n"
-    return lines
+def guarantee_lines(guarantees: Mapping[str, Mapping[str, Guarantee]], last: str) -> str:
+    """What is guaranteed, one line per target and rule. `last`: the last pool's name."""
+    return "".join(
+        f"{target} under {rule}: {_guarantee_text(found, last)}\n"
+        for target, by_rule in guarantees.items()
+        for rule, found in by_rule.items()
+    )
 
 
-def summary(calibrated: Calibration, quality_NK: Array, observed_NK: Array, by_curve: bool = False) -> str:
-    """The thresholds found and what they do on the rows they were found on.
+def _guarantee_text(found: Guarantee, last: str) -> str:
+    tested = f"on the {found.prompts} prompts it was tested on"
+    if not found.passed:
+        return (
+            f"nothing can be guaranteed: even at threshold 1, where {1 - found.large_share:.1%} of the calls go to"
+            f" cheaper pools, the loss {tested} ({found.loss:.3f}) is not shown to be that low; rule difficulty at"
+            f" threshold 1 sends everything to {last}"
+        )
+    if found.large_share == 1.0:
+        return f"nothing passes {tested} but threshold {found.threshold:.4f}, which sends everything to {last}"
+    return (
+        f"threshold {found.threshold:.4f} saves {1 - found.large_share:.1%} of the calls to {last}; the loss {tested}"
+        f" is {found.loss:.4f} (p {found.p_value:.2g})"
+    )
 
-    `by_curve`: quality as the curve has it, which stands on partial labels too, not as complete rows do.
+
+def target_summary(calibrated: Calibration, quality_NK: Array, observed_NK: Array, by_curve: bool = False) -> str:
+    """A table of the thresholds found and their effect on the rows they were found on, and the targets not met.
+
+    `by_curve`: quality is the curve's, which uses partial labels too, instead of that of rows with all labels.
     """
     complete = np.asarray(~np.isnan(observed_NK).any(1))
     rows, missed = [], ""
     for target, by_rule in calibrated.targets.items():
         name, wanted = parse_target(target.partition("@")[0])
         for rule, threshold in by_rule.items():
-            share = large_share(quality_NK, rule, threshold)
-            if name == "large-share" and abs(share - wanted) > MISSED:
+            share = large_share_at(quality_NK, rule, threshold)
+            if name == "large-share" and abs(share - wanted) > TARGET_TOLERANCE:
                 missed += f"{target} is not met under {rule}: the nearest threshold gives {share:.3f}\n"
             cells = [target, rule, f"{threshold:.4f}", f"{share:.3f}", "", ""]
             reached = _quality(calibrated, quality_NK, observed_NK, complete, rule, threshold, by_curve)
             if reached is not None:
                 quality, all_large = reached
                 cells[4:] = [f"{quality:.3f}", f"{all_large:.3f}"]
-                if name == "quality" and quality < (wanted - MISSED) * all_large:
+                if name == "quality" and quality < (wanted - TARGET_TOLERANCE) * all_large:
                     missed += f"{target} is not met under {rule}: the nearest threshold gives"
                     missed += f" {quality / all_large:.3f}\n"
             rows.append(cells)
@@ -138,7 +145,7 @@ def _quality(
     threshold: float,
     by_curve: bool,
 ) -> tuple[float, float] | None:
-    """Mean quality at a threshold and of the last pool; None where it isn't known."""
+    """Mean quality at a threshold and of the last pool; None where it is unknown."""
     curve = calibrated.curves[rule]
     if by_curve and curve.quality is not None and curve.all_large is not None:
         return float(np.interp(threshold, curve.thresholds, curve.quality)), curve.all_large
@@ -148,8 +155,8 @@ def _quality(
     return at["quality"], float(observed_NK[complete, -1].mean())
 
 
-def large_share(quality_NK: Array, rule: str, threshold: float) -> float:
-    """Share of prompts that the last pool gets or, where there is one pool, that it is not sure of."""
+def large_share_at(quality_NK: Array, rule: str, threshold: float) -> float:
+    """Share of prompts that the last pool serves or, with one pool, whose confidence is below the threshold."""
     if quality_NK.shape[1] == 1:
         return float((calibration.confidence(quality_NK, rule)[:, 0] < threshold).mean())
     return float((calibration.route(quality_NK, rule, threshold) == quality_NK.shape[1] - 1).mean())

@@ -1,4 +1,4 @@
-"""Calibration of an estimator's logits on labels: probabilities, and the curves that thresholds are found on.
+"""Fits the calibration of an estimator's logits to labels: probabilities, and the curves for finding thresholds.
 
 Shapes: N prompts, K pools cheapest first, H heads.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.calibration import Calibration, Curve, Platt, Stage, calibrate_quality, fit_platt
-from depo_gateway.training.evaluation.routing_metrics import Array
+from depo_gateway.estimator.logistic import Array
 
 
 def calibrate(
@@ -23,9 +23,9 @@ def calibrate(
 ) -> Calibration:
     """Calibration from logits (N, K, H) of both stages and labels (N, K) by head, in the model's order; NaN: no label.
 
-    With a parent, what lacks labels keeps the parent's calibration: the qualities of all pools together, since they are
-    compared with one another; of the other heads each pool by itself, and a head that `labels` does not name.
-    `counts` (N,): what each prompt counts for in shares and in the quality of a curve, if that is not its weight.
+    With a parent, outputs without enough labels keep the parent's calibration: quality of all pools together, because
+    qualities are compared with each other; the other heads pool by pool; and heads that `labels` does not name.
+    `counts` (N,): the weight of each prompt in the shares and quality of a curve, if not `weights`.
     """
     stages: dict[str, Stage] = {}
     for name, logits in (("full", full), ("cheap", cheap)):
@@ -33,42 +33,42 @@ def calibrate(
         for index, (head, labels_NK) in enumerate(labels.items()):
             fitted = tuple(fit_platt(logits[:, k, index], labels_NK[:, k], weights) for k in range(len(pools)))
             if parent is not None:
-                fitted = _completed(head, fitted, stage[head], lacking(labels_NK, weights, pools), pools)
+                lacking = pools_lacking_labels(labels_NK, weights, pools)
+                fitted = _completed(head, fitted, stage[head], lacking, pools)
             stage[head] = fitted
         stages[name] = stage
     quality_NK = calibrate_quality(stages["full"], full)
     counts = weights if counts is None else counts
-    return Calibration(pools, stages, curves(quality_NK, labels["quality"], counts, pools))
+    return Calibration(pools, stages, rule_curves(quality_NK, labels["quality"], counts, pools))
 
 
 def _completed(
-    head: str, fitted: tuple[Platt, ...], before: tuple[Platt, ...], short: list[str], pools: tuple[str, ...]
+    head: str, fitted: tuple[Platt, ...], before: tuple[Platt, ...], lacking: list[str], pools: tuple[str, ...]
 ) -> tuple[Platt, ...]:
-    """A head's calibration, the parent's (`before`) where a pool is `short` of labels."""
+    """A head's calibration, with the parent's (`before`) for pools that lack labels."""
     if head == "quality":
-        return before if short else fitted
-    return tuple(old if pool in short else new for pool, old, new in zip(pools, before, fitted, strict=True))
+        return before if lacking else fitted
+    return tuple(old if pool in lacking else new for pool, old, new in zip(pools, before, fitted, strict=True))
 
 
-def curves(quality_NK: Array, observed_NK: Array, counts: Array, pools: tuple[str, ...]) -> dict[str, Curve]:
-    """Each rule's curve on prompts that count `counts` (N,)."""
+def rule_curves(quality_NK: Array, observed_NK: Array, counts: Array, pools: tuple[str, ...]) -> dict[str, Curve]:
+    """Each rule's curve on prompts of weight `counts` (N,)."""
     rules = calibration.RULES if len(pools) > 1 else ("difficulty",)
     return {rule: calibration.measure_curve(quality_NK, observed_NK, counts, rule) for rule in rules}
 
 
-def lacking(labels_NK: Array, weights: Array, pools: tuple[str, ...]) -> list[str]:
+def pools_lacking_labels(labels_NK: Array, weights: Array, pools: tuple[str, ...]) -> list[str]:
     """The pools without enough labels to calibrate."""
     return [pool for k, pool in enumerate(pools) if not calibration.enough_labels(labels_NK[:, k], weights)]
 
 
-def kept(labels: Mapping[str, Array], pools: tuple[str, ...], weights: Array) -> str:
-    """What calibrate() left as it was, and why, a line each."""
-    why = f"fewer than {calibration.MIN_LABELS} labels, or all alike"
+def unchanged_message(labels: Mapping[str, Array], pools: tuple[str, ...], weights: Array) -> str:
+    """Which outputs calibrate() left to the parent, and why; one line each."""
+    why = f"fewer than {calibration.MIN_LABELS} labels, or all labels are equal"
     lines = ""
     for head, labels_NK in labels.items():
-        if short := lacking(labels_NK, weights, pools):
-            named = f"{why}, for {', '.join(short)}" if head == "quality" else why
-            of = pools if head == "quality" else short
-            title = head.replace("_", " ").capitalize()
-            lines += f"{title} of {', '.join(of)} stays calibrated as it was: {named}\n"
+        if lacking := pools_lacking_labels(labels_NK, weights, pools):
+            reason = f"{why}, for {', '.join(lacking)}" if head == "quality" else why
+            of = ", ".join(pools if head == "quality" else lacking)
+            lines += f"The calibration of {head.replace('_', ' ')} of {of} is unchanged: {reason}\n"
     return lines

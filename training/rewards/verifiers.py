@@ -1,29 +1,29 @@
-"""Verifiable rewards: was this completion right, given the reference?
+"""Verifiable rewards: grade a completion against a reference.
 
 A verifier has a name: `exact`, `number`, `choice` (pure functions, in [0, 1]), `math` (math-verify), or the import path
-of a function of the user's. All but the pure ones run in worker processes under a deadline (verify.py). No reward
+of the user's function. All but the pure ones run in worker processes with a deadline (worker_pool). A missing reward
 (None) is not a reward of 0: it is counted, and the caller leaves the completion out.
 """
 
 import asyncio
 import importlib.util
 import inspect
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from depo_gateway.training.rewards.worker_pool import RewardError, Workers, as_reward, load
+from depo_gateway.training.rewards.import_path import absolute_import_path, import_callable, one_line
+from depo_gateway.training.rewards.worker_pool import RewardError, Workers, as_reward
 
 Verifier = Callable[[str, str], float]  # (completion, reference) -> reward
 
-# A sign counts only where no operand stands before it: the last number of `7-3` is 3, of `x = -3` it is -3.
+# A sign counts only if no operand precedes it: the last number of `7-3` is 3, of `x = -3` it is -3.
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 _NUMBER = re.compile(rf"(?<![\w.)\]])-?{_UNSIGNED}|(?<=[-+*/=]){_UNSIGNED}")
-# A small letter is a choice only before a bracket, a full stop or the line's end: in `the answer is a tricky one` it
-# is an article.
-_CHOICE_SAID = re.compile(
+# A lower-case letter is a choice only before a bracket, a full stop or the line's end: in `the answer is a tricky one`
+# it is an article.
+_CHOICE_MARKED = re.compile(
     r"(?i:answer|choice|option)\s*(?i:is|:)?\s*[*_(\[]*"
     r"([A-E]\b(?!['’])|[a-e](?=[*_]*(?:[)\]]|\.(?!\w)|\s*$)))",
     re.MULTILINE,
@@ -32,7 +32,7 @@ _CHOICE_ALONE = re.compile(r"(?<![\w'’])[*_(\[]*([A-E])(?![\w'’])")
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number written in a text, thousands separators allowed; None where there is none."""
+    """The last number in a text, thousands separators allowed; None if there is none."""
     found = _NUMBER.findall(text)
     if not found:
         return None
@@ -43,36 +43,36 @@ def last_number(text: str) -> Decimal | None:
 
 
 def exact(completion: str, reference: str) -> float:
-    """1 if the two are the same text, blind to case, outer punctuation and runs of whitespace."""
+    """1 if the texts are equal, ignoring case, outer punctuation and repeated whitespace."""
     return float(_normalised(completion) == _normalised(reference))
 
 
 def number(completion: str, reference: str) -> float:
     """1 if the last number of the completion equals the reference's last number (`18` = `18.0` = `$18.00`)."""
-    wanted = last_number(reference)
-    return float(wanted is not None and last_number(completion) == wanted)
+    expected = last_number(reference)
+    return float(expected is not None and last_number(completion) == expected)
 
 
 def choice(completion: str, reference: str) -> float:
-    """1 if the completion chooses the reference's letter, A to E: the last "answer is X", else a lone capital."""
-    wanted = _chosen(reference.upper())
-    return float(wanted is not None and _chosen(completion) == wanted)
+    """1 if the completion chooses the reference's letter, A to E: of the last "answer is X", else the last capital."""
+    expected = _chosen(reference.upper())
+    return float(expected is not None and _chosen(completion) == expected)
 
 
 VERIFIERS: Mapping[str, Verifier] = {"exact": exact, "number": number, "choice": choice}
 MATH = "depo_gateway.training.rewards.math_answers:grade"
-NAMES = f"{', '.join(VERIFIERS)}, math, or a function of yours as module:function or file.py:function"
+NAMES = f"{', '.join(VERIFIERS)}, math, or your own function as module:function or file.py:function"
 
 
 class Grader:
-    """Grades (completion, reference) pairs by a verifier's name, and counts those it could not.
+    """Grades (completion, reference) pairs by a named verifier, and counts those without a reward.
 
     Args:
         name: one of NAMES; a function must take (completion, reference).
-        deadline_s: seconds for one completion; the pure verifiers need none.
+        deadline_s: seconds per completion; not used by the pure verifiers.
 
     Raises:
-        ValueError: no such verifier, it cannot be imported, or it takes other arguments.
+        ValueError: the verifier is unknown, cannot be imported or takes other arguments.
     """
 
     def __init__(self, name: str, deadline_s: float = 5.0) -> None:
@@ -90,16 +90,16 @@ class Grader:
             self._workers = Workers(MATH, deadline_s, strict=False)
         elif self._pure is None:
             if not is_pairwise(_callable(name)):
-                raise ValueError(f"{name} does not take (completion, reference), by these names, as a verifier does")
-            self._workers = Workers(_absolute(name), deadline_s)
+                raise ValueError(f"{name} must take parameters named (completion, reference) to be a verifier")
+            self._workers = Workers(absolute_import_path(name), deadline_s)
 
     def grade(self, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] = ()) -> list[float | None]:
         """Rewards in the order of (completion, reference) pairs, None where there is none. Any thread may call it.
 
-        `prompts`: the pairs' prompts, where known, for the error's words.
+        `prompts`: the pairs' prompts, if known, for the error message.
 
         Raises:
-            RewardError: the user's function raised, or returned what is no number.
+            RewardError: the user's function raised, or did not return a number.
         """
         if self._workers is not None:
             try:
@@ -120,13 +120,13 @@ class Grader:
         return {"graded": graded, "timeouts": 0, "failures": 0}
 
     def close(self) -> None:
-        """Ends the worker processes. They also end with this process, however it ends."""
+        """Stops the worker processes. They also end with this process, however it ends."""
         if self._workers is not None:
             self._workers.close()
 
 
 class PairReward:
-    """A verifier as a reward function of TRL's: the dataset's `answer_column` holds the references."""
+    """A verifier as a TRL reward function: the dataset's `answer_column` holds the references."""
 
     def __init__(self, grader: Grader, answer_column: str) -> None:
         self.__name__ = _short(grader.name)
@@ -134,10 +134,10 @@ class PairReward:
         self._unanswered = 0
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Rewards of B completions (texts or message lists); None: no reward, also where the row has no answer."""
+        """Rewards of B completions (texts or message lists); None: no reward, for instance if the row has no answer."""
         if self._answer_column not in columns:
-            given = ", ".join(sorted(name for name, column in columns.items() if isinstance(column, list)))
-            raise ValueError(f"the dataset has no column {self._answer_column!r} to grade against, only {given}")
+            present = ", ".join(sorted(name for name, column in columns.items() if isinstance(column, list)))
+            raise ValueError(f"the dataset has no column {self._answer_column!r} to grade against, only {present}")
         answers = columns[self._answer_column]
         rows = [row for row, answer in enumerate(answers) if answer is not None]
         graded = self._grader.grade(
@@ -150,7 +150,7 @@ class PairReward:
         return rewards
 
     def counts(self) -> dict[str, int]:
-        """As Grader's; a row without an answer is a failure."""
+        """As Grader.counts; a row without an answer is a failure."""
         counts = self._grader.counts()
         counts["failures"] += self._unanswered
         self._unanswered = 0
@@ -161,7 +161,7 @@ class PairReward:
 
 
 class BatchReward:
-    """A reward function of the user's that takes TRL's arguments, its values checked. It runs in this process."""
+    """The user's reward function with TRL's arguments, its values checked. It runs in this process."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.__name__ = _short(name)
@@ -175,11 +175,12 @@ class BatchReward:
         try:
             values = self._function(prompts=prompts, completions=completions, **columns)
             if inspect.isawaitable(values):
-                self._runner = self._runner or asyncio.Runner()  # one loop for all calls: clients live in it
+                self._runner = (
+                    self._runner or asyncio.Runner()
+                )  # one loop for all calls, because clients belong to a loop
                 values = self._runner.run(_awaited(values))
-        except Exception as error:  # boundary: the user's code; its traceback stays as the cause
-            words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise RewardError(f"the {what} raised {words}, {among}") from error
+        except Exception as error:  # boundary: the user's code; its traceback is the cause
+            raise RewardError(f"the {what} raised {one_line(error)}, {among}") from error
         sized = hasattr(values, "__len__") and not isinstance(values, str | bytes | Mapping)
         if not sized or len(values) != len(completions):
             size = f"{len(values)} values" if sized else repr(values)[:60]
@@ -194,7 +195,7 @@ class BatchReward:
         return rewards
 
     def counts(self) -> dict[str, int]:
-        """As Grader's: a None or NaN is a failure; it has no deadline, so no timeouts."""
+        """As Grader.counts: a None or NaN is a failure; without a deadline there are no timeouts."""
         counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
         return counts
 
@@ -206,14 +207,15 @@ class BatchReward:
 def reward_function(
     name_or_path: str, answer_column: str = "answer", deadline_s: float = 5.0
 ) -> PairReward | BatchReward:
-    """What TRL's trainers take as a reward function, of a verifier's name or a function's import path.
+    """A reward function for TRL's trainers, from a verifier's name or a function's import path.
 
-    A function whose first two parameters are named `completion` and `reference`, others having defaults, is a verifier:
-    it is called a completion at a time, in worker processes under the deadline. Any other must take TRL's keywords
-    (prompts, completions, the dataset's columns and more, so **kwargs) and runs in this process, without a deadline.
+    A function whose first two parameters are named `completion` and `reference`, with defaults for any others, is a
+    verifier: it is called once per completion, in worker processes with the deadline. Any other function must take
+    TRL's keywords (prompts, completions, the dataset's columns and more, so **kwargs) and runs in this process, without
+    a deadline.
 
     Raises:
-        ValueError: no such verifier, it cannot be imported or is not callable, or it takes neither.
+        ValueError: the verifier is unknown, cannot be imported, is not callable, or takes neither kind of arguments.
     """
     if name_or_path in VERIFIERS or name_or_path == "math" or is_pairwise(function := _callable(name_or_path)):
         return PairReward(Grader(name_or_path, deadline_s), answer_column)
@@ -228,7 +230,7 @@ def reward_function(
 
 
 def is_pairwise(function: Callable[..., Any]) -> bool:
-    """Whether it is a verifier, (completion, reference) and defaults, by these very names."""
+    """Whether it is a verifier: its parameters are named completion and reference, any others have defaults."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):  # a builtin
@@ -240,7 +242,7 @@ def is_pairwise(function: Callable[..., Any]) -> bool:
 
 
 def text_of(turns: Any) -> str:
-    """A completion's text: itself, or the last message's content ("" where it has none; text parts joined)."""
+    """A completion's text: the string itself, or the last message's content ("" if none; text parts joined)."""
     if isinstance(turns, str):
         return turns
     content = turns[-1].get("content") if turns else None
@@ -252,13 +254,7 @@ def text_of(turns: Any) -> str:
 def _callable(name: str) -> Callable[..., Any]:
     if ":" not in name:
         raise ValueError(f"unknown verifier {name!r}: known are {NAMES}")
-    return load(name)
-
-
-def _absolute(path: str) -> str:
-    """A file's path must mean the same after a chdir."""
-    place, _, function = path.rpartition(":")
-    return f"{os.path.abspath(place)}:{function}" if place.endswith(".py") else path
+    return import_callable(name)
 
 
 def _short(name: str) -> str:
@@ -283,5 +279,5 @@ def _normalised(text: str) -> str:
 
 
 def _chosen(text: str) -> str | None:
-    said = _CHOICE_SAID.findall(text) or _CHOICE_ALONE.findall(text)
-    return said[-1].upper() if said else None
+    letters = _CHOICE_MARKED.findall(text) or _CHOICE_ALONE.findall(text)
+    return letters[-1].upper() if letters else None

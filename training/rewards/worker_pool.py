@@ -1,14 +1,13 @@
-"""Verifiers in worker processes: a batch graded in parallel, each completion within a hard deadline.
+"""Runs verifiers in worker processes: a batch is graded in parallel, each completion within a hard deadline.
 
-A symbolic comparison can run for hours inside one C call, where no exception, signal handler or thread of its own
-process reaches it; so the parent kills the worker and starts another. A worker is a fresh interpreter (not a fork:
-torch and CUDA live in the parent; not multiprocessing's spawn: that would import the user's training script again) and
-imports the verifier's module, which for the built-in ones has no torch. Any thread may grade, several at once.
+A symbolic comparison can run for hours inside one C call, which no exception, signal handler or thread of its own
+process can interrupt; therefore the parent kills the worker and starts another. A worker is a new interpreter. It is
+not a fork, because the parent has torch and CUDA, and not multiprocessing's spawn, which would import the user's
+training script again. It imports only the verifier's module; the built-in ones need no torch. Several threads may grade
+at the same time.
 """
 
 import ctypes
-import importlib
-import importlib.util
 import json
 import math
 import os
@@ -20,41 +19,43 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-START_SECONDS = 120.0  # to import the verifier's module, on a slow disk at that
+from depo_gateway.training.rewards.import_path import import_callable, one_line
+
+START_SECONDS = 120.0  # to import the verifier's module, even from a slow disk
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MOST_WORKERS = 16
 
 
 class RewardError(ValueError):
-    """A reward function of the user's did not give rewards; the message is one line for the user."""
+    """The user's reward function failed or returned invalid rewards; the message is one line for the user."""
 
-    index = 0  # of the completion in its batch, where one did it
+    index = 0  # of the completion that caused it, in its batch
 
 
 class Worker:
-    """One worker process and the line to it. Used by one thread at a time; `kill` may come from any."""
+    """One worker process and its connection. Used by one thread at a time; any thread may call `kill`."""
 
     def __init__(self, path: str) -> None:
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
         program = (
-            f"import sys; sys.path[:] = {sys.path!r}; from depo_gateway.training.rewards.worker_pool import work; "
-            f"work({theirs.fileno()}, {os.getpid()}, {path!r})"
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            "from depo_gateway.training.rewards.worker_pool import run_worker; "
+            f"run_worker({theirs.fileno()}, {os.getpid()}, {path!r})"
         )
-        # Its own process group: Ctrl-C is the parent's to answer, and kill takes along what a verifier started.
+        # Its own process group: Ctrl-C reaches only the parent, and kill includes what a verifier started.
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a verifier prints is no result of this program's
+                stdout=2,  # a verifier's prints must not mix with this program's output
                 pass_fds=[theirs.fileno()],
                 process_group=0,
             )
@@ -67,14 +68,14 @@ class Worker:
         self._connection.send_bytes(json.dumps([completion, reference]).encode())
 
     def answer(self, deadline_s: float) -> Sequence[Any]:
-        """What the worker says next. TimeoutError after the deadline; EOFError or OSError where it died."""
+        """The worker's next message. TimeoutError after the deadline; EOFError or OSError if it died."""
         if not self._connection.poll(deadline_s):
             raise TimeoutError
-        said: Sequence[Any] = json.loads(self._connection.recv_bytes())
-        return said
+        message: Sequence[Any] = json.loads(self._connection.recv_bytes())
+        return message
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):  # it has gone
+        with suppress(ProcessLookupError):  # it has ended
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self) -> None:
@@ -84,13 +85,13 @@ class Worker:
 
 
 class Workers:
-    """Grades completions by the verifier at an import path, in at most `size` processes that start when needed.
+    """Grades completions by the verifier at an import path, in at most `size` processes, started when needed.
 
     Args:
         path: `module:function` or `file.py:function`, a function (completion, reference) -> reward. None: no reward.
-        deadline_s: seconds for one completion.
+        deadline_s: seconds per completion.
         size: processes; by default this rank's share of the CPUs, at most 16.
-        strict: what the function raises, or returns that is no number, is a RewardError. Otherwise it is a failure.
+        strict: an exception or a return value that is no number is a RewardError; otherwise it counts as a failure.
     """
 
     def __init__(self, path: str, deadline_s: float = 5.0, size: int | None = None, strict: bool = True) -> None:
@@ -108,16 +109,16 @@ class Workers:
         self._finalizer = weakref.finalize(self, _end_all, self._live, self._owner)
 
     def submit(self, completion: str, reference: str) -> Future[float | None]:
-        """The reward to come; None where there is none: past the deadline, the worker died, the function gave None.
+        """The future reward; None if the deadline passed, the worker died or the function returned None.
 
-        The future raises RewardError where the function raised (if `strict`) or a worker cannot import it.
+        The future raises RewardError if the function raised (with `strict`) or a worker cannot import it.
         """
         if os.getpid() != self._owner:
-            raise RuntimeError("verifier workers belong to the process that made them, not to a fork of it")
+            raise RuntimeError("verifier workers belong to the process that created them, not to a fork of it")
         return self._threads.submit(self._grade, completion, reference)
 
     def grade(self, pairs: Iterable[tuple[str, str]]) -> list[float | None]:
-        """The rewards of (completion, reference) pairs, in their order. As `submit`."""
+        """The rewards of (completion, reference) pairs, in their order; errors as for `submit`."""
         futures = [self.submit(completion, reference) for completion, reference in pairs]
         index = 0
         try:
@@ -127,7 +128,7 @@ class Workers:
             error.index = index
             raise
         finally:
-            for future in futures:  # after an error or Ctrl-C: what has not begun never does
+            for future in futures:  # after an error or Ctrl-C: drop what has not begun
                 future.cancel()
         return [future.result() for future in futures]
 
@@ -138,7 +139,7 @@ class Workers:
         return counts
 
     def close(self) -> None:
-        """Ends all workers; what is being graded gets no reward."""
+        """Ends all workers; completions being graded get no reward."""
         with self._lock:
             self._closed = True
             for worker in self._live:
@@ -147,15 +148,15 @@ class Workers:
         self._finalizer()
 
     def _grade(self, completion: str, reference: str) -> float | None:
-        worker = self._idle.get()  # there are as many as threads: never waits
+        worker = self._idle.get()  # never blocks: there are as many as threads
         try:
-            if worker is not None and not worker.runs:  # died while idle, which is not this completion's doing
+            if worker is not None and not worker.runs:  # it died while idle, not because of this completion
                 self._end(worker)
                 worker = None
             if worker is None:
                 worker = self._start()
             worker.ask(completion, reference)
-            kind, *said = worker.answer(self._deadline_s)
+            kind, *content = worker.answer(self._deadline_s)
         except (EOFError, OSError) as error:  # TimeoutError is an OSError
             if worker is not None:
                 self._end(worker)
@@ -165,9 +166,9 @@ class Workers:
         finally:
             self._idle.put(worker)
         if kind == "raised" and self._strict:
-            words, trace = said
-            raise RewardError(words) from RuntimeError(f"in the worker:\n{trace}")
-        reward: float | None = said[0] if kind == "reward" else None
+            message, trace = content
+            raise RewardError(message) from RuntimeError(f"in the worker:\n{trace}")
+        reward: float | None = content[0] if kind == "reward" else None
         self._count("failures" if reward is None else "graded")
         return reward
 
@@ -177,18 +178,18 @@ class Workers:
                 raise EOFError
             try:
                 worker = Worker(self._path)
-            except OSError as error:  # no more processes, memory or file descriptors
-                raise RewardError(f"does not start in a worker: {error}") from error
+            except OSError as error:  # out of processes, memory or file descriptors
+                raise RewardError(f"cannot start in a worker: {error}") from error
             self._live.add(worker)
         try:
-            kind, *said = worker.answer(START_SECONDS)
+            kind, *content = worker.answer(START_SECONDS)
         except (EOFError, OSError):
-            kind, *said = "broken", "its process ended or hung while it imported that"
+            kind, *content = "broken", "its process ended or hung during the import"
         if kind != "ready":
             self._end(worker)
             if self._closed:
                 raise EOFError
-            raise RewardError(f"does not start in a worker: {said[0]}")
+            raise RewardError(f"cannot start in a worker: {content[0]}")
         return worker
 
     def _end(self, worker: Worker) -> None:
@@ -207,26 +208,6 @@ def default_size() -> int:
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks))
 
 
-def load(path: str) -> Callable[..., Any]:
-    """The function at `module:function` or `path/to/file.py:function`; modules are also found in the working directory.
-
-    Raises:
-        ValueError: there is no such module, file or function, it is not callable, or importing it raises.
-    """
-    place, _, name = path.rpartition(":")
-    if not (place and name):
-        raise ValueError(f"{path!r} is not an import path: write module:function or path/to/file.py:function")
-    try:
-        module = _module_of(Path(place)) if place.endswith(".py") else _module_named(place)
-    except Exception as error:  # boundary: whatever the user's module does when it is imported
-        raise ValueError(f"cannot import {place} for {path!r}: {_words(error)}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise ValueError(f"{place} has no {name!r}" if found is None else f"{path!r} is not callable")
-    function: Callable[..., Any] = found
-    return function
-
-
 def as_reward(value: object) -> float | None:
     """A reward function's value as a finite float; None for None and NaN. RewardError for anything else."""
     if value is None:
@@ -240,20 +221,20 @@ def as_reward(value: object) -> float | None:
     return None if math.isnan(reward) else reward
 
 
-def work(descriptor: int, parent: int, path: str) -> None:
-    """A worker's whole life: it says ready, then answers each [completion, reference] until the line closes."""
-    end_with(parent)
+def run_worker(descriptor: int, parent: int, path: str) -> None:
+    """The main function of a worker: sends "ready", then answers each [completion, reference] until disconnected."""
+    exit_with_parent(parent)
     connection = Connection(descriptor)
 
-    def say(*message: object) -> None:
+    def send(*message: object) -> None:
         connection.send_bytes(json.dumps(message).encode())
 
     try:
-        function = load(path)
+        function = import_callable(path)
     except ValueError as error:
-        say("broken", str(error))
+        send("broken", str(error))
         return
-    say("ready")
+    send("ready")
     with suppress(EOFError, ConnectionError):
         while True:
             completion, reference = json.loads(connection.recv_bytes())
@@ -263,46 +244,24 @@ def work(descriptor: int, parent: int, path: str) -> None:
             except RewardError as error:
                 answer = ("raised", str(error), "")
             except Exception as error:  # noqa: BLE001  boundary: the parent tells the user
-                answer = ("raised", f"raised {_words(error)}", traceback.format_exc(limit=-20)[-4000:])
-            say(*answer)
+                answer = ("raised", f"raised {one_line(error)}", traceback.format_exc(limit=-20)[-4000:])
+            send(*answer)
 
 
-def end_with(parent: int) -> None:
-    """The kernel kills this process when the thread that started it ends, however hard it computes; as does the kernel
-    that runs out of memory, before the parent: that one trains.
+def exit_with_parent(parent: int) -> None:
+    """Makes the kernel kill this process when the thread that started it ends, even inside a C call, and makes it the
+    first candidate when memory runs out, because the parent is the trainer.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
 
 
 def _end_all(workers: set[Worker], owner: int) -> None:
-    if os.getpid() == owner:  # a fork of the owner has the objects, not the processes
+    if os.getpid() == owner:  # a fork of the owner has the objects but not the processes
         for worker in workers:
             worker.end()
         workers.clear()
-
-
-def _module_named(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:  # a console script's path has it not
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
-
-
-def _module_of(file: Path) -> ModuleType:
-    name = f"_reward_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None  # of a name that ends in .py
-    assert spec.loader is not None
-    if str(file.parent.resolve()) not in sys.path:  # for what it imports from beside it
-        sys.path.append(str(file.parent.resolve()))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _words(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

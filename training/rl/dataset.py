@@ -1,4 +1,4 @@
-"""The prompts of `depo-train rl`: a data set by name or file, as rows with `prompt` and `answer`."""
+"""The data set of `depo-train rl`, by name or file, as rows with `prompt` and `answer`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"
 
 
 def read_rows(name: str, config: str | None, split: str) -> Dataset:
-    """A data set of the hub, or a local file or directory. Raises ValueError, naming it, if it can't be read."""
+    """A data set of the hub, or a local file or directory. Raises ValueError, which names it, if reading fails."""
     place = Path(name)
     if place.suffix in FILES and not place.exists():
-        raise ValueError(f"dataset {name} is not there")
+        raise ValueError(f"dataset {name} does not exist")
     try:
         if place.is_file():
             if place.suffix not in FILES:
-                raise ValueError(f"dataset {name} is no {', '.join(FILES)} file")
+                raise ValueError(f"dataset {name} is not a {', '.join(FILES)} file")
             rows = datasets.load_dataset(FILES[place.suffix], data_files=str(place), split="train")
         elif (place / "dataset_info.json").is_file():
             rows = datasets.load_from_disk(name)
@@ -28,18 +28,19 @@ def read_rows(name: str, config: str | None, split: str) -> Dataset:
             rows = datasets.load_dataset(name, config, split=split)
     except (datasets.exceptions.DatasetsError, OSError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"dataset {name} can't be read: {reason}") from None
+        raise ValueError(f"dataset {name} cannot be read: {reason}") from None
     if not isinstance(rows, Dataset):
-        raise ValueError(f"dataset {name} has more than one split; dataset_split must name one")
+        raise ValueError(f"dataset {name} has several splits; set dataset_split to one of them")
     return rows
 
 
-def prepared(rows: Dataset, prompt_column: str, answer_column: str, system_prompt: str | None, chat: bool) -> Dataset:
-    """Rows with `prompt`, text or, with `chat`, messages, and `answer`; other columns stay.
+def prepare_rows(
+    rows: Dataset, prompt_column: str, answer_column: str, system_prompt: str | None, chat: bool
+) -> Dataset:
+    """Rows with `prompt` (text or, with `chat`, messages) and `answer` (None where there is none) beside the others.
 
-    Columns may be nested: reward_model.ground_truth. A row without an answer has None. A system prompt needs `chat`.
-    Raises ValueError for a column that is not there, or nested and in no row; only `answer` may be missing, for a
-    reward that needs none.
+    Columns may be nested: reward_model.ground_truth. A system prompt requires `chat`. Raises ValueError for a column
+    that does not exist, or is nested and in no row. Only the column `answer` may be missing: not every reward needs it.
     """
     if system_prompt and not chat:
         raise ValueError("system_prompt is set, but the model's tokenizer has no chat template")
@@ -64,14 +65,14 @@ def prepared(rows: Dataset, prompt_column: str, answer_column: str, system_promp
             prompt = [{"role": "system", "content": system_prompt}, *prompt]
         return {"prompt": prompt}
 
-    # removed first: a column's type can't change under its own name
+    # removed first: a column cannot change its type under its own name
     own = [name for name in ("prompt", "answer") if name in rows.column_names]
     prompts = rows.map(row_of, remove_columns=own, desc="Prompts")
     if not graded:
         return prompts
     found = (_at(row, answer_column) for row in rows.select_columns(answer_column.split(".")[0]))
     answers = [None if answer is None else str(answer) for answer in found]
-    text = datasets.Features({"answer": datasets.Value("string")})  # also where the first rows, or all, have none
+    text = datasets.Features({"answer": datasets.Value("string")})  # even if the first rows, or all, have no answer
     return datasets.concatenate_datasets([prompts, Dataset.from_dict({"answer": answers}, features=text)], axis=1)
 
 

@@ -1,7 +1,7 @@
-"""Dynamic sampling, as DAPO (arXiv 2503.14476) does it: which groups of several generations are trained on.
+"""DAPO's dynamic sampling (arXiv 2503.14476): which groups of several generations make up the training batch.
 
-A round is one generation; its groups lie over the ranks as TRL lays them out, whole batch in order, rank r holding the
-r-th part of the rows.
+A round is one generation. Its groups are distributed over the ranks as in TRL: of the whole batch's rows in order, rank
+r holds the r-th part.
 
 Shapes: P prompts, G rollouts a group, R rows of this rank, T tokens.
 """
@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from depo_gateway.training.rl.group_labels import SAME
-from depo_gateway.training.rl.selection_config import Choice
+from depo_gateway.training.rl.group_labels import ADVANTAGE_TOLERANCE
+from depo_gateway.training.rl.tickets import Ticket
 
-# What can be merged, by the side on which it is padded and with what; the rest has no token axis
+# TRL's outputs that can be merged, by the side they are padded on, with the padding; PLAIN has no token axis
 LEFT = {"prompt_ids": None, "prompt_mask": 0}  # None: the tokenizer's padding token
 RIGHT = {
     "completion_ids": None, "completion_mask": 0, "tool_mask": 1, "old_per_token_logps": 0.0,
@@ -32,9 +32,9 @@ TOTAL = "num_items_in_batch"
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One generation. `rewards`: P groups of G on every rank, NaN where there is none. `output`: TRL's, this rank's."""
+    """One generation. `rewards`: all ranks' P groups of G, NaN where there is none. `output`: TRL's, of this rank."""
 
-    choice: Choice
+    tickets: Sequence[Ticket]
     rewards: tuple[tuple[float, ...], ...]
     output: dict[str, Any]
 
@@ -45,12 +45,12 @@ class Round:
 
 def has_advantage(rewards: Sequence[float]) -> bool:
     """Whether a group's rewards differ; NaN counts as no reward."""
-    there = [reward for reward in rewards if reward == reward]
-    return bool(there) and max(there) - min(there) > SAME
+    present = [reward for reward in rewards if reward == reward]
+    return bool(present) and max(present) - min(present) > ADVANTAGE_TOLERANCE
 
 
 def trained(rounds: Sequence[Round], need: int) -> list[int]:
-    """Which groups make the batch, as numbers over all rounds: those that teach, in order; then, if short, others."""
+    """The groups of the training batch, numbered over all rounds: first those with an advantage, then others."""
     flags = [flag for each in rounds for flag in each.informative()]
     good = [number for number, flag in enumerate(flags) if flag]
     rest = [number for number, flag in enumerate(flags) if not flag]
@@ -58,7 +58,7 @@ def trained(rounds: Sequence[Round], need: int) -> list[int]:
 
 
 def next_size(missing: int, left: int, group_size: int, ranks: int) -> int:
-    """Prompts to draw for `missing` groups, at most `left`: rounded so that every rank gets as many rows. 0: none."""
+    """Prompts to draw for `missing` groups, at most `left`, rounded so that all ranks get equally many rows."""
     step = ranks // gcd(ranks, group_size)
     return min(-(-missing // step), left // step) * step
 
@@ -70,7 +70,7 @@ def merge(
     pad_token: int,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """This rank's rows of the batch made of `groups`, numbered over all outputs. Gathers; call it on every rank.
+    """This rank's rows of the batch made of `groups`, numbered over all outputs. Collective: call it on every rank.
 
     Raises ValueError for outputs that can't be merged, such as images.
     """
@@ -93,7 +93,7 @@ def merge(
             parts = [_padded(part, width, fill, key in LEFT) for part in parts]
         merged[key] = torch.cat(parts)[rows.to(parts[0].device)]
     mask = merged["completion_mask"] * merged["tool_mask"] if "tool_mask" in merged else merged["completion_mask"]
-    # TRL's divisor of the token-mean loss; not 0, though every completion be masked as cut off
+    # TRL's divisor of the token-mean loss; not 0 even if every completion is masked as truncated
     merged[TOTAL] = accelerator.gather(mask.sum()).sum().clamp_min(1)
     return merged
 

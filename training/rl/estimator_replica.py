@@ -1,4 +1,4 @@
-"""DepoTrainer's estimator: the same on every rank, whatever else loads and shards the policy."""
+"""DepoTrainer's estimator: replicated on every rank, however the policy is loaded and sharded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.rl.config import DepoConfig
 
-SAMPLE = 1024  # prompts that tell a wide part which words are rare, and linear heads how a frozen encoder scales
+STATISTICS_PROMPTS = 1024  # read for the wide part's word rarities and the scale of a frozen encoder's embeddings
 
 
-def new(args: DepoConfig, text: TextConfig, prompts: Sequence[str], accelerator: Accelerator) -> Learner:
-    """A fresh one on the policy's device; nothing of it is wrapped or belongs to the policy.
+def new_learner(args: DepoConfig, text: TextConfig, prompts: Sequence[str], accelerator: Accelerator) -> Learner:
+    """A new estimator and its optimizers on the policy's device; accelerate wraps none of it.
 
-    The global random state stays, so a policy samples alike with and without one.
+    The global random state does not change, so the policy samples the same completions with and without an estimator.
     """
     config = args.learner()
     with plain_loading(args), torch.random.fork_rng(devices=[]):
@@ -29,16 +29,16 @@ def new(args: DepoConfig, text: TextConfig, prompts: Sequence[str], accelerator:
     learner = Learner(model.to(accelerator.device), tokenizer, config, args.seed)
     frozen = not learner.trained
     if args.depo_wide or (frozen and not args.depo_trunk):
-        learner.fit_statistics(learner.items([Example(prompt, {}) for prompt in prompts[:SAMPLE]]))
-    if not frozen and not args.depo_trunk:  # embeddings that will move can't be scaled by how they were
+        learner.fit_statistics(learner.items([Example(prompt, {}) for prompt in prompts[:STATISTICS_PROMPTS]]))
+    if not frozen and not args.depo_trunk:  # embeddings that will change can't be standardised by their first values
         learner.model.embedding_mean.zero_()
         learner.model.embedding_scale.fill_(1.0)
-    share(learner, accelerator)  # with FSDP's sparing loading only rank 0 has the weights
+    share(learner, accelerator)  # with FSDP's memory-saving loading only rank 0 has the weights
     return learner
 
 
 def share(learner: Learner, accelerator: Accelerator) -> None:
-    """Rank 0's weights for all: the same sums on two GPUs may differ in the last bit, and would drift apart."""
+    """Broadcast rank 0's weights: sums on two GPUs may differ in the last bit, and the replicas would drift apart."""
     if accelerator.num_processes > 1:
         for tensor in (*learner.model.parameters(), *learner.model.buffers(), *learner.average):
             broadcast(tensor.detach())
@@ -46,7 +46,7 @@ def share(learner: Learner, accelerator: Accelerator) -> None:
 
 @contextmanager
 def plain_loading(args: DepoConfig) -> Iterator[None]:
-    """While it lasts, from_pretrained loads a model whole, on every rank: DeepSpeed's ZeRO-3 would share it out."""
+    """Within it, from_pretrained loads the whole model on every rank, where DeepSpeed's ZeRO-3 would shard it."""
     plugin = getattr(args, "deepspeed_plugin", None)
     config = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "dschf", None)
     if config is None:

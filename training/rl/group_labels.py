@@ -1,4 +1,4 @@
-"""One prompt's rollouts, and the labels the estimator learns from them. Pure functions.
+"""The rollouts of one prompt, and the labels that the estimator learns from them. Pure functions.
 
 Shapes: G rollouts a group.
 """
@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CERTAIN = 1e-4  # token confidence is kept this far from 0 and 1
-SAME = 1e-6  # rewards closer than this are alike: their advantage is 0
+CONFIDENCE_MARGIN = 1e-4  # token confidence is clipped this far from 0 and 1
+ADVANTAGE_TOLERANCE = 1e-6  # rewards that differ by less count as equal: their advantage is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +23,20 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Label:
-    """What one group taught, kept for replay."""
+class GroupLabel:
+    """What one group teaches: rewards on a scale from 0 to 1, and the weight of the group in the estimator's loss."""
 
-    index: int
-    quality: float
-    spread: float
+    index: int  # row of the data set
+    quality: float  # mean reward
+    spread: float  # 0: zero advantage
     token_confidence: float | None
     weight: float
+    count: int = 0  # rollouts that have a reward
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A group's mean reward as predicted and as it was, its worth as predicted, and its spread as it was."""
+class GroupPrediction:
+    """A group's predicted and actual mean reward, its predicted worth and its actual spread."""
 
     predicted: float
     quality: float
@@ -44,39 +45,39 @@ class Seen:
 
 
 def quality_of(rewards: Sequence[float], low: float = 0.0, high: float = 1.0) -> float | None:
-    """The paper's t: mean reward (mean@G) of the rollouts that have one, from [low, high] to [0, 1]. None: none has."""
-    there = _there(rewards)
-    if not there:
+    """The paper's t: mean reward (mean@G) of the rollouts that have one, scaled from [low, high] to [0, 1]; or None."""
+    present = _finite(rewards)
+    if not present:
         return None
-    mean = (math.fsum(there) / len(there) - low) / (high - low)
+    mean = (math.fsum(present) / len(present) - low) / (high - low)
     return min(max(mean, 0.0), 1.0)
 
 
 def spread_of(rewards: Sequence[float], low: float = 0.0, high: float = 1.0) -> float:
-    """Twice the standard deviation of the rewards there are, from [low, high] to [0, 1]; 0: zero advantage.
+    """Twice the standard deviation of the rewards, scaled from [low, high] to [0, 1]; 0: zero advantage.
 
-    1 is the most there can be: half the rewards at each end.
+    The maximum, 1, has half the rewards at each end.
     """
-    there = _there(rewards)
-    if not there or max(there) - min(there) <= SAME:
+    present = _finite(rewards)
+    if not present or max(present) - min(present) <= ADVANTAGE_TOLERANCE:
         return 0.0
-    mean = math.fsum(there) / len(there)
-    deviation = math.sqrt(math.fsum((reward - mean) ** 2 for reward in there) / len(there))
+    mean = math.fsum(present) / len(present)
+    deviation = math.sqrt(math.fsum((reward - mean) ** 2 for reward in present) / len(present))
     return min(2.0 * deviation / (high - low), 1.0)
 
 
 def is_binary(rewards: Sequence[float], low: float = 0.0, high: float = 1.0) -> bool:
-    """Whether every reward there is stands at one of the two ends."""
-    return all(min(abs(reward - low), abs(reward - high)) <= SAME for reward in _there(rewards))
+    """Whether every reward is one of the two ends."""
+    return all(min(abs(reward - low), abs(reward - high)) <= ADVANTAGE_TOLERANCE for reward in _finite(rewards))
 
 
 def token_confidence_of(log_probs: Sequence[float]) -> float | None:
     """The paper's d: exp of the mean over rollouts of their mean token log-probability, in [1e-4, 1 - 1e-4]."""
-    there = _there(log_probs)
-    if not there:
+    present = _finite(log_probs)
+    if not present:
         return None
-    return min(max(math.exp(min(math.fsum(there) / len(there), 0.0)), CERTAIN), 1.0 - CERTAIN)
+    return min(max(math.exp(min(math.fsum(present) / len(present), 0.0)), CONFIDENCE_MARGIN), 1.0 - CONFIDENCE_MARGIN)
 
 
-def _there(values: Sequence[float]) -> list[float]:
+def _finite(values: Sequence[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]

@@ -1,7 +1,7 @@
-"""Every Prometheus metric of `depo-train rl`, declared once, and what feeds and serves them: one run, one process.
+"""The Prometheus metrics of `depo-train rl`: their declarations, the callback that sets them, their HTTP endpoint.
 
-Counters count what this process did, so that a resumed run adds no more than it does; `training_step` says where the
-run stands. A gauge is NaN until its figure exists: a run with depo off has no kept share.
+Counters count what this process did, so a resumed run adds only its own part; `training_step` is the run's position. A
+gauge is NaN until it has a value: a run with depo off has no kept share.
 """
 
 from __future__ import annotations
@@ -20,67 +20,80 @@ if TYPE_CHECKING:
     from depo_gateway.training.rl.trainer import DepoTrainer
 
 STEP_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 3600.0)
-# name in TRL's log, a mean over its logging window -> (metric, what it is)
-LOGGED = {
+# name in TRL's log, where it is a mean over the logging window -> (metric, help)
+TRL_METRICS = {
     "reward": ("training_reward", "Mean reward of the completions"),
-    "reward_std": ("training_reward_std", "Standard deviation of the rewards, of a group's or a batch's as TRL scales"),
-    "loss": ("training_loss", "The policy's loss"),
+    "reward_std": (
+        "training_reward_std",
+        "Standard deviation of the rewards, of groups or batches as scale_rewards says",
+    ),
+    "loss": ("training_loss", "Loss of the policy"),
     "learning_rate": ("training_learning_rate", "Learning rate of the policy"),
-    "grad_norm": ("training_grad_norm", "Norm of the policy's gradient before it is clipped"),
+    "grad_norm": ("training_grad_norm", "Norm of the policy's gradient before clipping"),
     "entropy": ("training_entropy", "Mean entropy of the policy's next token"),
-    "kl": ("training_kl", "Divergence from the reference policy; beta above 0 only"),
+    "kl": ("training_kl", "KL divergence from the reference policy; only with beta above 0"),
     "clip_ratio/region_mean": ("training_clip_ratio", "Share of tokens whose probability ratio is clipped"),
     "completions/mean_length": ("training_completion_tokens", "Mean length of a completion"),
-    "completions/clipped_ratio": ("training_truncated_ratio", "Share of completions cut off at their longest"),
-    "depo/missing_rewards": ("training_missing_rewards_ratio", "Share of completions that have no reward"),
+    "completions/clipped_ratio": ("training_truncated_ratio", "Share of completions truncated at the maximum length"),
+    "depo/missing_rewards": ("training_missing_rewards_ratio", "Share of completions without a reward"),
 }
-# name in the trainer's own log, as of the newest generation -> (metric, what it is)
-NOTED = {
+# name in DepoTrainer's own metrics, of the newest generation -> (metric, help)
+DEPO_METRICS = {
     "depo/kept": (
         "training_kept_ratio",
-        "Share of the prompts considered that were rolled out, explored ones left out",
+        "Share of the prompts considered that were rolled out, without the explored ones",
     ),
-    "depo/pass_rate": ("training_pass_rate", "Mean quality of the groups rolled out"),
-    "depo/zero_advantage_share": ("training_zero_advantage_ratio", "Share of the groups rolled out without advantage"),
+    "depo/pass_rate": ("training_pass_rate", "Mean reward of the groups rolled out, scaled to 0 to 1"),
+    "depo/zero_advantage_share": (
+        "training_zero_advantage_ratio",
+        "Share of the groups rolled out with zero advantage",
+    ),
     "depo/zero_advantage_trained": (
         "training_zero_advantage_trained_ratio",
-        "The same of the groups that the policy was trained on",
+        "Share of the groups trained on with zero advantage",
     ),
-    "depo/rounds": ("training_rounds", "Rounds that the generation took; more than 1 with dynamic sampling only"),
-    "depo/epoch": ("training_data_epoch", "How often the stream of prompts went through the data set"),
+    "depo/rounds": ("training_rounds", "Rounds of the generation; more than 1 only with dynamic sampling"),
+    "depo/epoch": ("training_data_epoch", "Passes of the prompt stream over the data set"),
     "depo/false_reject_rate": (
         "training_false_reject_ratio",
-        "Of the explored rejects, those with an advantage after all",
+        "Share of the explored rejects that had an advantage",
     ),
-    "depo/auroc": ("training_estimator_auroc", "How well predictions tell groups with an advantage, 512 newest"),
-    "depo/calibration_error": ("training_estimator_calibration_error", "Of the predicted quality, 512 newest groups"),
+    "depo/auroc": ("training_estimator_auroc", "AUROC of the predictions for groups with an advantage, newest 512"),
+    "depo/calibration_error": (
+        "training_estimator_calibration_error",
+        "Calibration error of the predicted pass rate, newest 512 groups",
+    ),
     "depo/rollouts_saved_estimate": (
         "training_completions_saved",
-        "Completions of rejected prompts that would have had no advantage, since the run began; an estimate",
+        "Estimated completions without advantage that rejecting prompts avoided, since the run began",
     ),
 }
-LOSS, FUNCTION, MEAN = "depo/loss_", "rewards/", "/mean"  # parts of names that carry a label
+LOSS, FUNCTION, MEAN = "depo/loss_", "rewards/", "/mean"  # the rest of such a name is a label
 PARTS = {"depo/seconds_scoring": "selection", "depo/seconds_rollout": "rollout", "depo/seconds_updating": "estimator"}
-REST = "policy"  # what a step takes beside those
-LOST = {"depo/reward_timeouts": "timeout", "depo/reward_failures": "failure"}
+REST = "policy"  # the remaining time of a step
+LOST_REWARDS = {"depo/reward_timeouts": "timeout", "depo/reward_failures": "failure"}
 
 
 class RunMetrics:
-    """One run's metrics, on a registry of their own. Labels come from closed sets only."""
+    """The metrics of one run, in a registry of their own. All labels come from closed sets."""
 
     def __init__(self, version: str) -> None:
         self.registry = registry = CollectorRegistry()
         Gauge("training_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
         self.info = Gauge("training_run_info", "The run", ["policy", "depo", "dynamic_sampling"], registry=registry)
-        self.step = Gauge("training_step", "Steps that the policy has taken", registry=registry)
-        self.steps_planned = Gauge("training_steps_planned", "Steps that the run will take", registry=registry)
+        self.step = Gauge("training_step", "Steps taken by the policy", registry=registry)
+        self.steps_planned = Gauge("training_steps_planned", "Steps planned for the run", registry=registry)
         self.step_duration = Histogram(
-            "training_step_duration_seconds", "A step of the policy", buckets=STEP_SECONDS, registry=registry
+            "training_step_duration_seconds", "Duration of a policy step", buckets=STEP_SECONDS, registry=registry
         )
-        self.seconds = Counter("training_seconds_total", "Where the steps' time went", ["part"], registry=registry)
-        self.last_step = Gauge("training_last_step_timestamp_seconds", "When the newest step ended", registry=registry)
+        self.seconds = Counter("training_seconds_total", "Time of the steps by part", ["part"], registry=registry)
+        self.last_step = Gauge(
+            "training_last_step_timestamp_seconds", "Time of the end of the newest step", registry=registry
+        )
         self.last_checkpoint = Gauge(
-            "training_last_checkpoint_timestamp_seconds", "When the newest checkpoint was whole", registry=registry
+            "training_last_checkpoint_timestamp_seconds",
+            "Time of the newest complete checkpoint",
+            registry=registry,
         )
         self.completions = Counter("training_completions_total", "Completions rolled out", registry=registry)
         self.groups = Counter("training_groups_total", "Prompts rolled out", ["advantage"], registry=registry)
@@ -88,10 +101,13 @@ class RunMetrics:
             "training_scored_prompts_total", "Prompts that the estimator scored before a rollout", registry=registry
         )
         self.explored = Counter(
-            "training_explored_prompts_total", "Rejected prompts that were rolled out all the same", registry=registry
+            "training_explored_prompts_total", "Rejected prompts that were rolled out as exploration", registry=registry
         )
         self.lost = Counter(
-            "training_lost_rewards_total", "Completions whose grading came to nothing", ["reason"], registry=registry
+            "training_lost_rewards_total",
+            "Completions whose grading failed or timed out",
+            ["reason"],
+            registry=registry,
         )
         self.tokens = Counter(
             "training_tokens_total", "Tokens of prompts and completions, as TRL counts them", registry=registry
@@ -102,25 +118,27 @@ class RunMetrics:
         self.function_reward = Gauge(
             "training_function_reward", "Mean of one reward function", ["function"], registry=registry
         )
-        self.figures = {key: Gauge(name, text, registry=registry) for key, (name, text) in {**LOGGED, **NOTED}.items()}
+        self.figures = {
+            key: Gauge(name, text, registry=registry) for key, (name, text) in {**TRL_METRICS, **DEPO_METRICS}.items()
+        }
         for gauge in (self.last_step, self.last_checkpoint, *self.figures.values()):
             gauge.set(math.nan)
         for part in (*PARTS.values(), REST):
             self.seconds.labels(part)
         for advantage in ("zero", "nonzero"):
             self.groups.labels(advantage)
-        for reason in LOST.values():
+        for reason in LOST_REWARDS.values():
             self.lost.labels(reason)
 
 
-class Watch(TrainerCallback):
-    """Feeds the metrics of the trainer that it is made for, from then on."""
+class MetricsCallback(TrainerCallback):
+    """Updates the metrics from a trainer, which it adds itself to."""
 
     def __init__(self, metrics: RunMetrics, trainer: DepoTrainer) -> None:
         self.metrics, self._trainer = metrics, trainer
-        self._began = self._apart = 0.0  # of the step under way: its start, seconds of it that are told apart
+        self._began = self._attributed = 0.0  # of the current step: its start, its seconds that belong to a PART
         self._completions, self._tokens = 0.0, 0
-        trainer.noted = self.noted
+        trainer.on_metrics = self.update
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -131,12 +149,12 @@ class Watch(TrainerCallback):
         self._completions, self._tokens = self._trainer.completions, state.num_input_tokens_seen
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began, self._apart = time.perf_counter(), 0.0
+        self._began, self._attributed = time.perf_counter(), 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         took = time.perf_counter() - self._began
         self.metrics.step_duration.observe(took)
-        self.metrics.seconds.labels(REST).inc(max(0.0, took - self._apart))
+        self.metrics.seconds.labels(REST).inc(max(0.0, took - self._attributed))
         self.metrics.step.set(state.global_step)
         self.metrics.last_step.set_to_current_time()
         self.metrics.tokens.inc(max(0, state.num_input_tokens_seen - self._tokens))
@@ -147,39 +165,39 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         for name, value in (logs or {}).items():
-            if name in LOGGED:
+            if name in TRL_METRICS:
                 self.metrics.figures[name].set(math.nan if value is None else value)
             elif name.startswith(FUNCTION) and name.endswith(MEAN):
                 function = name.removeprefix(FUNCTION).removesuffix(MEAN)
                 self.metrics.function_reward.labels(function).set(math.nan if value is None else value)
 
-    def noted(self, noted: Mapping[str, float]) -> None:
-        """What the trainer tells of a generation, or of what the estimator learned from it."""
+    def update(self, values: Mapping[str, float]) -> None:
+        """The trainer's metrics of a generation, or of a step of the selector."""
         metrics = self.metrics
-        for name, value in noted.items():
-            if name in NOTED:
+        for name, value in values.items():
+            if name in DEPO_METRICS:
                 metrics.figures[name].set(value)
             elif name in PARTS:
                 metrics.seconds.labels(PARTS[name]).inc(value)
-                self._apart += value
-            elif name in LOST:
-                metrics.lost.labels(LOST[name]).inc(value)
+                self._attributed += value
+            elif name in LOST_REWARDS:
+                metrics.lost.labels(LOST_REWARDS[name]).inc(value)
             elif name.startswith(LOSS):
                 metrics.estimator_loss.labels(name.removeprefix(LOSS)).set(value)
-        metrics.scored.inc(noted.get("depo/scored", 0.0))
-        metrics.explored.inc(noted.get("depo/explored", 0.0))
-        if "depo/completions" in noted:
-            fresh = noted["depo/completions"] - self._completions
+        metrics.scored.inc(values.get("depo/scored", 0.0))
+        metrics.explored.inc(values.get("depo/explored", 0.0))
+        if "depo/completions" in values:
+            fresh = values["depo/completions"] - self._completions
             self._completions += fresh
             groups = fresh / self._trainer.args.num_generations
-            zero = round(groups * noted["depo/zero_advantage_share"])
+            zero = round(groups * values["depo/zero_advantage_share"])
             metrics.completions.inc(fresh)
             metrics.groups.labels("zero").inc(zero)
             metrics.groups.labels("nonzero").inc(groups - zero)
 
 
-def address(text: str) -> tuple[str, int]:
-    """(host, port) of `host:port`. Raises ValueError for anything else."""
+def listen_address(text: str) -> tuple[str, int]:
+    """(host, port) of `host:port`. Raises ValueError for any other text."""
     try:
         split = urlsplit(f"//{text}")
         if split.hostname and split.port is not None and split.netloc == text and "@" not in text:
@@ -190,12 +208,12 @@ def address(text: str) -> tuple[str, int]:
 
 
 @contextmanager
-def serving(listen: str, metrics: RunMetrics) -> Iterator[int]:
-    """While it lasts, the metrics are at http://LISTEN/metrics; the port.
+def metrics_endpoint(listen: str, metrics: RunMetrics) -> Iterator[int]:
+    """Serves the metrics at http://LISTEN/metrics within it. Yields the port.
 
-    Raises ValueError where the address is none, is taken, or is no address of this machine.
+    Raises ValueError for an address that is malformed, in use, or not of this machine.
     """
-    host, port = address(listen)
+    host, port = listen_address(listen)
     try:
         server, thread = start_http_server(port, host, metrics.registry)
     except OSError as error:

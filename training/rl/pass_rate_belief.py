@@ -1,8 +1,8 @@
-"""What is believed of a prompt's pass rate, from the estimator's prediction and the prompt's own past rollouts.
+"""Beta beliefs about pass rates, from the estimator's predictions and each prompt's own past rollouts.
 
-The belief is a Beta(a, b). Its mean starts at the prediction, calibrated on recent labels; its strength (a + b, in
-rollouts) is what recent predictions proved to be worth; the prompt's own rollouts are added, fading as the policy moves
-on. How likely G rollouts are to differ, which is what GRPO can learn from, follows in closed form.
+The mean of a prompt's Beta(a, b) starts at the prediction, calibrated on recent labels. Its strength (a + b, in
+rollouts) is estimated from how accurate recent predictions were. The prompt's own rollouts are added, and fade as the
+policy changes. The probability that G rollouts differ, so that GRPO can learn from them, follows in closed form.
 
 Shapes: P prompts, N recent labels. G rollouts a group.
 """
@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 from depo_gateway.estimator.calibration import Platt, enough_labels, fit_platt
 from depo_gateway.estimator.logistic import sigmoid
 
-Array = NDArray[np.float64]
-WINDOW = 512  # recent labels, about the last few dozen steps: older ones speak of an older policy
+FloatArray = NDArray[np.float64]
+WINDOW = 512  # recent labels, of the last few dozen steps: older ones are of an older policy
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # in rollouts
 
 
-def nonzero_advantage(p_P: Array, group_size: int) -> Array:
+def nonzero_advantage(p_P: FloatArray, group_size: int) -> FloatArray:
     """1 - p^G - (1-p)^G (P,): the probability that G rollouts of pass rate p neither all pass nor all fail."""
     return np.asarray(1.0 - p_P**group_size - (1.0 - p_P) ** group_size)
 
 
-def nonzero_advantage_of_beta(a_P: Array, b_P: Array, group_size: int) -> Array:
+def nonzero_advantage_of_beta(a_P: FloatArray, b_P: FloatArray, group_size: int) -> FloatArray:
     """The mean (P,) of nonzero_advantage over pass rates drawn from Beta(a, b).
 
     E[p^G] is the product over i < G of (a + i) / (a + b + i); E[(1-p)^G] the same with b.
@@ -42,8 +42,8 @@ def nonzero_advantage_of_beta(a_P: Array, b_P: Array, group_size: int) -> Array:
     return np.asarray(1.0 - passed_P - failed_P)
 
 
-def strength_of(predicted_N: Array, rates_N: Array, counts_N: Array, weights_N: Array) -> float:
-    """The strength out of STRENGTHS under which the observed pass rates are likeliest (beta-binomial likelihood)."""
+def strength_of(predicted_N: FloatArray, rates_N: FloatArray, counts_N: FloatArray, weights_N: FloatArray) -> float:
+    """The one of STRENGTHS that maximises the beta-binomial likelihood of the observed pass rates."""
     mean, passed, count = (torch.from_numpy(x) for x in (predicted_N.clip(0.005, 0.995), rates_N * counts_N, counts_N))
     weights = torch.from_numpy(weights_N)
     likelihoods = []
@@ -55,8 +55,8 @@ def strength_of(predicted_N: Array, rates_N: Array, counts_N: Array, weights_N: 
     return STRENGTHS[int(np.argmax(likelihoods))]
 
 
-class Beliefs:
-    """Recent labels and each prompt's own outcomes. `half_life` in policy steps; 0: the prompt's own are forgotten."""
+class PassRateBeliefs:
+    """Recent labels and each prompt's own outcomes. `half_life` in policy steps; 0: own outcomes do not count."""
 
     def __init__(self, calibrate: bool, half_life: float) -> None:
         self.calibrate, self.half_life = calibrate, half_life
@@ -64,11 +64,11 @@ class Beliefs:
         self.platt, self.strength = Platt(), float("inf")
         self._own: dict[int, tuple[float, float, int]] = {}  # row -> passed, failed, step
 
-    def predicted(self, logits_P: Array) -> Array:
-        """The estimator's pass rate (P,), calibrated if there are labels enough."""
+    def predicted(self, logits_P: FloatArray) -> FloatArray:
+        """The estimator's pass rate (P,), calibrated if there are enough labels."""
         return sigmoid(self.platt.slope * logits_P + self.platt.offset)
 
-    def nonzero_advantage(self, rows: Sequence[int], logits_P: Array, group_size: int, step: int) -> Array:
+    def nonzero_advantage(self, rows: Sequence[int], logits_P: FloatArray, group_size: int, step: int) -> FloatArray:
         """The probability (P,) that a group of each prompt has a non-zero advantage."""
         p_P = self.predicted(logits_P).clip(1e-6, 1.0 - 1e-6)
         own = np.array([self._faded(row, step) for row in rows]).reshape(-1, 2)
@@ -78,7 +78,7 @@ class Beliefs:
         return nonzero_advantage_of_beta(strength * p_P + own[:, 0], strength * (1.0 - p_P) + own[:, 1], group_size)
 
     def learn(self, row: int, logit: float, rate: float, count: int, weight: float, step: int) -> None:
-        """One group's outcome: `count` rollouts of mean reward `rate` in [0, 1]. `logit`: NaN if not predicted."""
+        """Record a group: `count` rollouts of mean reward `rate` in [0, 1]. `logit`: the prediction, or NaN."""
         if self.half_life:
             passed, failed = self._faded(row, step)
             self._own[row] = (passed + rate * count, failed + (1.0 - rate) * count, step)
@@ -86,20 +86,18 @@ class Beliefs:
             self.recent.append((logit, rate, float(count), weight))
 
     def refit(self) -> None:
-        """Calibrate on the recent labels, if that is wanted and there are enough of them."""
+        """Calibrate on the recent labels, if that is switched on and they suffice."""
         if not self.calibrate or not self.recent:
             return
         logits, rates, counts, weights = np.array(self.recent).T
-        if not enough_labels(
-            rates, weights
-        ):  # all alike, say: nothing is known of how predictions fare, as at the start
+        if not enough_labels(rates, weights):  # all equal, for example: the accuracy of predictions is unknown
             self.platt, self.strength = Platt(), float("inf")
             return
         self.platt = fit_platt(logits, rates, weights)
         self.strength = strength_of(self.predicted(logits), rates, counts, weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Values for JSON."""
         return {
             "recent": [list(label) for label in self.recent],
             "own": [[row, *own] for row, own in self._own.items()],

@@ -1,4 +1,4 @@
-"""A data set's prompts as the estimator reads them: text for text what the gateway makes of a request."""
+"""The prompts of a data set as the estimator reads them: the same text that the gateway makes of a request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from depo_gateway.estimator.text import CHAT, TextConfig, extract_text, with_spe
 
 
 def text_config(tokenizer: Any, chat_options: Mapping[str, Any] | None, max_tokens: int) -> TextConfig:
-    """Prompts through the policy's chat template, where it has one; else plain. `chat_options`: its variables."""
+    """How prompts become text: by the policy's chat template with the variables `chat_options`, or as they are."""
     chat = tokenizer.chat_template
     if not isinstance(chat, str) or not chat:
         return TextConfig(pooling="cls", max_tokens=max_tokens)
@@ -21,7 +21,7 @@ def text_config(tokenizer: Any, chat_options: Mapping[str, Any] | None, max_toke
 
 
 class Prompts(Sequence[str]):
-    """The column `prompt`, read when asked for: a large data set's texts would fill the memory of every process."""
+    """The column `prompt`, read on access: a large data set's texts would fill the memory of every process."""
 
     def __init__(self, rows: Any, text: TextConfig) -> None:
         self.column, self.text = rows["prompt"], text
@@ -36,5 +36,5 @@ class Prompts(Sequence[str]):
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
-        text, _ = extract_text(self.text, self.column[row])  # a chat template leaves nothing for a context
+        text, _ = extract_text(self.text, self.column[row])  # with a chat template the context is empty
         return text

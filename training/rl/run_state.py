@@ -1,4 +1,4 @@
-"""What DepoTrainer writes: the state a run resumes from, and the estimator as a checkpoint that the gateway loads."""
+"""What DepoTrainer writes: the state to resume a run from, and the estimator as a checkpoint for the gateway."""
 
 from __future__ import annotations
 
@@ -22,63 +22,73 @@ from depo_gateway.estimator.model import select_pools
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.rl.selection_config import POLICY
 from depo_gateway.training.rl.selector import Selector
+from depo_gateway.training.rl.tickets import PromptSelector
 
 FOLDER, SELECTOR, ESTIMATOR = "depo", "selector.json", "estimator.pt"
-LAST = "trainer_state.json"  # what Trainer writes last of a checkpoint: with it, the checkpoint is whole
-TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "iostream")  # in torch.save's words for a full disk
-SAMPLE = 64  # prompts whose scores stand in where nothing has been observed
+LAST = "trainer_state.json"  # Trainer writes this file of a checkpoint last: with it, the checkpoint is whole
+TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "iostream")  # in torch.save's messages about a full disk
+FALLBACK_PROMPTS = 64  # their scores make up the calibration's curves where no group was rolled out
 
 log = logging.getLogger("depo")
 
 
 class FinishedError(Exception):
-    """The run that is resumed has taken all its steps."""
+    """The run to resume has taken all its steps."""
 
 
 @contextmanager
 def writing(place: Path, mine: bool = True) -> Iterator[None]:
-    """While a checkpoint is written; `mine`: this process writes Trainer's state.
+    """Encloses the writing of a checkpoint. `mine`: this process writes Trainer's state.
 
-    Raises OSError, saying what a run can resume from, if that fails.
+    Raises OSError, which names the checkpoint to resume from, if writing fails.
     """
     try:
         if mine:
-            (place / LAST).unlink(missing_ok=True)  # of a run before: from here on it is not whole
+            (place / LAST).unlink(missing_ok=True)  # an earlier run's: from here on the checkpoint is not whole
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITES):
             raise
-        left = resumable(place.parent)
-        usable = f"the newest to resume from is {left[-1]}" if left else "there is none to resume from"
+        whole = resumable(place.parent)
+        usable = f"the newest to resume from is {whole[-1]}" if whole else "there is none to resume from"
         raise OSError(f"{place} could not be written ({str(error).splitlines()[0]}); {usable}") from error
 
 
-def save(place: Path, selector: Selector, learner: Learner | None, completions: int, whole: bool) -> None:
-    """Write the state into a Trainer's checkpoint `place`. `whole`: between two generations, so a run can resume."""
+def save(place: Path, selector: PromptSelector, learner: Learner | None, completions: int, whole: bool) -> None:
+    """Write the state into a Trainer's checkpoint `place`. `whole`: it is between two generations, to resume from.
+
+    Raises ValueError if the selector's state is not made of values for JSON.
+    """
     folder = place / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     if learner is not None:
         with _beside(folder / ESTIMATOR) as path:
             torch.save(learner.state_dict(), path)
     state = {"whole": whole, "completions": completions, "selector": selector.state_dict()}
+    try:
+        text = json.dumps(state)
+    except TypeError as error:
+        raise ValueError(
+            f"the state of the selector {type(selector).__name__} cannot be saved as JSON: {error}"
+        ) from None
     with _beside(folder / SELECTOR) as path:
-        path.write_text(json.dumps(state), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
-def load(place: Path, selector: Selector, learner: Learner | None) -> int:
-    """Put selector and learner where save() took them; completions generated until then.
+def restore(place: Path, selector: PromptSelector, learner: Learner | None) -> int:
+    """Bring selector and learner into the state of save(). Returns the completions generated until then.
 
-    Raises ValueError for what is no such checkpoint, or one of other settings.
+    Raises ValueError for a place that is no such checkpoint, or one of a run with other settings.
     """
     if not _readable(place):
         raise ValueError(
-            f"{place} can't be resumed from: it is no checkpoint of DepoTrainer, only part of one, or was written in "
-            "the middle of a generation"
+            f"{place} cannot be resumed from: it is no whole checkpoint of DepoTrainer, or was written in the middle "
+            "of a generation"
         )
     state = json.loads((place / FOLDER / SELECTOR).read_text(encoding="utf-8"))
     selector.load_state_dict(state["selector"])
     if learner is not None:
-        # weights_only: tensors and plain values, no pickled code
+        # weights_only: reads tensors and plain values, runs no pickled code
         learner.load_state_dict(torch.load(place / FOLDER / ESTIMATOR, map_location="cpu", weights_only=True))
     return int(state["completions"])
 
@@ -98,20 +108,19 @@ def resumable(output_dir: Path) -> list[Path]:
 
 
 def export(root: Path, step: int, learner: Learner, selector: Selector, limit: int | None) -> Path:
-    """Write the policy's estimator as a checkpoint under `root` and make `current` name it; its place.
+    """Write the policy's estimator as a checkpoint under `root`, and let `current` name it. Returns its directory.
 
-    Of older ones `limit` are kept (None: all).
+    `limit`: how many older checkpoints stay (None: all).
     """
     place = root / f"step-{step}"
-    again = 2
-    while place.exists():  # of a run before, and perhaps served
-        place = root / f"step-{step}-{again}"
-        again += 1
+    number = 2
+    while place.exists():  # an earlier run's, which a gateway may serve
+        place = root / f"step-{step}-{number}"
+        number += 1
     recent = np.array([label[:4] for label in selector.beliefs.recent]).reshape(-1, 4)
     logits, rates, weights = recent[:, 0], recent[:, 1], recent[:, 3]
     if not len(recent):
-        some = selector.prompts[: min(SAMPLE, len(selector.prompts))]
-        logits = learner.score(some)[:, 0, QUALITY]
+        logits = learner.score(selector.prompts[: min(FALLBACK_PROMPTS, len(selector.prompts))])[:, 0, QUALITY]
         rates, weights = np.full(len(logits), np.nan), np.ones(len(logits))
     heads = learner.model.config.heads
     full = np.zeros((len(logits), 1, len(heads)))
@@ -132,7 +141,7 @@ def export(root: Path, step: int, learner: Learner, selector: Selector, limit: i
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A place to write to that becomes `path` once it is written whole."""
+    """A temporary file that replaces `path` once it is written whole."""
     beside = path.with_name(f".{path.name}")
     try:
         yield beside

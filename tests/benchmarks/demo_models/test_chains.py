@@ -73,7 +73,7 @@ def test_the_three_sets_are_disjoint_and_reproducible() -> None:
     assert sum(map(len, sets.values())) == len(set().union(*sets.values())) == 1500
     assert all(split_of(prompt) == split for split, prompts in sets.items() for prompt in prompts)
     assert sets["collect"] == chains.chains("collect", 500, seed=0) != chains.chains("collect", 500, seed=1)
-    assert split_of("3+4*9-2=") == "sft"  # a changed hash would leak what the models were taught into the evaluation
+    assert split_of("3+4*9-2=") == "sft"  # another hash would leak training prompts into the evaluation
     assert sorted(slot for slots in SPLITS.values() for slot in slots) == list(range(16))
 
 
@@ -99,13 +99,13 @@ def test_any_text_survives_the_tokenizer_and_a_chat_is_turn_after_turn() -> None
     ]
 
 
-def test_only_answers_are_taught() -> None:
+def test_only_answers_are_labelled() -> None:
     tokenizer = build_tokenizer()
-    batch = chains.lesson(random.Random(0), RECIPES[0], tokenizer, size=4, turns=2)
+    batch = chains.training_batch(random.Random(0), RECIPES[0], tokenizer, size=4, turns=2)
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-        taught = tokenizer.decode(ids[labels != -100])
-        first, second, _ = taught.split("</s>")
+        labelled = tokenizer.decode(ids[labels != -100])
+        first, second, _ = labelled.split("</s>")
         text = tokenizer.decode(ids)
         prompts = re.findall(r"<s>([^=]+=)", text)
         assert [first, second] == [answer_of(prompt) for prompt in prompts]

@@ -11,7 +11,7 @@ import pytest
 from depo_gateway.gateway.demo.report import Outcome, interval, longest_first, summary
 from tests.gateway.backend import FakeVllm
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-m", "depo_gateway.gateway", "demo", "--port", "0", "--admin-port", "0"]
 
 
@@ -52,7 +52,8 @@ async def test_it_stays_up_until_it_is_stopped_and_leaves_no_server_behind() -> 
     ]
     assert len(servers) == 2
     process.send_signal(signal.SIGINT)
-    assert await asyncio.wait_for(process.wait(), 30) == 0
+    await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 0
     for url in servers:
         with pytest.raises(OSError):
             await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from depo_gateway.training.commands import collect
+from depo_gateway.training.judging import openai_client
 from depo_gateway.training.outcomes import collection, sampling_client
 from depo_gateway.training.rewards.verifiers import Grader
 
@@ -95,7 +96,7 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling_client, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT_SECONDS", 0.001)
 
 
 def command(*words: object) -> int:
@@ -189,7 +190,9 @@ def test_a_backend_that_dies_midway_ends_it_with_one_line_and_keeps_the_rows(
         words = ("--backends", f"s={small.url}", f"l={large.url}", "--out", out, "--concurrency", 1)
         assert command("--prompts", prompts, *words) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"s: {small.url} answers 500, 6 times in a row; what is collected stays in {out}")
+    assert said.startswith(
+        f"s: {small.url} answers 500, 6 times in a row; {out} is kept, and the same command continues it"
+    )
     assert said.count("\n") == 1
     assert len(table(out)) == 5  # all but the probe
 
@@ -403,7 +406,7 @@ def test_ctrl_c_leaves_a_file_that_can_be_continued(prompts: Path, tmp_path: Pat
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=30)
         assert running.returncode == 1
-        assert said.decode() == f"interrupted; {out} stays, the same command goes on\n"
+        assert said.decode() == f"interrupted; {out} is kept, and the same command continues it\n"
         assert 2 <= len(table(out)) < 10
         assert command(*words) == 0
     assert len(table(out)) == 10
@@ -420,7 +423,7 @@ def test_grading_that_passes_nothing_is_pointed_out(
     with server(always("8")) as one, server(always("9"), ("b",)) as two:
         urls = (f"s={one.url}", f"l={two.url}")
         assert command("--prompts", prompts, "--backends", *urls, "--out", tmp_path / "out.jsonl", "--k", 1) == 0
-    assert "not one answer passed: look at --verifier (" in capsys.readouterr().out
+    assert "no answer passed: check --verifier (" in capsys.readouterr().out
 
 
 def test_mathematics_is_graded_in_worker_processes_and_a_timeout_is_left_out(
@@ -504,5 +507,5 @@ def test_ctrl_c_while_grading_ends_at_once(prompts: Path, tmp_path: Path) -> Non
         finally:
             running.kill()
     assert running.returncode == 1
-    assert said.decode() == f"interrupted; {out} stays, the same command goes on\n"
+    assert said.decode() == f"interrupted; {out} is kept, and the same command continues it\n"
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()

@@ -119,7 +119,7 @@ def test_deterministic_logs_are_told(fitted: Path, tmp_path: Path) -> None:
     assert rows[0]["quality"]["value"] is None
     assert rows[0]["unsupported"] > 0.3
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "left nothing to chance (routing.explore: 0)" in text
+    assert "were deterministic (routing.explore: 0)" in text
     assert "no support" in text
 
 
@@ -133,7 +133,7 @@ def test_calibrate_on_traffic(
     child, parent = Runtime.load(tmp_path / "new"), Runtime.load(fitted)
     assert child.manifest.parent == parent.version
     assert set(child.calibration.targets) == {"large-share=0.3", "quality=0.9", "cost=0.6"}
-    assert child.calibration.stages["full"].quality != parent.calibration.stages["full"].quality
+    assert child.calibration.stages["full"]["quality"] != parent.calibration.stages["full"]["quality"]
     curve = child.calibration.curves["difficulty"]
     assert curve.quality is not None
     assert curve.quality[-1] == pytest.approx(0.95, abs=0.04)  # all large

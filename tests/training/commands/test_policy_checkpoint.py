@@ -7,7 +7,7 @@ import pytest
 
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.__main__ import main
-from depo_gateway.training.evaluation.predictions import as_served
+from depo_gateway.training.evaluation.predictions import served_text
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def table(tmp_path: Path) -> Path:
 
 def test_it_is_read_as_the_gateway_would_read_it(tiny_policy_checkpoint: Path) -> None:
     config = Runtime.load(tiny_policy_checkpoint).manifest.text
-    prompt, context = as_served(config, "hard sum", "easy sum")
+    prompt, context = served_text(config, "hard sum", "easy sum")
     assert prompt != "hard sum"
     assert "easy sum\nhard sum" in prompt
     assert context == ""

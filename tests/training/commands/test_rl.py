@@ -1,7 +1,9 @@
-"""depo-train rl: examples, mistakes, interruptions. In this process, with a tiny policy on CPU."""
+"""depo-train rl: examples, selectors, mistakes, interruptions. In this process, with a tiny policy on CPU."""
 
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from depo_gateway.training.commands import rl
 from tests.training.rl import policy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-EXAMPLES = Path(__file__).parents[2] / "examples/rl"
+EXAMPLES = Path(__file__).parents[3] / "examples/rl"
 METHODS = ("grpo", "dapo", "depo-faithful", "depo-plus", "depo-dapo")
 REWARDS = """
 import os
@@ -50,6 +52,48 @@ def filling(prompts, completions, **columns):  # as a full disk: no file may gro
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     return parity(prompts, completions)
 """
+SELECTORS = """
+from depo_gateway.training.rl.selectors.rule import Selection, SelectionRule
+
+
+class Middling(SelectionRule):
+    "Chooses prompts of kind m; remembers how many groups it has seen."
+
+    def __init__(self, kind="m"):
+        self.kind, self.groups = kind, 0
+
+    def select(self, need, candidates):
+        rows = candidates.draw(12 * need)
+        good = [row for row in rows if candidates.prompts[row].startswith("user: " + self.kind)]
+        return Selection(good, [row for row in rows if row not in good])
+
+    def learn(self, labels):
+        self.groups += len(labels)
+        with open("chosen.txt", "a") as file:
+            print(*(label.index for label in labels), file=file)
+        return {"groups": float(self.groups)}
+
+    def state_dict(self):
+        return {"groups": self.groups}
+
+    def load_state_dict(self, state):
+        self.groups = state["groups"]
+
+
+class Scored(Middling):
+    "The same, with an estimator."
+
+    heads = ("policy",)
+
+    def select(self, need, candidates):
+        rows = candidates.draw(4 * need)
+        rates = dict(zip(rows, candidates.pass_rates(rows)))
+        return Selection(sorted(rows, key=lambda row: abs(rates[row] - 0.5))[:need])
+
+
+def rates():
+    return [0.5 if row % 3 == 2 else 0.0 for row in range(64)]
+"""
 TINY = """
 dataset_config: null
 answer_column: answer
@@ -72,13 +116,14 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_encoder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs depo-train rl in a directory of its own: exit code and what was said on stderr."""
+    """Runs depo-train rl in a directory of its own: exit code and stderr."""
     monkeypatch.chdir(tmp_path)
     for library in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
     policy.save(tmp_path / "policy", chat=True)
     policy.prompts().to_json(tmp_path / "prompts.jsonl")
     (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "choosing.py").write_text(SELECTORS)
     tiny = f"model_name_or_path: policy\ndataset: prompts.jsonl\nreward: ['rewards.py:parity']\noutput_dir: out\n{TINY}"
     (tmp_path / "plain.yaml").write_text(tiny)
     estimator = f"depo_encoder: {tiny_encoder}\ndepo_trunk: false\ndepo_max_tokens: 64\n"
@@ -108,11 +153,61 @@ def test_every_method_runs_from_its_example(run: Run, tmp_path: Path, method: st
         assert runtime.score([runtime.prepare("user: a: easy 000+59= = ")])[0].quality[0] >= 0.0
 
 
+def chosen_kinds(path: Path) -> list[str]:
+    """The kinds of prompts that Middling saw, step by step: row 0 is an a, 1 a z, 2 an m, and so on."""
+    lines = path.read_text().splitlines()
+    return ["".join("azm"[int(row) % 3] for row in line.split()) for line in lines]
+
+
+def test_a_selector_of_ones_own_runs_from_yaml_and_resumes(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(
+        "selector: choosing.py:Middling\nselector_options: {kind: m}\ndepo_explore: 0.0\nmax_steps: 6\n"
+    )
+    assert run(configs=["plain.yaml", "own.yaml"]) == (0, "")
+    whole = (tmp_path / "chosen.txt").read_text().splitlines()
+    assert chosen_kinds(tmp_path / "chosen.txt") == ["mm"] * 6
+    state = json.loads((tmp_path / "out/checkpoint-6/depo/selector.json").read_text())
+    assert state["selector"]["rule"] == {"groups": 12}
+    log = json.loads((tmp_path / "out/checkpoint-6/trainer_state.json").read_text())["log_history"]
+    assert [row["depo/groups"] for row in log if "depo/groups" in row] == [3.0, 7.0, 11.0]  # means of two steps
+    assert all(row["depo/kept"] < 1 for row in log if "depo/kept" in row)
+    for place in ("out/checkpoint-6", "out/checkpoint-4"):
+        shutil.rmtree(tmp_path / place)
+    (tmp_path / "chosen.txt").unlink()
+    assert run("--resume", configs=["plain.yaml", "own.yaml"]) == (0, "")  # from checkpoint-2
+    assert (tmp_path / "chosen.txt").read_text().splitlines() == whole[2:]
+    assert not (tmp_path / "out/estimator").exists()
+
+
+def test_a_selector_of_ones_own_may_read_the_estimator(run: Run, tmp_path: Path) -> None:
+    flags = ["--depo", "plus", "--depo_warmup", "1", "--selector", "choosing:Scored"]
+    assert run(*flags) == (0, "")
+    assert len(chosen_kinds(tmp_path / "chosen.txt")) == 4
+    assert checkpoint.resolve(tmp_path / "out/estimator").name == "step-4"
+
+
+@pytest.mark.parametrize(
+    ("selector", "options"),
+    [
+        ("greso", '{"start": 0.4}'),
+        ("mopps", "{}"),
+        ("polaris", '{"stage_steps": 2, "pass_rates": "choosing.py:rates"}'),
+        ("oracle", '{"pass_rates": "choosing.py:rates"}'),
+    ],
+)
+def test_the_baselines_run_in_the_real_trainer(run: Run, tmp_path: Path, selector: str, options: str) -> None:
+    flags = ["--selector", selector, "--selector_options", options, "--dynamic_sampling", "true"]
+    assert run(*flags, configs=["plain.yaml"]) == (0, "")
+    state = json.loads((tmp_path / "out/checkpoint-4/depo/selector.json").read_text())["selector"]
+    assert state["config"]["rule"] == selector
+    assert state["steps"] == 4
+
+
 @pytest.mark.parametrize("example", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_every_example_is_taken(example: Path) -> None:
     base = [] if example.parent == EXAMPLES else ["--config", str(EXAMPLES / "depo-faithful.yaml")]
-    parser, flags = rl.checked([*base, "--config", str(example)])
-    arguments, config, model = rl.parsed(parser, [*flags, "--use_cpu=True", "--bf16=False", "--use_vllm=False"])
+    parser, flags = rl.read_settings([*base, "--config", str(example)])
+    arguments, config, model = rl.parse_settings(parser, [*flags, "--use_cpu=True", "--bf16=False", "--use_vllm=False"])
     assert arguments.dataset
     assert model.model_name_or_path
     assert config.max_steps == 1000
@@ -125,10 +220,10 @@ def test_every_example_is_taken(example: Path) -> None:
 
 
 def test_flags_override_the_file() -> None:
-    parser, flags = rl.checked(
+    parser, flags = rl.read_settings(
         ["--config", str(EXAMPLES / "depo-plus.yaml"), "--max_steps", "7", "--depo_explore", "0"]
     )
-    _, config, _ = rl.parsed(parser, [*flags, "--use_cpu=True", "--bf16=False", "--use_vllm=False"])
+    _, config, _ = rl.parse_settings(parser, [*flags, "--use_cpu=True", "--bf16=False", "--use_vllm=False"])
     assert config.max_steps == 7
     assert config.selection().explore == 0.0
     assert config.selection().replay > 0  # the mode's
@@ -139,16 +234,24 @@ def test_flags_override_the_file() -> None:
     [
         (["--depo_warmupp", "3"], "unknown setting depo_warmupp; did you mean depo_warmup?"),
         (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
-        (["stray"], "'stray' is no flag and belongs to none"),
+        (["stray"], "'stray' is neither a flag nor the value of one"),
         (["--depo", "fast"], "depo is 'fast'; use one of off, faithful, plus"),
-        (["--model_name_or_path", "nowhere"], "model nowhere can't be loaded: "),
-        (["--dataset", "nowhere.jsonl"], "dataset nowhere.jsonl is not there"),
+        (["--model_name_or_path", "nowhere"], "model nowhere cannot be loaded: "),
+        (["--dataset", "nowhere.jsonl"], "dataset nowhere.jsonl does not exist"),
         (["--prompt_column", "question"], "the dataset has no column 'question', only prompt, answer"),
         (["--reward", "maths"], "unknown verifier 'maths'"),
         (["--per_device_train_batch_size", "400"], "train_dataset has 64 prompts, but one generation takes 100"),
         (["--resume"], "out has no checkpoint to resume from"),
         (["--depo_encoder", "nowhere", "--depo", "plus"], "encoder 'nowhere' can't be loaded"),
         (["--num_generations", "3"], "must be divisible by num_generations (3)"),
+        (["--selector", "gresso"], "the selection rule 'gresso' is unknown"),
+        (["--selector", "greso"], "selector is greso, which uses no estimator, but depo is faithful; set depo to off"),
+        (["--depo", "off", "--selector", "band"], "selector is band, which needs an estimator; set depo to"),
+        (["--depo", "off", "--selector", "mopps", "--depo_replay", "8"], "but the selector mopps has no estimator"),
+        (["--selector", "band", "--depo_rule", "band"], "set only one of them"),
+        (["--selector", "band", "--selector_options", "{"], "selector_options is not JSON"),
+        (["--depo_rule", "greso"], "depo_rule is greso, which uses no estimator"),
+        (["--selector_options", '{"a": 1}'], "selector_options is set, but no selector is named"),
     ],
 )
 def test_a_mistake_is_one_line(run: Run, words: list[str], said: str) -> None:
@@ -175,11 +278,17 @@ def test_mistakes_in_the_file(run: Run, tmp_path: Path) -> None:
         "depo-train rl: unknown setting max_step; did you mean max_steps?\n",
     )
     (tmp_path / "odd.yaml").write_text("max_steps: [3]\n")
-    assert run(configs=["tiny.yaml", "odd.yaml"]) == (2, "depo-train rl: max_steps is [3], which it can't be\n")
+    assert run(configs=["tiny.yaml", "odd.yaml"]) == (
+        2,
+        "depo-train rl: max_steps is [3], which is not a value of its type\n",
+    )
     (tmp_path / "odd.yaml").write_text("max_steps:\n")
-    assert run(configs=["tiny.yaml", "odd.yaml"]) == (2, "depo-train rl: max_steps is null, which it can't be\n")
+    assert run(configs=["tiny.yaml", "odd.yaml"]) == (
+        2,
+        "depo-train rl: max_steps is null, which is not a value of its type\n",
+    )
     (tmp_path / "odd.yaml").write_text("- max_steps\n")
-    assert run(configs=["odd.yaml"]) == (2, "depo-train rl: odd.yaml must hold settings, one `name: value` a line\n")
+    assert run(configs=["odd.yaml"]) == (2, "depo-train rl: odd.yaml must contain settings, one `name: value` a line\n")
     (tmp_path / "odd.yaml").write_text("dataset: prompts.jsonl\noutput_dir: out\n")
     code, err = run(configs=["odd.yaml"])
     assert (code, "model_name_or_path is missing" in err) == (2, True)
@@ -191,8 +300,8 @@ def test_ctrl_c_saves_what_resumes(run: Run, tmp_path: Path) -> None:
     code, err = run(*flags, "--reward", "rewards.py:interrupting")
     assert code == 1
     assert err == (
-        "depo-train rl: stopping after this step; again to stop at once\n"
-        "depo-train rl: interrupted; --resume goes on from out/checkpoint-3\n"
+        "depo-train rl: stopping after this step; repeat to stop at once\n"
+        "depo-train rl: interrupted; --resume continues from out/checkpoint-3\n"
     )
     code, err = run(*flags)
     assert (code, "add --resume" in err) == (2, True)  # it would be written over
@@ -204,7 +313,7 @@ def test_resuming_a_finished_run_ends_well(run: Run, tmp_path: Path) -> None:
     assert run(configs=["plain.yaml"]) == (0, "")
     weights = tmp_path / "out/model.safetensors"
     before = weights.read_bytes()
-    weights.unlink()  # as if it had been killed right before
+    weights.unlink()  # as if the run had been killed right before
     assert run("--config=plain.yaml", "--resume", configs=[]) == (0, "")
     assert weights.read_bytes() == before
     assert not (tmp_path / "out/checkpoint-5").exists()
@@ -215,7 +324,7 @@ def test_a_reward_that_raises_leaves_what_resumes(run: Run, tmp_path: Path) -> N
     code, err = run(*flags, "--reward", "rewards.py:broken")
     assert code == 2
     assert "raised ZeroDivisionError: division by zero" in err
-    assert err.endswith("; --resume goes on from out/checkpoint-3\n")
+    assert err.endswith("; --resume continues from out/checkpoint-3\n")
     assert err.count("\n") == 1
     assert run(*flags, "--resume") == (0, "")
 
@@ -261,11 +370,11 @@ def test_what_follows_two_dashes_goes_to_accelerate(run: Run, tmp_path: Path) ->
 
     code, out, _ = launched("--cpu", "--num_processes", "1")
     assert code == 0
-    assert "out/estimator: the estimator, which the gateway routes by" in out
-    assert "a dearer pool would serve, by threshold, 0.3: " in out
-    code, _, err = launched("--cpu", "--num_processes", "2")  # accelerate runs one
+    assert "out/estimator: the estimator, for the gateway to route by" in out
+    assert "that the dearer pool would serve, by threshold: 0.3: " in out
+    code, _, err = launched("--cpu", "--num_processes", "2")  # accelerate starts one
     assert code == 2
-    assert "2 processes were asked for, but accelerate started 1" in err
+    assert "2 processes were requested, but accelerate started 1" in err
     code, _, err = launched("--num_processors", "2")
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("depo-train rl: after --: ")
@@ -273,7 +382,7 @@ def test_what_follows_two_dashes_goes_to_accelerate(run: Run, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal(run: Run, tmp_path: Path) -> None:
-    """The signal comes to a process of its own, in the midst of whatever it does."""
+    """The signal reaches a separate process at an arbitrary moment."""
     command = [
         sys.executable,
         "-m",
@@ -294,4 +403,4 @@ def test_ctrl_c_in_a_terminal(run: Run, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in err
-    assert "interrupted; --resume goes on from out/checkpoint-" in err
+    assert "interrupted; --resume continues from out/checkpoint-" in err

@@ -5,20 +5,21 @@ import dataclasses
 import numpy as np
 import pytest
 
-from depo_gateway.estimator.calibration import Array, route
+from depo_gateway.estimator.calibration import route
+from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.evaluation.off_policy import (
     Integers,
     Logs,
-    Values,
-    by_length,
-    coin,
-    difference,
+    PolicyValues,
     estimate,
-    interval,
     label_rates,
-    subset,
-    usable,
-    weights,
+    length_routing,
+    paired_difference,
+    propensity_weights,
+    random_routing,
+    select_records,
+    usable_records,
+    value_intervals,
 )
 
 THRESHOLDS = (0.75, 0.95)  # of the policies to be valued; the one that logged has 0.85
@@ -60,8 +61,8 @@ def truth() -> Array:
     return np.array([true[np.arange(len(true)), chosen].mean() for chosen in policies(predicted).T])
 
 
-def covered(values: Values, truth: Array) -> np.ndarray:
-    low, high = interval(values)
+def covered(values: PolicyValues, truth: Array) -> np.ndarray:
+    low, high = value_intervals(values)
     return (low <= truth) & (truth <= high)
 
 
@@ -100,7 +101,7 @@ def test_good_predictions_narrow_the_interval() -> None:
     chosen = policies(logs.predicted)
     widths = {}
     for name, values in (("snips", estimate(sharp, chosen).snips), ("robust", estimate(sharp, chosen).doubly_robust)):
-        low, high = interval(values)
+        low, high = value_intervals(values)
         widths[name] = high - low
     assert (widths["robust"] < 0.6 * widths["snips"]).all()
 
@@ -118,7 +119,7 @@ def test_complete_records_are_the_outcome_itself() -> None:
 
 def test_deterministic_logs_support_only_what_was_done() -> None:
     logs, outcomes = logged(np.random.default_rng(0), 2000, 0.0)
-    assert usable(logs)[1] == {}
+    assert usable_records(logs)[1] == {}
     done = route(logs.predicted, "gain", 0.85)
     chosen = np.stack([done, route(logs.predicted, "gain", 0.5), np.ones(2000, np.int64)], 1)
     found = estimate(logs, chosen)
@@ -127,7 +128,7 @@ def test_deterministic_logs_support_only_what_was_done() -> None:
     assert (found.unsupported[1:] > 0.05).all()
     for values in (found.snips, found.doubly_robust):
         assert np.isnan(values.point[1:]).all()
-        low, high = interval(values)
+        low, high = value_intervals(values)
         assert np.isnan([low[1:], high[1:]]).all()
 
 
@@ -149,13 +150,13 @@ def test_what_is_left_out_and_why() -> None:
         ),
         np.arange(500),
     )
-    kept, left_out = usable(both)
-    assert kept.tolist() == [True] * 300 + [False] * 200
+    used, left_out = usable_records(both)
+    assert used.tolist() == [True] * 300 + [False] * 200
     assert left_out == {"without a chance for another pool (explore: 0)": 200}
     unlabelled, _ = logged(generator, 300, 0.2, rates=(0.0, 0.0), shadowed=0.1)
-    kept, left_out = usable(unlabelled)
-    assert subset(unlabelled, kept).complete.all()
-    assert left_out == {"without label": 300 - kept.sum()}
+    used, left_out = usable_records(unlabelled)
+    assert select_records(unlabelled, used).complete.all()
+    assert left_out == {"without label": 300 - used.sum()}
 
 
 def test_weights_and_effective_size_by_hand() -> None:
@@ -167,8 +168,8 @@ def test_weights_and_effective_size_by_hand() -> None:
         np.arange(5),
     )
     assert label_rates(logs).tolist() == [0.5, 1.0]
-    assert weights(logs, clip=50).tolist() == pytest.approx([1 / 0.9 / 0.5, 0, 10, 50, 1])
-    found = estimate(logs, np.ones((5, 1), np.int64), clip=50, least=0)
+    assert propensity_weights(logs, clip=50).tolist() == pytest.approx([1 / 0.9 / 0.5, 0, 10, 50, 1])
+    found = estimate(logs, np.ones((5, 1), np.int64), clip=50, min_effective=0)
     assert found.snips.point[0] == pytest.approx((10 * 1 + 50 * 0 + 1) / 61)
     assert found.doubly_robust.point[0] == pytest.approx((4 * 0.5 + 1 + 10 * 0.5 - 50 * 0.5) / 5)
     assert found.effective[0] == pytest.approx(61**2 / (100 + 2500 + 1))
@@ -180,7 +181,7 @@ def test_what_was_hardly_explored_is_not_estimated_however_well_the_weights_look
     logs, _ = logged(np.random.default_rng(0), 400, 0.02)
     done = route(logs.predicted, "gain", 0.85)
     seen = (logs.pool == done) | (done == 0)
-    unlucky = subset(logs, seen)
+    unlucky = select_records(logs, seen)
     chosen = np.concatenate([policies(unlucky.predicted), done[seen, None]], 1)
     found = estimate(unlucky, chosen)
     assert found.effective[2] > 150
@@ -198,24 +199,26 @@ def test_whole_conversations_are_resampled() -> None:
     parts = [getattr(alone, name)[copies] for name in ("pool", "propensity", "observed", "predicted")]
     widths = []
     for conversation in (np.arange(2000), copies):
-        low, high = interval(estimate(Logs(*parts, conversation), policies(parts[3])).snips)
+        low, high = value_intervals(estimate(Logs(*parts, conversation), policies(parts[3])).snips)
         widths.append(high - low)
     assert (widths[1] > 3 * widths[0]).all()
 
 
-def test_the_coin_and_differences_are_paired() -> None:
+def test_random_routing_and_differences_are_paired() -> None:
     logs, _ = logged(np.random.default_rng(0), 2000, 0.3)
     chosen = policies(logs.predicted)
     found = estimate(logs, chosen)
-    constants = Values(found.snips.point[2:], found.snips.draws[:, 2:])
-    by_coin = coin(constants, found.shares, found.share_draws)
-    assert by_coin.point[0] == pytest.approx(found.shares[0] @ constants.point)
-    ahead = difference(found.snips, by_coin)
+    constants = PolicyValues(found.snips.point[2:], found.snips.draws[:, 2:])
+    at_random = random_routing(constants, found.shares, found.share_draws)
+    assert at_random.point[0] == pytest.approx(found.shares[0] @ constants.point)
+    ahead = paired_difference(found.snips, at_random)
     assert ahead.point[2:] == pytest.approx([0.0, 0.0], abs=1e-12)
-    low, high = interval(ahead)
+    low, high = value_intervals(ahead)
     assert low[0] > 0  # the rule knows something
     assert np.ptp([low[2:], high[2:]]) < 1e-9
-    assert not np.isnan(coin(Values(np.array([0.5, np.nan]), np.full((3, 2), np.nan)), *zero_large()).point).any()
+    assert not np.isnan(
+        random_routing(PolicyValues(np.array([0.5, np.nan]), np.full((3, 2), np.nan)), *zero_large()).point
+    ).any()
 
 
 def zero_large() -> tuple[Array, Array]:
@@ -223,7 +226,7 @@ def zero_large() -> tuple[Array, Array]:
 
 
 def test_length_takes_the_same_shares() -> None:
-    chosen = by_length(np.array([5.0, 1, 4, 2, 3, 6, 7, 8, 9, 10]), np.array([[0.7, 0.3], [0.0, 1.0], [1.0, 0.0]]))
+    chosen = length_routing(np.array([5.0, 1, 4, 2, 3, 6, 7, 8, 9, 10]), np.array([[0.7, 0.3], [0.0, 1.0], [1.0, 0.0]]))
     assert chosen[:, 0].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
     assert chosen[:, 1].all()
     assert not chosen[:, 2].any()

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from depo_gateway.estimator.calibration import Array, route
-from depo_gateway.training.evaluation.risk_control import Guarantee, grid, guarantee, p_values
+from depo_gateway.estimator.calibration import route
+from depo_gateway.estimator.logistic import Array
+from depo_gateway.training.evaluation.risk_control import Guarantee, guarantee, p_values, threshold_grid
 
 EPSILON, DELTA, SETS = 0.02, 0.1, 200
 
@@ -39,7 +40,7 @@ def test_it_is_violated_at_most_as_often_as_it_says_and_the_naive_threshold_half
     population: tuple[Array, Array, Array], rule: str
 ) -> None:
     generator = np.random.default_rng(0)
-    thresholds = grid(world(generator, 500)[0], rule)
+    thresholds = threshold_grid(world(generator, 500)[0], rule)
     risk = {float(t): true_loss(population, rule, float(t)) for t in thresholds}
     found, saved, plugged = [], [], []
     for _ in range(SETS):
@@ -57,7 +58,7 @@ def test_two_thousand_prompts_save_most_of_what_perfect_knowledge_of_the_risk_wo
     population: tuple[Array, Array, Array],
 ) -> None:
     generator = np.random.default_rng(1)
-    thresholds = grid(world(generator, 500)[0], "gain")
+    thresholds = threshold_grid(world(generator, 500)[0], "gain")
     possible = min(t for t in thresholds if true_loss(population, "gain", float(t)) <= EPSILON)
     best = float((route(population[0], "gain", float(possible)) == 0).mean())
     saved = []
@@ -120,7 +121,7 @@ def test_a_table_sorted_by_outcome_is_no_proof() -> None:
 def test_where_nothing_passes_it_says_so_and_gives_threshold_1() -> None:
     predicted = np.tile([[0.9, 0.5]], (300, 1))  # sure of the small pool, and wrong
     observed = np.tile([[0.0, 1.0]], (300, 1))
-    at = guarantee(predicted, observed, "gain", grid(predicted, "gain"), EPSILON, 0.05)
+    at = guarantee(predicted, observed, "gain", threshold_grid(predicted, "gain"), EPSILON, 0.05)
     assert (at.passed, at.threshold, at.loss, at.large_share) == (False, 1.0, 1.0, 0.0)
 
 
@@ -135,7 +136,7 @@ def test_three_pools_and_an_order_of_rows_that_does_not_matter_much() -> None:
     true = np.stack([generator.uniform(0.2, 0.9, 3000), generator.uniform(0.5, 0.9, 3000), np.full(3000, 0.9)], 1)
     observed = (generator.uniform(size=true.shape) < true).astype(float)
     order = np.argsort(observed[:, 0], kind="stable")  # sorted by outcome, as a table may be
-    at = guarantee(true[order], observed[order], "gain", grid(true[:500], "gain"), 0.05, 0.05)
+    at = guarantee(true[order], observed[order], "gain", threshold_grid(true[:500], "gain"), 0.05, 0.05)
     assert at.passed
     assert 0.05 < 1 - at.large_share < 1
     assert at.loss <= 0.05
@@ -143,7 +144,7 @@ def test_three_pools_and_an_order_of_rows_that_does_not_matter_much() -> None:
 
 def test_the_grid_is_fixed_by_scores_alone_safest_first() -> None:
     predicted, _, _ = world(np.random.default_rng(0), 500)
-    thresholds = grid(predicted, "gain")
+    thresholds = threshold_grid(predicted, "gain")
     assert thresholds[0] == 1.0
     assert (np.diff(thresholds) < 0).all()
     shares = [(route(predicted, "gain", float(t)) == 1).mean() for t in thresholds]

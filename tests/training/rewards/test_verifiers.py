@@ -85,85 +85,6 @@ def test_the_pure_verifiers_by_name() -> None:
         assert grader.counts() == {"graded": 0, "timeouts": 0, "failures": 0}
 
 
-@pytest.fixture(scope="module")
-def mathematics() -> Iterator[Grader]:
-    with closing(Grader("math", deadline_s=20.0)) as grader:
-        yield grader
-
-
-EQUAL = [
-    ("18", "18"),
-    (r"\boxed{18}", "18"),
-    (r"So \boxed{\frac{1}{2}}.", "0.5"),
-    ("0.5", r"\frac{1}{2}"),
-    ("0.5", "1/2"),
-    (r"\boxed{\dfrac{2}{4}}", r"We add them. \[\boxed{\frac12}\]"),
-    ("The answer is 1,000.", "1000"),
-    (r"\boxed{1{,}000}", "1,000"),
-    ("1234567", r"\$1,234,567"),
-    ("she pays $18.00", "#### 18"),
-    ("42", "She has 6 * 7 = <<6*7=42>>42\n#### 42"),
-    ("first 5\n#### 42", "42"),
-    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\sqrt{2}/2"),
-    (r"2\sqrt{3}", r"\sqrt{12}"),
-    (r"$\{2, 1\}$", r"\{1,2\}"),
-    (r"\boxed{(1, 2)}", "(1,2)"),
-    (r"\boxed{[0,1)}", "[0, 1)"),
-    (r"\boxed{x=3}", "3"),
-    ("1+9=10", "10"),
-    (r"\boxed{1+x^2}", "x^2+1"),
-    (r"\boxed{1} and \boxed{2}", "1, 2"),
-    (r"maybe \boxed{17}, no: \boxed{18}", "18"),
-    (r"<think>\boxed{17}</think> The answer is 18", "18"),
-    (r"\boxed{\text{no solution}}", "No solution"),
-    (r"\boxed{\text{(B)}}", "(B)"),
-    (r"\boxed{50\%}", "50"),
-    (r"\boxed{3\frac{1}{2}}", "7/2"),
-    (r"\boxed{\pi}", r"\pi"),
-    (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
-]
-DIFFERENT = [
-    ("17", "18"),
-    (r"\boxed{0.33}", r"\frac{1}{3}"),
-    (r"\boxed{17} and not 18", "18"),
-    (r"\boxed{18} then \boxed{17}", "18"),
-    (r"<think>\boxed{18}</think> The answer is 17", "18"),
-    ("I got 5 and then 18", "5"),
-    (r"\boxed{(2,1)}", "(1,2)"),
-    (r"\boxed{\{1,2,3\}}", r"\{1,2\}"),
-    (r"\boxed{2}", r"2\sqrt{3}"),
-    (r"\boxed{3.14}", r"\pi"),
-    (r"\boxed{21/2}", "2 1/2"),
-    ("not a number", "2"),
-    (r"\boxed{}", "2"),
-    (r"\boxed{unclosed", "2"),
-    ("", "2"),
-    (r"\boxed{\text{NaN}}", "2"),
-    (r"\boxed{\infty}", "2"),
-    (r"\boxed{x}", "2"),
-    ("\x00\ud800", "2"),
-]
-
-
-@pytest.mark.parametrize(("pair", "reward"), [(pair, 1) for pair in EQUAL] + [(pair, 0) for pair in DIFFERENT])
-def test_math_compares_answers_not_texts(mathematics: Grader, pair: tuple[str, str], reward: float) -> None:
-    assert mathematics.grade([pair]) == [reward]
-
-
-def test_math_grades_a_batch_in_order_and_counts_what_has_no_reference(mathematics: Grader) -> None:
-    mathematics.counts()
-    pairs = [(rf"\boxed{{{i}}}", rf"\frac{{{2 * i + i % 2}}}{{2}}") for i in range(100)]
-    assert mathematics.grade(pairs) == [1 - i % 2 for i in range(100)]
-    assert mathematics.grade([("1", ""), ("1", "It is left as an exercise."), ("1", "1")]) == [None, None, 1]
-    assert mathematics.counts() == {"graded": 101, "timeouts": 0, "failures": 2}
-
-
-def test_an_expression_without_end_is_a_timeout_not_a_wrong_answer() -> None:
-    with closing(Grader("math", deadline_s=1.0)) as grader:
-        assert grader.grade([("2", "2"), (r"\boxed{9^{9^{9^9}}}", "3"), ("3", "3")]) == [1, None, 1]
-        assert grader.counts() == {"graded": 2, "timeouts": 1, "failures": 0}
-
-
 def test_math_without_its_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))
@@ -236,7 +157,7 @@ def test_a_verifier_as_a_reward_function() -> None:
         assert reward(**BATCH) == [1, 0, 0]
 
 
-def test_a_function_of_ones_own_is_told_by_its_arguments(own: Callable[[str], Any]) -> None:
+def test_the_users_function_is_recognised_by_its_parameters(own: Callable[[str], Any]) -> None:
     assert own("length")(**BATCH) == [0.2, 0.4, 0.3]
     assert own("length").__name__ == "length"
     assert own("batch").__name__ == "batch"
@@ -246,7 +167,9 @@ def test_a_function_of_ones_own_is_told_by_its_arguments(own: Callable[[str], An
             ValueError, match=r"a verifier takes \(completion, reference\), a reward function \(prompts"
         ):
             own(wrong)
-    with pytest.raises(ValueError, match="unknown verifier 'maths': known are exact, number, choice, math, or a func"):
+    with pytest.raises(
+        ValueError, match="unknown verifier 'maths': known are exact, number, choice, math, or your own func"
+    ):
         reward_function("maths")
 
 
@@ -287,7 +210,7 @@ def test_a_verifier_that_fails_names_its_completion_and_prompt(own: Callable[[st
 
 def test_collect_takes_no_batch_function(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
-    with pytest.raises(ValueError, match=r"own\.py:batch does not take \(completion, reference\), by these names"):
+    with pytest.raises(ValueError, match=r"own\.py:batch must take parameters named \(completion, reference\)"):
         Grader(f"{tmp_path}/own.py:batch")
     with pytest.raises(ValueError, match="deadline must be above 0 seconds, not 0"):
         Grader("number", deadline_s=0)

@@ -1,4 +1,4 @@
-"""What test_trainer_ranks.py runs on every rank, with a place for the results and the estimator's encoder."""
+"""The program that test_trainer_ranks.py runs on every rank: arguments are a directory for results and an encoder."""
 
 import gc
 import hashlib
@@ -12,6 +12,7 @@ import torch.distributed
 
 from depo_gateway.training.rewards.worker_pool import RewardError
 from depo_gateway.training.rl.config import DepoConfig
+from depo_gateway.training.rl.selector import Selector
 from depo_gateway.training.rl.trainer import DepoTrainer
 from tests.training.rl import policy
 
@@ -27,7 +28,7 @@ def broken(prompts: list[Any], completions: list[Any], **_: Any) -> list[float |
 def run(
     name: str, out: Path, encoder: str, off_by: int = 0, reward: Any = policy.reward, **settings: Any
 ) -> dict[str, Any]:
-    """Train; what this rank chose and ended with. `off_by`: added to the selector's seed on rank 1."""
+    """Train. Returns what this rank chose and ended with. `off_by`: added to the stream's seed on rank 1."""
     args = DepoConfig(
         output_dir=str(out / name), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
         disable_tqdm=True, per_device_train_batch_size=8, num_generations=4, max_completion_length=6, logging_steps=1,
@@ -39,20 +40,20 @@ def run(
         train_dataset=policy.prompts(),
     )  # fmt: skip
     rank = made.accelerator.process_index
-    made.selector.seed += off_by * rank
+    assert isinstance(made.selector, Selector)
     made.selector.stream.seed += off_by * rank
     assert made.learner is not None
     with torch.no_grad():
-        made.learner.model.bias += rank  # as if its first steps had been summed otherwise
+        made.learner.model.bias += rank  # as if rounding differed between the ranks
     chosen: list[Any] = []
-    choose = made.selector.choose
+    take = made.selector.take
 
-    def choosing(need: int) -> Any:
-        choice = choose(need)
-        chosen.append(choice.indices)
-        return choice
+    def taking(count: int) -> Any:
+        tickets = take(count)
+        chosen.append([ticket.row for ticket in tickets])
+        return tickets
 
-    made.selector.choose = choosing  # type: ignore[method-assign]
+    made.selector.take = taking  # type: ignore[method-assign]
     error = ""
     try:
         made.train()
@@ -95,5 +96,5 @@ if __name__ == "__main__":
     (place / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
     torch.distributed.barrier()  # a rank that left early would abort the other
     torch.distributed.destroy_process_group()
-    gc.collect()  # trainers are cycles and hold the group, whose threads abort an interpreter that ends
+    gc.collect()  # trainers are reference cycles with the process group, whose threads abort a normal exit
     assert not gloo_threads()

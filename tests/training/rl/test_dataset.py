@@ -1,7 +1,7 @@
 import pytest
 from datasets import Dataset
 
-from depo_gateway.training.rl.dataset import prepared
+from depo_gateway.training.rl.dataset import prepare_rows
 
 
 @pytest.mark.parametrize("absent", [0, 1500])  # map guesses the column's type from its first 1,000 rows
@@ -9,9 +9,9 @@ def test_a_row_without_an_answer_has_none(absent: int) -> None:
     answers = [None] * absent + [18, None]
     rows = Dataset.from_list([{"prompt": "1+1", "gold": {"truth": answer}} for answer in answers])
     wanted = [None] * absent + ["18", None]
-    assert prepared(rows, "prompt", "gold.truth", None, chat=False)["answer"][:] == wanted
+    assert prepare_rows(rows, "prompt", "gold.truth", None, chat=False)["answer"][:] == wanted
     flat = Dataset.from_dict({"prompt": ["1+1"] * len(answers), "answer": answers})
-    assert prepared(flat, "prompt", "answer", None, chat=False)["answer"][:] == wanted
+    assert prepare_rows(flat, "prompt", "answer", None, chat=False)["answer"][:] == wanted
 
 
 def test_a_nested_column_that_no_row_has_is_named() -> None:
@@ -22,4 +22,4 @@ def test_a_nested_column_that_no_row_has_is_named() -> None:
         ("gold.text", "gold.truth", "gold.text"),
     ):
         with pytest.raises(ValueError, match=f"^no row of the dataset has a value in the column '{named}'$"):
-            prepared(rows, prompt, answer, None, chat=False)
+            prepare_rows(rows, prompt, answer, None, chat=False)

@@ -1,4 +1,4 @@
-"""What `depo-train rl` shows Prometheus, against what TRL logs of the same run; real runs of a tiny policy on CPU."""
+"""The Prometheus metrics of `depo-train rl` against TRL's log of the same run: a tiny policy on CPU."""
 
 import math
 import os
@@ -17,21 +17,21 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from depo_gateway.training.__main__ import main
-from depo_gateway.training.rl.metrics import LOGGED, NOTED, RunMetrics, Watch, address
+from depo_gateway.training.rl.metrics import DEPO_METRICS, TRL_METRICS, MetricsCallback, RunMetrics, listen_address
 from tests.training.rl import policy
 from tests.training.rl.test_trainer import rows, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PLUS = {"depo": "plus", "depo_warmup": 1, "max_steps": 6}
 TELLING = """
 import os
 import pathlib
 import urllib.request
 
-from tests.training.policy import reward
+from tests.training.rl.policy import reward
 
-def telling(prompts, completions, **columns):  # scrapes the run from within, in the midst of a generation
+def telling(prompts, completions, **columns):  # scrapes the run from within a generation
     with urllib.request.urlopen(os.environ["METRICS_URL"]) as page:
         pathlib.Path("page.prom").write_bytes(page.read())
     return reward(prompts, completions)
@@ -73,7 +73,7 @@ def ran(place: Path, encoder: Path | None, resume: bool = False, **settings: Any
     """A run of the trainer: its metrics at the end, the rows of its log, the trainer."""
     made = trainer(place, encoder, **settings)
     metrics = RunMetrics("0")
-    Watch(metrics, made)
+    MetricsCallback(metrics, made)
     made.train(resume_from_checkpoint=resume)
     return samples(generate_latest(metrics.registry).decode()), rows(made), made
 
@@ -81,7 +81,7 @@ def ran(place: Path, encoder: Path | None, resume: bool = False, **settings: Any
 def test_every_figure_is_what_trl_logs(tmp_path: Path, tiny_encoder: Path) -> None:
     found, logged, made = ran(tmp_path, tiny_encoder, **PLUS, dynamic_sampling=True)
     assert len(logged) == 6
-    for key, (name, _) in {**LOGGED, **NOTED}.items():
+    for key, (name, _) in {**TRL_METRICS, **DEPO_METRICS}.items():
         if key == "kl":  # needs a policy with a name: below
             continue
         told = [row[key] for row in made.state.log_history if key in row]
@@ -168,10 +168,10 @@ def test_gradings_that_fail_are_counted(tmp_path: Path) -> None:
 )
 def test_addresses(text: str, found: tuple[str, int] | None) -> None:
     if found is not None:
-        assert address(text) == found
+        assert listen_address(text) == found
     else:
         with pytest.raises(ValueError, match="it must be an address and a port"):
-            address(text)
+            listen_address(text)
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_promtool_has_nothing_to_say(tmp_path: Path, tiny_encoder: Path) -> None
         pytest.fail(reason) if os.environ.get("DEPO_NEEDS_PROMETHEUS") == "1" else pytest.skip(reason)
     made = trainer(tmp_path, tiny_encoder, **PLUS)
     metrics = RunMetrics("0")
-    Watch(metrics, made)
+    MetricsCallback(metrics, made)
     made.train()
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=generate_latest(metrics.registry), capture_output=True, check=False
@@ -247,7 +247,7 @@ def test_a_mistaken_address_is_one_line(prepared: Callable[..., str], capfd: pyt
 
 LEAVING = """
 import sys
-from tests.training.ranks import gloo_threads
+from tests.training.rl.ranks import gloo_threads
 from depo_gateway.training.__main__ import main
 code = main()
 sys.stdout.write(f"threads of gloo's: {gloo_threads()}\\n")
@@ -257,7 +257,7 @@ sys.exit(code)
 
 @pytest.mark.slow
 def test_of_two_processes_the_first_alone_serves(prepared: Callable[..., str]) -> None:
-    """Two would want the same port, and the second would fail."""
+    """A second server on the same port would fail."""
     url = prepared()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {
@@ -269,7 +269,7 @@ def test_of_two_processes_the_first_alone_serves(prepared: Callable[..., str]) -
         capture_output=True, text=True, timeout=300, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("threads of gloo's: []") == 2, done.stdout  # they abort an interpreter that ends
+    assert done.stdout.count("threads of gloo's: []") == 2, done.stdout  # they abort a normal exit
     assert done.stderr.count(f"metrics on {url}") == 1
     found = samples(Path("page.prom").read_text())
     assert found["training_completions_total", ""] == 48  # 16 of both processes in each of three steps

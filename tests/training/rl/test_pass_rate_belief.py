@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from depo_gateway.training.rl.pass_rate_belief import (
-    Beliefs,
+    PassRateBeliefs,
     nonzero_advantage,
     nonzero_advantage_of_beta,
     strength_of,
@@ -37,7 +37,7 @@ def test_the_strength_of_predictions_is_found_again(true_strength: float) -> Non
 
 
 def test_a_prompts_own_outcomes_count_and_fade() -> None:
-    beliefs = Beliefs(calibrate=False, half_life=10)
+    beliefs = PassRateBeliefs(calibrate=False, half_life=10)
     unknown = beliefs.nonzero_advantage([7], np.zeros(1), 8, step=0)[0]
     beliefs.learn(7, 0.0, 0.0, 8, 1.0, step=0)
     beliefs.strength = 4.0
@@ -50,7 +50,7 @@ def test_a_prompts_own_outcomes_count_and_fade() -> None:
 
 
 def test_without_a_half_life_a_prompts_own_outcomes_are_not_kept() -> None:
-    beliefs = Beliefs(calibrate=False, half_life=0)
+    beliefs = PassRateBeliefs(calibrate=False, half_life=0)
     before = beliefs.nonzero_advantage([7], np.zeros(1), 8, step=0)
     beliefs.learn(7, 0.0, 0.0, 8, 1.0, step=0)
     assert beliefs.nonzero_advantage([7], np.zeros(1), 8, step=0) == before
@@ -58,7 +58,7 @@ def test_without_a_half_life_a_prompts_own_outcomes_are_not_kept() -> None:
 
 def test_predictions_that_are_too_sure_are_calibrated_on_recent_labels() -> None:
     rng = np.random.default_rng(1)
-    beliefs = Beliefs(calibrate=True, half_life=0)
+    beliefs = PassRateBeliefs(calibrate=True, half_life=0)
     truth = rng.normal(0, 1, 400)
     for row, logit in enumerate(truth):
         passed = rng.binomial(8, 1 / (1 + np.exp(-logit)))
@@ -70,11 +70,11 @@ def test_predictions_that_are_too_sure_are_calibrated_on_recent_labels() -> None
 
 def test_resumed_beliefs_are_the_same() -> None:
     rng = np.random.default_rng(2)
-    beliefs = Beliefs(calibrate=True, half_life=20)
+    beliefs = PassRateBeliefs(calibrate=True, half_life=20)
     for step in range(60):
         beliefs.learn(int(rng.integers(20)), rng.normal(), float(rng.integers(9)) / 8, 8, 1.0, step)
     beliefs.refit()
-    again = Beliefs(calibrate=True, half_life=20)
+    again = PassRateBeliefs(calibrate=True, half_life=20)
     again.load_state_dict(json.loads(json.dumps(beliefs.state_dict())))
     rows, logits = list(range(30)), rng.normal(size=30)
     assert np.array_equal(beliefs.nonzero_advantage(rows, logits, 8, 61), again.nonzero_advantage(rows, logits, 8, 61))

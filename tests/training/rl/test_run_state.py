@@ -12,7 +12,7 @@ from depo_gateway.training.rl.run_state import resumable
 from tests.training.rl import policy
 from tests.training.rl.test_trainer import rows, trainer, watched
 
-# what TRL and transformers say to each other
+# deprecations between TRL and transformers
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 

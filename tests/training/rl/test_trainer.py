@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from depo_gateway.estimator.text import CHAT, extract_text
 from depo_gateway.gateway import scoring
 from depo_gateway.training.rl.config import DepoConfig
 from depo_gateway.training.rl.group_labels import Group
+from depo_gateway.training.rl.prompt_stream import PromptStream
+from depo_gateway.training.rl.tickets import InFlight, Ticket
 from depo_gateway.training.rl.trainer import DepoTrainer
 from tests.training.rl import policy
 
-# what TRL and transformers say to each other
+# deprecations between TRL and transformers
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 SMALL: dict[str, Any] = {
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True,
@@ -31,7 +33,7 @@ ESTIMATOR = {"depo_trunk": False, "depo_max_tokens": 32, "depo_encoder_learning_
 
 def trainer(place: Path, encoder: Path | None = None, reward: Any = policy.reward, **settings: Any) -> DepoTrainer:
     dataset = settings.pop("dataset", None) or policy.prompts()
-    chat = settings.pop("chat", False)
+    chat, selector = settings.pop("chat", False), settings.pop("selector", None)
     if encoder is not None:
         settings = {"depo_encoder": str(encoder), **ESTIMATOR, **settings}
     return DepoTrainer(
@@ -40,6 +42,7 @@ def trainer(place: Path, encoder: Path | None = None, reward: Any = policy.rewar
         args=DepoConfig(output_dir=str(place), **{**SMALL, **settings}),
         reward_funcs=reward,
         train_dataset=dataset,
+        selector=selector,
     )
 
 
@@ -49,22 +52,29 @@ def rows(made: DepoTrainer, key: str = "depo/completions") -> list[dict[str, Any
 
 
 def watched(made: DepoTrainer) -> tuple[list[tuple[int, ...]], list[list[Group]]]:
-    """The rows of each choice and the groups of each observation, as they come."""
+    """The rows of each choice and the groups of each step of the selector, as they come."""
     chosen: list[tuple[int, ...]] = []
-    observed: list[list[Group]] = []
-    choose, observe = made.selector.choose, made.selector.observe
+    learned: list[list[Group]] = []
+    reported: list[Group] = []
+    take, report, step = made.selector.take, made.selector.report, made.selector.step
 
-    def choosing(need: int) -> Any:
-        choice = choose(need)
-        chosen.append(choice.indices)
-        return choice
+    def taking(count: int) -> Sequence[Ticket]:
+        tickets = take(count)
+        chosen.append(tuple(ticket.row for ticket in tickets))
+        return tickets
 
-    def observing(groups: Sequence[Group]) -> dict[str, float]:
-        observed.append(list(groups))
-        return observe(groups)
+    def reporting(ticket: Any, rewards: Sequence[float], log_probs: Sequence[float] = ()) -> bool:
+        reported.append(Group(ticket.row, tuple(rewards), tuple(log_probs)))
+        return report(ticket, rewards, log_probs)
 
-    made.selector.choose, made.selector.observe = choosing, observing  # type: ignore[method-assign]
-    return chosen, observed
+    def stepping() -> Mapping[str, float]:
+        learned.append(list(reported))
+        reported.clear()
+        return step()
+
+    for name, method in (("take", taking), ("report", reporting), ("step", stepping)):
+        setattr(made.selector, name, method)
+    return chosen, learned
 
 
 def kinds(made: DepoTrainer, indices: Sequence[int]) -> str:
@@ -81,7 +91,7 @@ def test_plain_grpo_takes_prompts_from_the_stream(tmp_path: Path) -> None:
 
     made = trainer(tmp_path, reward=reward)
     made.train()
-    order = [made.train_dataset[row]["prompt"] for row in type(made.selector.stream)(64, 7).draw(12)]
+    order = [made.train_dataset[row]["prompt"] for row in PromptStream(64, 7).draw(12)]
     assert seen == [prompt for prompt in order for _ in range(4)]
     assert [row["depo/completions"] for row in rows(made)] == [16, 32, 48]
     assert all(row["depo/zero_advantage_share"] == 1.0 for row in rows(made))
@@ -102,7 +112,7 @@ def test_warm_up_keeps_all_and_the_next_generation_filters(tmp_path: Path, tiny_
     made.train()
     log = rows(made)
     assert [row["depo/kept"] for row in log[:8]] == [1.0] * 8
-    assert sum(chosen[:8], ()) == tuple(type(made.selector.stream)(192, 7).draw(32))  # step 8 still keeps all
+    assert sum(chosen[:8], ()) == tuple(PromptStream(192, 7).draw(32))  # step 8 still keeps all
     assert log[8]["depo/kept"] < 1.0  # and 9 filters
     assert log[8]["depo/scored"] > 4
     assert log[-1]["depo/rollouts_saved_estimate"] > 0
@@ -243,11 +253,11 @@ def test_the_estimator_is_a_checkpoint_that_runs(tmp_path: Path, tiny_encoder: P
     assert runtime.manifest.text.template == CHAT
     messages = policy.prompts(1, chat=True)[0]["prompt"]
     text, context = extract_text(runtime.manifest.text, messages)
-    assert text == "user: a: easy 000+59= = " == made.selector.prompts[0]
+    assert text == "user: a: easy 000+59= = " == made.prompts[0]
     assert made.learner is not None
     direct = made.learner.score([text])[0, 0]
     assert runtime.full_logits([runtime.prepare(text, context)])[0] == pytest.approx(direct, abs=1e-3)
-    assert runtime.calibration.stages["full"].quality[0].slope > 0
+    assert runtime.calibration.stages["full"]["quality"][0].slope > 0
     assert "difficulty" in runtime.calibration.curves
     assert scoring.load_runtime(str(root), ("small", "large"), "difficulty")[1] == {"small": 0}  # the gateway takes it
 
@@ -269,13 +279,72 @@ def test_the_estimator_is_a_checkpoint_that_runs(tmp_path: Path, tiny_encoder: P
         ({"dataset": policy.prompts(3)}, "train_dataset has 3 prompts, but one generation takes 4"),
         ({"dataset": policy.prompts(9).to_iterable_dataset()}, "must be a data set with rows"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config sets dispatch_batches"),
-        ({"dynamic_sampling": True, "scale_rewards": "batch"}, "of one group alone"),
+        ({"dynamic_sampling": True, "scale_rewards": "batch"}, "depend on one group alone"),
         ({"dynamic_sampling": True, "dataset": policy.prompts(9).add_column("image", [0] * 9)}, "merge generations"),
     ],
 )
 def test_what_can_not_be_is_refused(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         trainer(tmp_path, **settings)
+
+
+class Newest:
+    """The smallest PromptSelector: the data set from its end, in order."""
+
+    def __init__(self, size: int) -> None:
+        self.size = self.row = size
+        self.reported: dict[int, tuple[float, ...]] = {}
+        self.steps = 0
+
+    def take(self, count: int) -> list[Ticket]:
+        self.row -= count
+        return [Ticket(row, row, self.steps) for row in range(self.row, self.row + count)]
+
+    def report(self, ticket: Ticket | int, rewards: Sequence[float], log_probs: Sequence[float] = ()) -> bool:
+        assert isinstance(ticket, Ticket)
+        assert len(rewards) == len(log_probs) == 4
+        self.reported[ticket.row] = tuple(rewards)
+        return True
+
+    def release(self, ticket: Ticket | int) -> bool:
+        return False
+
+    def expire(self, steps: int) -> int:
+        return 0
+
+    def step(self) -> dict[str, float]:
+        self.steps += 1
+        return {"depo/row": float(self.row)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": self.row, "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any], in_flight: InFlight = "again") -> None:
+        self.row, self.steps = state["row"], state["steps"]
+
+
+def test_any_prompt_selector_can_be_given(tmp_path: Path) -> None:
+    made = trainer(tmp_path, selector=Newest(64), save_strategy="steps", save_steps=2, max_steps=2)
+    made.train()
+    resumed = trainer(tmp_path, selector=Newest(64), save_strategy="steps", save_steps=2, max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert isinstance(made.selector, Newest)
+    assert isinstance(resumed.selector, Newest)
+    assert sorted(made.selector.reported) == list(range(56, 64))
+    assert sorted(resumed.selector.reported) == list(range(52, 56))
+    assert [row["depo/row"] for row in rows(resumed)] == [60, 56, 52]
+    with pytest.raises(ValueError, match="a selector is given, so args must not choose one"):
+        trainer(tmp_path, selector=Newest(64), depo="plus")
+
+
+def test_a_selector_whose_state_is_no_json_is_told(tmp_path: Path) -> None:
+    class Unsaved(Newest):
+        def state_dict(self) -> dict[str, Any]:
+            return {"row": torch.tensor(self.row)}
+
+    made = trainer(tmp_path, selector=Unsaved(64), save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="the state of the selector Unsaved cannot be saved as JSON"):
+        made.train()
 
 
 def test_the_encoder_learns_at_a_fifth_of_the_trunks_rate(tmp_path: Path) -> None:

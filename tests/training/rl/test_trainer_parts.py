@@ -13,7 +13,7 @@ from depo_gateway.estimator.text import TextConfig, extract_text
 from depo_gateway.training.rl import estimator_replica
 from depo_gateway.training.rl.config import DepoConfig
 from depo_gateway.training.rl.dynamic_sampling import next_size
-from depo_gateway.training.rl.missing_rewards import SKIPS_UNREWARDED, Guarded, filled, for_trl, guarded
+from depo_gateway.training.rl.missing_rewards import SKIPS_UNREWARDED, GuardedReward, filled, for_trl, guarded_rewards
 from depo_gateway.training.rl.prompt_text import text_config
 from tests.training.rl import policy
 
@@ -36,7 +36,7 @@ def test_a_failing_reward_function_is_kept_as_a_sentence_until_the_next_call() -
     def reward(prompts: list[str], completions: list[str]) -> list[float | None]:
         return [1 / len(text) for text in completions]
 
-    (function,) = guarded(reward)
+    (function,) = guarded_rewards(reward)
     assert function(prompts=["a", "b"], completions=["a", ""]) == [None, None]
     assert function.error == "the reward function reward raised ZeroDivisionError: division by zero"
     assert function(prompts=["a", "b"], completions=["a", "bb"]) == [1.0, 0.5]
@@ -51,7 +51,7 @@ def test_coroutines_are_left_to_trl() -> None:
     async def later(**_: Any) -> list[float]:
         return []
 
-    assert not any(isinstance(function, Guarded) for function in guarded([Later(), later, "a/model"]))
+    assert not any(isinstance(function, GuardedReward) for function in guarded_rewards([Later(), later, "a/model"]))
 
 
 def test_rounds_divide_over_ranks() -> None:
@@ -69,7 +69,7 @@ def test_chat_options_are_part_of_the_template() -> None:
     assert text_config(policy.tokenizer(), None, 32).chat == ""
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # what TRL and transformers say to each other
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # deprecations between TRL and transformers
 def test_an_estimator_with_a_wide_part_knows_its_words_before_the_first_step(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:
@@ -78,7 +78,9 @@ def test_an_estimator_with_a_wide_part_knows_its_words_before_the_first_step(
         use_cpu=True, bf16=False,
     )  # fmt: skip
     prompts = ["easy sum", "easy number", "hard sum", "easy please"]
-    learner = estimator_replica.new(args, TextConfig(pooling="cls", max_tokens=32), prompts, Accelerator(cpu=True))
+    learner = estimator_replica.new_learner(
+        args, TextConfig(pooling="cls", max_tokens=32), prompts, Accelerator(cpu=True)
+    )
     sum_id, please_id = (learner.tokenizer.token_to_id(word) for word in ("sum", "please"))
     assert learner.model.idf[please_id] > learner.model.idf[sum_id]
     assert (learner.model.surface_scale > 0).any()

@@ -11,7 +11,7 @@ import pytest
 
 from depo_gateway.training.rl.run_state import resumable
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
@@ -20,7 +20,7 @@ def test_ranks_choose_alike(tmp_path: Path, tiny_encoder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [*command, "-m", "tests.training.ranks", str(tmp_path), str(tiny_encoder)],
+        [*command, "-m", "tests.training.rl.ranks", str(tmp_path), str(tiny_encoder)],
         capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,30 @@
+"""Markdown of reports: tables, and figures with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from depo_gateway.training.evaluation.routing_metrics import ApgrEstimate
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """A Markdown table, its columns padded so that it is readable on a terminal too."""
+    cells = [[*map(str, header)], *([*map(str, row)] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def with_interval(point: float, low: float, high: float, sign: str = "") -> str:
+    """ "0.712 [0.690, 0.731]"; with sign "+", of a difference."""
+    return f"{point:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def apgr_table(estimates: Mapping[str, ApgrEstimate]) -> str:
+    """Every score's APGR with its interval, and its paired difference from prompt length."""
+    rows = [("random", "0.500", "", "")]
+    for name, of in estimates.items():
+        against = "" if name == "length" else with_interval(of.difference, of.difference_low, of.difference_high, "+")
+        rows.append((name, f"{of.apgr:.3f}", f"[{of.low:.3f}, {of.high:.3f}]", against))
+    return table(rows, ("routing by", "APGR", "95% interval", "against prompt length, paired"))

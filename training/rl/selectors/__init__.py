@@ -1,0 +1,1 @@
+"""The rules by which prompts are chosen, one a file."""
