@@ -29,9 +29,9 @@ from depo_gateway.gateway import config, server
 from depo_gateway.gateway.__main__ import main as gateway_main
 from depo_gateway.training.__main__ import main as training_main
 from depo_gateway.training.online import settings as learner_settings
-from depo_gateway.training.online.daemon import read_state
+from depo_gateway.training.online.daemon_state import read_state
 from depo_gateway.training.online.reference_set import reference_rows
-from depo_gateway.training.online.refresh_config import TrafficConfig
+from depo_gateway.training.outcomes.traffic_config import TrafficConfig
 from depo_gateway.training.outcomes.traffic_examples import examples_of_traffic
 
 FIXTURES = Path(__file__).parent / "fixtures/version_0_1"
@@ -254,7 +254,7 @@ def test_records_become_the_examples_that_they_became() -> None:
     text_config = checkpoint.load_manifest(Path("checkpoints/first")).text
     with opened() as store:
         traffic = examples_of_traffic(store.labelled(1000), POOLS, text_config, TrafficConfig())
-    assert (len(traffic.examples), traffic.trained_to, len(traffic.told)) == (92, 189, 92)
+    assert (len(traffic.examples), traffic.trained_to, len(traffic.claims)) == (92, 189, 92)
     assert sum(example.weight for example in traffic.examples) == pytest.approx(91.6667, abs=1e-4)
     first, last = traffic.examples[0], traffic.examples[-1]
     assert (first.prompt, first.quality) == ("easy please number question three sum how", {"small": 0.0, "large": 1.0})

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from depo_gateway.estimator.records import store as module
 from depo_gateway.estimator.records import tables
 from depo_gateway.estimator.records.store import Feedback, Store, StoreError
+from depo_gateway.estimator.records.tables import LARGEST
 from depo_gateway.estimator.records.types import FEEDBACK, Label, Record
 from tests.postgres import Postgres
 
@@ -73,7 +75,7 @@ def test_text_that_a_database_cannot_hold_is_stored_without_it(store: Store) -> 
     store.append([replace(FULL, answer="a\0b\ud800c", finish_reason="\0", prompt_tokens=2**70, completion_tokens=-1)])
     found = store.logged(1)[0].record
     assert (found.answer, found.finish_reason) == ("a\ufffdb?c", "\ufffd")
-    assert (found.prompt_tokens, found.completion_tokens) == (tables.LARGEST, 0)
+    assert (found.prompt_tokens, found.completion_tokens) == (LARGEST, 0)
 
 
 def test_a_batch_that_comes_twice_is_there_once(store: Store) -> None:
@@ -162,7 +164,7 @@ def test_what_waits_for_shadowing(store: Store) -> None:
 
 
 def test_deleting_takes_labels_and_marks_along(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depo_gateway.estimator.records.store.CHUNK", 3)
+    monkeypatch.setattr(module, "CHUNK", 3)
     store.append([record(number) for number in range(10)])
     every = seqs(store)
     store.add_labels([Label(seq, "small", "exact", 1.0) for seq in every])
@@ -286,7 +288,7 @@ def test_sqlite_is_durable_and_waits_for_no_reader(tmp_path: Path) -> None:
 
 
 def test_a_locked_sqlite_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depo_gateway.estimator.records.store.WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(module, "WAIT_SECONDS", 0.05)
     store = Store(f"sqlite:///{tmp_path / 'records.db'}")
     store.create()
     other = sqlite3.connect(tmp_path / "records.db")
