@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.demo_models import chains
 from depo_gateway import gateway
 from depo_gateway.estimator import calibration
-from depo_gateway.estimator.logistic import Array
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.__main__ import main as depo_train
 from depo_gateway.training.evaluation.bootstrap import draw_count_matrix, percentile_interval

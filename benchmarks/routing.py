@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import STAGES, calibrate_quality
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Learner, LearnerConfig
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import ModelConfig, collate, create_model
 from depo_gateway.estimator.text import TextConfig, prepare
 from depo_gateway.training.evaluation.markdown import apgr_table, table, with_interval

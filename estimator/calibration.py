@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.heads import QUALITY, head_names
-from depo_gateway.estimator.logistic import Array, fit_logistic, sigmoid
+from depo_gateway.estimator.logistic import fit_logistic, sigmoid
 
 RULES = ("gain", "difficulty")
 STAGES = ("full", "cheap")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from depo_gateway.estimator.arrays import Array
 
 
 def sigmoid(x: NDArray[np.floating]) -> Array:

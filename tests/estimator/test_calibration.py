@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from depo_gateway.estimator import calibration
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration, Platt, uncalibrated_stage
 from depo_gateway.estimator.logistic import sigmoid
 
 
-def outcomes(seed: int = 0, n: int = 4000) -> tuple[calibration.Array, calibration.Array]:
+def outcomes(seed: int = 0, n: int = 4000) -> tuple[Array, Array]:
     """Quality (N, 2) that is right about prompts, and outcomes drawn from it."""
     generator = np.random.default_rng(seed)
     quality = np.stack([generator.uniform(0.2, 0.9, n), generator.uniform(0.6, 0.95, n)], 1)

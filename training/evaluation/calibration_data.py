@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration, Curve, route
 from depo_gateway.estimator.heads import labels_by_head
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic, off_policy

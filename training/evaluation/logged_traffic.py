@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from sqlalchemy import make_url
 
-from depo_gateway.estimator.logistic import Array
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Example, Label, Labelled, Record
 from depo_gateway.estimator.text import TextConfig

@@ -30,7 +30,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.logistic import Array
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.training.evaluation.bootstrap import DEFAULT_RESAMPLES, draw_counts, percentile_interval
 
 Integers = NDArray[np.int64]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import RULES, confidence, route
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.evaluation import off_policy
 from depo_gateway.training.evaluation.logged_traffic import LoggedTraffic, reason_counts
 from depo_gateway.training.evaluation.markdown import table, with_interval

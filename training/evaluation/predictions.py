@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from depo_gateway.estimator import calibration
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.heads import split_heads
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.estimator.text import extract_text as text_of

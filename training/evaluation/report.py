@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depo_gateway.estimator import calibration
-from depo_gateway.estimator.logistic import Array
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.training.evaluation.markdown import apgr_table, table
 from depo_gateway.training.evaluation.routing_metrics import (
     ApgrEstimate,

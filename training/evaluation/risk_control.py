@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import confidence, route
-from depo_gateway.estimator.logistic import Array
 
 GRID_STEPS = 100  # the saving found is within 1% of the calls of the best one that would pass
 MAX_STAKE = 0.75  # of the stake at which one observation could take all the capital

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import route
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.evaluation.bootstrap import DEFAULT_RESAMPLES, draw_counts, percentile_interval
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.75, 0.85, 0.95)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depo_gateway.estimator import calibration
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.evaluation.markdown import table
 from depo_gateway.training.evaluation.risk_control import Guarantee
 from depo_gateway.training.evaluation.routing_metrics import at_thresholds

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from depo_gateway.estimator import calibration
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration, Curve, Platt, Stage, calibrate_quality, fit_platt
-from depo_gateway.estimator.logistic import Array
 
 
 def calibrate(

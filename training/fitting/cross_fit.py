@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
-from depo_gateway.estimator.logistic import Array, sigmoid
+from depo_gateway.estimator.logistic import sigmoid
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.outcomes.table import folds_of, question_key

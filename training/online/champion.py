@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from depo_gateway.estimator import checkpoint, model
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration, calibrate_quality
 from depo_gateway.estimator.calibration import loads as calibration_of
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.learner import Item
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.training.evaluation.contamination import fitted_on

@@ -12,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.logistic import Array, fit_logistic
+from depo_gateway.estimator.arrays import Array
+from depo_gateway.estimator.logistic import fit_logistic
 
 NEWEST_PROMPTS = 250  # that represent today's traffic, or a quarter of all
 FEWEST_PROMPTS = 50  # of them; with fewer the weights stay 1

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Stage, calibrate_quality, fit_platt
 from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.training.fitting.cross_fit import HeldOutLogits, train_epoch
 from depo_gateway.training.online.joint_calibration import fit_logit_transform

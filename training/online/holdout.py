@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration, calibrate_quality, measure_curve
 from depo_gateway.estimator.heads import labels_by_head
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.contamination import certainly_unseen
 from depo_gateway.training.evaluation.report import nan_to_null

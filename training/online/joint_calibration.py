@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import enough_labels
 from depo_gateway.estimator.heads import QUALITY
-from depo_gateway.estimator.logistic import Array, fit_logistic
+from depo_gateway.estimator.logistic import fit_logistic
 from depo_gateway.estimator.model import Estimator
 
 LEAST_SLOPE = 0.05  # above 0, so that it never reverses an order

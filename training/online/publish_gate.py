@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import MIN_LABELS, confidence
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.evaluation.bootstrap import draw_count_matrix, percentile_interval
 from depo_gateway.training.evaluation.routing_metrics import calibration_error, centre_by_fold
 from depo_gateway.training.online.refresh_config import GateConfig

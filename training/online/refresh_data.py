@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration
 from depo_gateway.estimator.learner import Item, Learner
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.training.online.champion import StartingPoint
 from depo_gateway.training.online.cross_fit import CrossFit, Initialisation

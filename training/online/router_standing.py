@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.logistic import Array
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.training.online.publish_gate import area_over_random, bootstrap_interval, resampled, routing_score
 

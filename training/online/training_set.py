@@ -11,9 +11,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Item
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.online.champion import StartingPoint, new_to
 from depo_gateway.training.online.covariate_shift import importance_weights
 from depo_gateway.training.online.cross_fit import Initialisation, fresh_heads, learner_config

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from depo_gateway.training.rl.pass_rate_belief import FloatArray
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.training.rl.prompt_estimates import PromptEstimates
 from depo_gateway.training.rl.prompt_stream import PromptStream
 from depo_gateway.training.rl.selection_config import SelectionConfig
@@ -67,16 +67,16 @@ class Candidates:
         """The most prompts that a rule should read from the stream: refill_cap times `need`, or the data set once."""
         return round(self.config.refill_cap * need) or len(self.prompts)
 
-    def logits(self, rows: Sequence[int]) -> FloatArray:
+    def logits(self, rows: Sequence[int]) -> Array:
         """The estimator's scores (P, 2): of the mean reward, and of its spread (NaN without such a head)."""
         self.scored.update(rows)
         return self._estimates.score(rows)
 
-    def pass_rates(self, rows: Sequence[int]) -> FloatArray:
+    def pass_rates(self, rows: Sequence[int]) -> Array:
         """The estimator's predictions (P,) of the mean reward, calibrated where that is switched on."""
         return self._estimates.pass_rates(self.logits(rows)[:, 0])
 
-    def worth(self, rows: Sequence[int]) -> FloatArray:
+    def worth(self, rows: Sequence[int]) -> Array:
         """The predicted probability (P,) of a non-zero advantage or, of graded rewards, the spread.
 
         A prompt's own past outcomes count where `history_half_life` is set.

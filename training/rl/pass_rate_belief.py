@@ -15,22 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Platt, enough_labels, fit_platt
 from depo_gateway.estimator.logistic import sigmoid
 
-FloatArray = NDArray[np.float64]
 WINDOW = 512  # recent labels, of the last few dozen steps: older ones are of an older policy
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # in rollouts
 
 
-def nonzero_advantage(p_P: FloatArray, group_size: int) -> FloatArray:
+def nonzero_advantage(p_P: Array, group_size: int) -> Array:
     """1 - p^G - (1-p)^G (P,): the probability that G rollouts of pass rate p neither all pass nor all fail."""
     return np.asarray(1.0 - p_P**group_size - (1.0 - p_P) ** group_size)
 
 
-def nonzero_advantage_of_beta(a_P: FloatArray, b_P: FloatArray, group_size: int) -> FloatArray:
+def nonzero_advantage_of_beta(a_P: Array, b_P: Array, group_size: int) -> Array:
     """The mean (P,) of nonzero_advantage over pass rates drawn from Beta(a, b).
 
     E[p^G] is the product over i < G of (a + i) / (a + b + i); E[(1-p)^G] the same with b.
@@ -42,7 +41,7 @@ def nonzero_advantage_of_beta(a_P: FloatArray, b_P: FloatArray, group_size: int)
     return np.asarray(1.0 - passed_P - failed_P)
 
 
-def strength_of(predicted_N: FloatArray, rates_N: FloatArray, counts_N: FloatArray, weights_N: FloatArray) -> float:
+def strength_of(predicted_N: Array, rates_N: Array, counts_N: Array, weights_N: Array) -> float:
     """The one of STRENGTHS that maximises the beta-binomial likelihood of the observed pass rates."""
     mean, passed, count = (torch.from_numpy(x) for x in (predicted_N.clip(0.005, 0.995), rates_N * counts_N, counts_N))
     weights = torch.from_numpy(weights_N)
@@ -64,11 +63,11 @@ class PassRateBeliefs:
         self.platt, self.strength = Platt(), float("inf")
         self._own: dict[int, tuple[float, float, int]] = {}  # row -> passed, failed, step
 
-    def predicted(self, logits_P: FloatArray) -> FloatArray:
+    def predicted(self, logits_P: Array) -> Array:
         """The estimator's pass rate (P,), calibrated if there are enough labels."""
         return sigmoid(self.platt.slope * logits_P + self.platt.offset)
 
-    def nonzero_advantage(self, rows: Sequence[int], logits_P: FloatArray, group_size: int, step: int) -> FloatArray:
+    def nonzero_advantage(self, rows: Sequence[int], logits_P: Array, group_size: int, step: int) -> Array:
         """The probability (P,) that a group of each prompt has a non-zero advantage."""
         p_P = self.predicted(logits_P).clip(1e-6, 1.0 - 1e-6)
         own = np.array([self._faded(row, step) for row in rows]).reshape(-1, 2)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Learner
 from depo_gateway.estimator.logistic import sigmoid
@@ -26,7 +27,7 @@ from depo_gateway.training.rl.group_labels import (
     spread_of,
     token_confidence_of,
 )
-from depo_gateway.training.rl.pass_rate_belief import WINDOW, FloatArray, PassRateBeliefs
+from depo_gateway.training.rl.pass_rate_belief import WINDOW, PassRateBeliefs
 from depo_gateway.training.rl.selection_config import POLICY, SPREAD, SelectionConfig
 from depo_gateway.training.rl.tickets import UNSCORED, Ticket
 
@@ -44,7 +45,7 @@ class PromptEstimates:
         heads: tuple[str, ...],
         learner: Learner | None,
         seed: int,
-        score: Callable[[Sequence[str]], FloatArray] | None,
+        score: Callable[[Sequence[str]], Array] | None,
     ) -> None:
         self.prompts, self.config, self.heads, self.learner, self.seed = prompts, config, heads, learner, seed
         self.beliefs = PassRateBeliefs(config.calibrate, config.history_half_life)
@@ -56,7 +57,7 @@ class PromptEstimates:
 
     # --- what is known ---
 
-    def score(self, rows: Sequence[int]) -> FloatArray:
+    def score(self, rows: Sequence[int]) -> Array:
         """Logits (P, 2): of the mean reward, and of its spread (NaN where the estimator has no such head)."""
         logits_P2 = np.full((len(rows), 2), np.nan)
         if rows:
@@ -70,11 +71,11 @@ class PromptEstimates:
         """As last scored; NaN if it was not."""
         return self._logits.get(row, UNSCORED)
 
-    def pass_rates(self, logits_P: FloatArray) -> FloatArray:
+    def pass_rates(self, logits_P: Array) -> Array:
         """Predictions of the mean reward (P,), calibrated if there are enough labels."""
         return self.beliefs.predicted(logits_P)
 
-    def worth(self, rows: Sequence[int], logits_P2: FloatArray, step: int) -> FloatArray:
+    def worth(self, rows: Sequence[int], logits_P2: Array, step: int) -> Array:
         """The probability (P,) of a non-zero advantage or, of graded rewards, the spread."""
         if self.binary or SPREAD not in self.heads:
             return self.beliefs.nonzero_advantage(rows, logits_P2[:, 0], self.config.group_size, step)

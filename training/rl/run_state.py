@@ -25,6 +25,8 @@ from depo_gateway.training.rl.selector import Selector
 from depo_gateway.training.rl.tickets import PromptSelector
 
 FOLDER, SELECTOR, ESTIMATOR = "depo", "selector.json", "estimator.pt"
+# Version 0.1 wrote "whole" here. Under this name it does not find a state that it could not read, and says so.
+BETWEEN = "between_generations"
 LAST = "trainer_state.json"  # Trainer writes this file of a checkpoint last: with it, the checkpoint is whole
 TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "iostream")  # in torch.save's messages about a full disk
 FALLBACK_PROMPTS = 64  # their scores make up the calibration's curves where no group was rolled out
@@ -64,7 +66,7 @@ def save(place: Path, selector: PromptSelector, learner: Learner | None, complet
     if learner is not None:
         with _beside(folder / ESTIMATOR) as path:
             torch.save(learner.state_dict(), path)
-    state = {"whole": whole, "completions": completions, "selector": selector.state_dict()}
+    state = {BETWEEN: whole, "completions": completions, "selector": selector.state_dict()}
     try:
         text = json.dumps(state)
     except TypeError as error:
@@ -157,6 +159,6 @@ def _readable(place: Path) -> bool:
         last, state = (
             json.loads(part.read_text(encoding="utf-8")) for part in (place / LAST, place / FOLDER / SELECTOR)
         )
-        return bool(isinstance(last, dict) and state["whole"])
+        return bool(isinstance(last, dict) and (state[BETWEEN] if BETWEEN in state else state["whole"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.learner import Learner
 from depo_gateway.training.rl.candidates import Candidates
 from depo_gateway.training.rl.group_labels import Group, GroupLabel
-from depo_gateway.training.rl.pass_rate_belief import FloatArray, PassRateBeliefs
+from depo_gateway.training.rl.pass_rate_belief import PassRateBeliefs
 from depo_gateway.training.rl.prompt_estimates import PromptEstimates
 from depo_gateway.training.rl.prompt_stream import PromptStream
 from depo_gateway.training.rl.selection_config import SelectionConfig
@@ -44,7 +45,7 @@ class Selector:
         config: SelectionConfig,
         learner: Learner | None = None,
         seed: int = 0,
-        score: Callable[[Sequence[str]], FloatArray] | None = None,
+        score: Callable[[Sequence[str]], Array] | None = None,
         rule: SelectionRule | None = None,
         block: int = 1,
     ) -> None:

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import route
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.evaluation.off_policy import (
     Integers,
     Logs,

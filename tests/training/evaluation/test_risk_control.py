@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import route
-from depo_gateway.estimator.logistic import Array
 from depo_gateway.training.evaluation.risk_control import Guarantee, guarantee, p_values, threshold_grid
 
 EPSILON, DELTA, SETS = 0.02, 0.1, 200

@@ -32,16 +32,16 @@ def test_a_resumed_run_chooses_what_it_would_have_chosen(tmp_path: Path, tiny_en
         (tmp_path / "checkpoint-6" / name).unlink()  # as if the disk had been full
     again, later = resumed(tmp_path, tiny_encoder)
     assert again == whole[3:]
+    state = json.loads((tmp_path / "checkpoint-3" / "depo/selector.json").read_text())
+    assert "whole" not in state  # version 0.1 looks for it, and refuses a checkpoint without it
     assert [row["reward"] for row in later] == [row["reward"] for row in log]  # Trainer keeps the log
     assert [row["depo/completions"] for row in later] == [row["depo/completions"] for row in log]
     for name in ("depo/auroc", "depo/calibration_error", "loss", "depo/loss_advantage"):
         assert [row.get(name) for row in later] == [row.get(name) for row in log]
     # the negative control: without the selector's place in the stream it chooses others
     (tmp_path / "checkpoint-6" / "depo/selector.json").unlink()
-    state = tmp_path / "checkpoint-3" / "depo/selector.json"
-    forged = json.loads(state.read_text())
-    forged["selector"]["stream"][1] += 5
-    state.write_text(json.dumps(forged))
+    state["selector"]["stream"][1] += 5
+    (tmp_path / "checkpoint-3" / "depo/selector.json").write_text(json.dumps(state))
     other, _ = resumed(tmp_path, tiny_encoder)
     assert other != whole[3:]
 

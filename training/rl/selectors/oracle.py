@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.training.rl.candidates import Candidates
 from depo_gateway.training.rl.group_labels import GroupLabel
-from depo_gateway.training.rl.pass_rate_belief import FloatArray, nonzero_advantage
+from depo_gateway.training.rl.pass_rate_belief import nonzero_advantage
 from depo_gateway.training.rl.selectors.pass_rates import PassRates, pass_rates_from
 from depo_gateway.training.rl.selectors.rule import Selection, SelectionRule
 
@@ -27,7 +28,7 @@ class Oracle(SelectionRule):
     def __init__(self, pass_rates: PassRates, group_size: int = 8, refresh: int = 32) -> None:
         self.pass_rates, self.group_size, self.refresh = pass_rates, group_size, refresh
         self.steps = self.size = 0
-        self.rates_P: FloatArray = np.zeros(0)
+        self.rates_P: Array = np.zeros(0)
 
     def select(self, need: int, candidates: Candidates) -> Selection:
         if not self.size:
