@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.heads import ORIGINAL, QUALITY
+from depo_gateway.estimator.heads import QUALITY, head_names
 from depo_gateway.estimator.logistic import Array, fit_logistic, sigmoid
 
 RULES = ("gain", "difficulty")
@@ -123,9 +123,9 @@ def _calibrate(platts: Sequence[Platt], logits_NK: NDArray[np.floating]) -> Arra
     return np.stack([sigmoid(p.slope * logits_NK[:, k] + p.offset) for k, p in enumerate(platts)], 1)
 
 
-def uncalibrated_stage(pools: int, heads: Sequence[str] = ORIGINAL) -> Stage:
-    """The calibration that changes nothing."""
-    return {head: (Platt(),) * pools for head in heads}
+def uncalibrated_stage(pools: int) -> Stage:
+    """The calibration of all heads that changes nothing."""
+    return {head: (Platt(),) * pools for head in head_names()}
 
 
 def enough_labels(targets: NDArray[np.floating], weights: NDArray[np.floating]) -> bool:

@@ -27,7 +27,7 @@ from depo_gateway.gateway.state_metrics import show_state
 log = logging.getLogger(__name__)
 
 Reload = Callable[[], Awaitable[str]]
-REMEDIES = {404: "GET /v1/models lists what is here", 405: "docs/operations.md says how this path is called"}
+REMEDIES = {404: "GET /v1/models lists what is here", 405: "docs/operations/api.md lists each path and its method"}
 
 
 def create_public(gateway: Gateway) -> FastAPI:

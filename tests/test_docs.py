@@ -1,5 +1,6 @@
 """The documentation names what exists, and all of it."""
 
+import ast
 import dataclasses
 import re
 import typing
@@ -18,13 +19,16 @@ from depo_gateway.training.online.metrics import LearnerMetrics
 from depo_gateway.training.rl.metrics import RunMetrics
 
 ROOT = Path(__file__).parent.parent
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
-LEARNER = OPERATIONS.split("## The learner")[1].split("\n## ")[0]
-DOCUMENTS = sorted(
-    path
-    for pattern in ("*.md", "docs/*.md", "docs/*/*.md", "examples/*.md", "helm/*.md")
-    for path in ROOT.glob(pattern)
+OPERATIONS = {path.stem: path.read_text() for path in (ROOT / "docs/operations").glob("*.md")}
+PLACES = (
+    *("gateway", "estimator", "training", "depo_gateway", "benchmarks", "dashboards"),
+    *("tests", "helm", "docs", "docker", "examples"),
 )
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for place in PLACES for path in (ROOT / place).rglob("*.md"))])
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def settings(kind: Any = config.Config, prefix: str = "") -> Iterator[str]:
@@ -54,16 +58,21 @@ def metrics() -> dict[str, set[str]]:
     return names
 
 
+def table_of(page: str) -> str:
+    """The table of all settings on a page."""
+    return OPERATIONS[page].split("## All settings")[1].split("\n## ")[0]
+
+
 def test_every_setting_is_documented() -> None:
     known = list(settings())
     assert {"version", "pools.NAME.backends[].api_key_env", "auth.keys[].sha256", "timeouts.drain_s"} <= set(known)
-    table = OPERATIONS.split("## Settings")[1].split("\n## ")[0]
+    table = table_of("settings")
     missing = [key for key in known if f"`{key}`" not in table]
     assert not missing
 
 
 def test_no_setting_is_documented_that_does_not_exist() -> None:
-    table = OPERATIONS.split("## Settings")[1].split("\n## ")[0]
+    table = table_of("settings")
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     named = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
     assert named - set(settings()) == {"pools.NAME"}
@@ -72,38 +81,112 @@ def test_no_setting_is_documented_that_does_not_exist() -> None:
 def test_every_setting_of_the_learner_is_documented_and_no_other() -> None:
     known = set(settings(learner_settings.LearnerSettings))
     assert {"shadow.share", "pools.NAME.backends[].url", "refresh.learn.gate.least", "listen.port"} <= known
-    table = LEARNER.split("| Key |")[1].split("\n\n")[0]
+    table = table_of("learner")
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert {key for row in rows for key in re.findall(r"`([^`]+)`", row)} == known
 
 
 def test_every_metric_is_documented_with_its_labels() -> None:
     for name, labels in metrics().items():
-        found = re.search(rf"`{name}(?:\{{([a-z_,]+)\}})?` \|", OPERATIONS)
+        found = re.search(rf"^\| `{name}(?:\{{([a-z_,]+)\}})?` \|", OPERATIONS["metrics"], re.MULTILINE)
         assert found is not None, name
         assert set((found[1] or "").split(",")) - {""} == labels, name
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
 def test_every_metric_named_exists(path: Path) -> None:
-    known = set(metrics())
+    shown = re.findall(r"\b(?:Counter|Gauge|Histogram)\(\n?\+? *\"(\w+)\"", path.read_text())  # by a recipe
+    known = {*metrics(), *shown}
     for name in re.findall(r"\b(?:gateway|learner|training)_[a-z_]+[a-z]\b(?!\.py)", path.read_text()):
         base = re.sub(r"_(bucket|sum|count)$", "", name)
         assert name in known or base in known, name
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_relative_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
-        if not re.match(r"https?:|#|mailto:", target):
-            assert (path.parent / target.split("#")[0]).exists(), target
+def prose(path: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^(`{3,}).*?^\1$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that a renderer gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
+    headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_relative_links_and_their_anchors_resolve(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        page = path.parent / file if file else path
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page), target
+
+
+def defines(module: Path, name: str) -> bool:
+    """Does a module define a dotted name: a function, a class, a constant, a method?"""
+    found: list[ast.stmt] = ast.parse(module.read_text()).body
+    for part in name.split("."):
+        targets = {
+            target.id: node
+            for node in found
+            for target in (node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)])
+            if isinstance(target, ast.Name)
+        }
+        named = {getattr(node, "name", ""): node for node in found} | targets
+        if part not in named:
+            return False
+        found = getattr(named[part], "body", [])
+    return True
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_every_file_and_name_of_ours_exists(path: Path) -> None:
+    """`training/rl/trainer.py`, `helm/rules/`, `estimator/losses.ranking`."""
+    own = path.read_text().split("## Notes")[0]  # of other repositories
+    for name in re.findall(rf"`((?:{'|'.join(PLACES)})/[\w/.-]*\w/?)`", own):
+        if (ROOT / name).exists() or (ROOT / "tests" / name).exists():
+            continue
+        module, _, attribute = name.partition(".")
+        assert (ROOT / f"{module}.py").exists(), name
+        assert defines(ROOT / f"{module}.py", attribute), name
+
+
+def test_the_architecture_has_a_line_for_every_folder_and_no_other() -> None:
+    table = (ROOT / "docs/architecture.md").read_text().split("## The folders")[1].split("\n\n")[1]
+    named = re.findall(r"^\| `([\w/]+)/` \|", table, re.MULTILINE)
+    code = [ROOT / name for name in ("gateway", "estimator", "training", "benchmarks", "dashboards")]
+    known = {relative(path.parent) for folder in code for path in folder.rglob("*.py")}
+    assert set(named) == known - {"training"}  # nothing but the table of its commands
+    assert len(named) == len(set(named))
+
+
+def test_the_readme_has_a_line_for_every_folder_and_no_other() -> None:
+    tree = re.search(r"^```\n(gateway/ .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert tree is not None
+    named = re.findall(r"^(\w+)/ +\w", tree[1], re.MULTILINE)
+    assert len(named) == len(tree[1].splitlines())
+    assert set(named) == set(PLACES)
+
+
+def test_the_glossary_has_thirty_terms_nine_for_day_one_and_all_in_use() -> None:
+    parts = (ROOT / "docs/glossary.md").read_text().split("\n## ")[1:]
+    terms = [re.findall(r"^- \*\*(.+?)\*\*: ", part, re.MULTILINE) for part in parts]
+    assert parts[0].startswith("Day one")
+    assert len(terms[0]) == 9
+    assert sum(len(part) for part in terms) == len({term for part in terms for term in part}) == 30
+    others = "".join(path.read_text().lower() for path in DOCUMENTS if path.name != "glossary.md")
+    words = re.sub(r"[\s_]+", " ", others)
+    assert not [term for part in terms for term in part if term.lower() not in words]
 
 
 def test_every_error_code_is_documented() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "gateway").rglob("*.py"))
     codes = set(re.findall(r"ApiError\(\s*\d{3},(?:[^()]|\([^()]*\))*?\"([a-z_]+)\"(?:,|\s*\))", sources))
     assert {"invalid_json", "timeout", "missing_api_key"} <= codes
-    table = OPERATIONS.split("## Errors")[1].split("\n## ")[0]
+    table = OPERATIONS["api"].split("## Error codes")[1].split("\n## ")[0]
     assert sorted(code for code in codes if f"`{code}`" not in table and code != "client_gone") == []
 
 
@@ -122,9 +205,8 @@ def test_example_configs_are_taken(path: Path) -> None:
 
 
 def test_the_reasons_listed_are_those_of_the_table() -> None:
-    listed = OPERATIONS.split("`x-depo-reason` and the label `reason` of decisions are one of: ")[1].split("\n\n")[0]
-    outside_brackets = re.sub(r"\([^)]*\)", "", listed)
-    assert re.findall(r"`(\w+)`", outside_brackets) == [reason.value for reason in Reason]
+    listed = OPERATIONS["api"].split("## Response headers")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE) == [reason.value for reason in Reason]
 
 
 def values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -158,9 +240,18 @@ def test_every_value_of_the_chart_is_documented_and_no_other() -> None:
     assert all(f"`{key}`" in text for key in POD_KEYS)
 
 
-def test_every_alert_is_named_in_the_operators_document() -> None:
+def test_the_page_on_alerts_counts_them_and_names_those_that_page() -> None:
     groups = yaml.safe_load((ROOT / "helm/rules/alerts.yaml").read_text())["groups"]
-    known = {rule["alert"] for group in groups for rule in group["rules"]}
-    section = OPERATIONS.split("## Alerts")[1].split("\n## ")[0]
-    assert set(re.findall(r"\[(Depo\w+)\]", section)) == known
-    assert f"has {len(known)} alerts" in section
+    rules = {rule["alert"]: rule for group in groups for rule in group["rules"]}
+    paging = {name for name, rule in rules.items() if rule["labels"]["severity"] == "page"}
+    page = OPERATIONS["alerts"]
+    assert f"has {len(rules)} alerts" in page
+    assert set(re.findall(r"\[(Depo\w+)\]\(\.\./runbooks/\1\.md\)", page)) == paging
+    assert set(re.findall(r"^\| \[(Depo\w+)\]", (ROOT / "docs/runbooks/README.md").read_text(), re.MULTILINE)) == set(
+        rules
+    )
+
+
+def test_the_index_of_operations_links_every_page() -> None:
+    named = re.findall(r"^\| \[(\w+)\.md\]", OPERATIONS["README"], re.MULTILINE)
+    assert sorted(named) == sorted(set(OPERATIONS) - {"README"})

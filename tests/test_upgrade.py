@@ -29,9 +29,9 @@ from depo_gateway.gateway import config, server
 from depo_gateway.gateway.__main__ import main as gateway_main
 from depo_gateway.training.__main__ import main as training_main
 from depo_gateway.training.online import settings as learner_settings
-from depo_gateway.training.online.daemon import read_state
+from depo_gateway.training.online.daemon_state import read_state
 from depo_gateway.training.online.reference_set import reference_rows
-from depo_gateway.training.online.refresh_config import TrafficConfig
+from depo_gateway.training.outcomes.traffic_config import TrafficConfig
 from depo_gateway.training.outcomes.traffic_examples import examples_of_traffic
 
 FIXTURES = Path(__file__).parent / "fixtures/version_0_1"
@@ -168,7 +168,7 @@ def test_every_setting_of_gateway_yaml_is_taken(place: Path, capsys: pytest.Capt
 
 
 def test_a_target_and_a_policys_estimator_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gateway_main(["check", "gateway_target.yaml"]) == 0
+    assert gateway_main(["check", "target.yaml"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["routing"]["target"]["large_share"] == 0.3
     assert (shown["routing"]["rule"], shown["auth"], shown["records"]["prompts"]) == ("difficulty", "none", "hash")
@@ -254,7 +254,7 @@ def test_records_become_the_examples_that_they_became() -> None:
     text_config = checkpoint.load_manifest(Path("checkpoints/first")).text
     with opened() as store:
         traffic = examples_of_traffic(store.labelled(1000), POOLS, text_config, TrafficConfig())
-    assert (len(traffic.examples), traffic.trained_to, len(traffic.told)) == (92, 189, 92)
+    assert (len(traffic.examples), traffic.trained_to, len(traffic.claims)) == (92, 189, 92)
     assert sum(example.weight for example in traffic.examples) == pytest.approx(91.6667, abs=1e-4)
     first, last = traffic.examples[0], traffic.examples[-1]
     assert (first.prompt, first.quality) == ("easy please number question three sum how", {"small": 0.0, "large": 1.0})
@@ -276,7 +276,7 @@ def test_evaluate_reads_the_records() -> None:
 # --- the learner ---
 
 
-@pytest.mark.parametrize("name", ["learner.yaml", "learner_model.yaml"])
+@pytest.mark.parametrize("name", ["learner.yaml", "judge_model.yaml"])
 def test_every_setting_of_learner_yaml_is_taken(name: str) -> None:
     raw = yaml.safe_load(Path(name).read_text())
     settings = learner_settings.load_settings(Path(name))
@@ -300,7 +300,7 @@ def test_the_learners_state_is_read() -> None:
 
 
 def test_a_refresh_publishes_from_the_records() -> None:
-    words = ["--base", "checkpoints/first", "--out", "again", "--config", "learner_model.yaml"]
+    words = ["--base", "checkpoints/first", "--out", "again", "--config", "judge_model.yaml"]
     assert training_main(["refresh", *words]) == 0
     runtime = Runtime.load(checkpoint.resolve("again"))
     metrics = runtime.manifest.metrics

@@ -4,9 +4,9 @@
     python -m benchmarks.replay --quick
 
 DIR/outcomes holds the tables named in questions.py. A real gateway serves, scripted backends answer right or wrong by
-the table, and `depo-train refresh --follow` beside it shadows, judges and trains; what it publishes the gateway takes
-up while it serves. `--quick` is one small cold start on chain arithmetic, or on --data; it fails where the loop did not
-learn or a request failed. Runs with a result file in --out are left out, so an interrupted benchmark goes on.
+the table, and `depo-train refresh --follow` beside it shadows, judges and trains; the gateway loads what it publishes
+while it serves. `--quick` is one small cold start on chain arithmetic, or on --data; it fails if the loop did not learn
+or a request failed. Runs with a result file in --out are skipped, so an interrupted benchmark can be continued.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from benchmarks.replay.plans import SCENARIOS, plan_of, quick_plan, shuffled
 from benchmarks.replay.processes import general, untrained
 from benchmarks.replay.questions import Question, chain_questions, questions_of
-from benchmarks.replay.run import run, save
+from benchmarks.replay.run import run_replay, save
 from benchmarks.replay.score import Scorer, outcomes
 from depo_gateway.training.evaluation.routing_metrics import measure_apgr
 
@@ -78,32 +78,32 @@ def full(options: argparse.Namespace) -> list[dict[str, Any]]:
             if not path.exists():
                 place = out / f"{scenario}-seed{seed}"
                 shutil.rmtree(place, ignore_errors=True)  # of an interrupted run
-                save(path, run(plan_of(scenario, seed, bases, mmlu, gsm8k), place, scorer))
+                save(path, run_replay(plan_of(scenario, seed, bases, mmlu, gsm8k), place, scorer))
                 shutil.rmtree(place / "checkpoints")
             runs.append(json.loads(path.read_text(encoding="utf-8")))
-            print(line(runs[-1]), flush=True)
+            print(summary_line(runs[-1]), flush=True)
     return runs
 
 
 def quick(data: Path | None) -> int:
-    """Learns anything? 1 where the last version does not route new questions better than a coin, outside noise."""
+    """One small run: 1 if the last version is not significantly better than random routing on new questions."""
     count = QUICK_STEP * QUICK_BLOCKS + QUICK_LATER
     questions = chain_questions(count, 1) if data is None else shuffled(questions_of(data, "mmlu"), 1)[: 2 * count]
     with tempfile.TemporaryDirectory(prefix="replay") as folder:
         root = Path(folder)
         scorer = Scorer(questions, root / "embeddings.npy")
         plan = quick_plan(untrained(root / "untrained"), questions, QUICK_STEP, QUICK_BLOCKS)
-        result = run(plan, root / "run", scorer)
+        result = run_replay(plan, root / "run", scorer)
         last = root / "run" / "checkpoints" / result["versions"][-1]["checkpoint"]
         low, point, high = interval_of(scorer, last, plan.later["later"])
-    print(line(result))
-    print(f"APGR of new questions {point:.3f} [{low:.3f}, {high:.3f}]; a coin's is 0.5")
+    print(summary_line(result))
+    print(f"APGR of new questions {point:.3f} [{low:.3f}, {high:.3f}]; random routing has 0.5")
     for refusal in result["refusals"]:
         print(f"refused with {refusal['labels']} labels: {'; '.join(refusal['reasons'])}")
     for failure in result["failures"][:5]:
         print(f"a request failed: {failure}", file=sys.stderr)
     if not low > 0.5:
-        print("the loop did not learn: its routing is not better than a coin's outside noise", file=sys.stderr)
+        print("the loop did not learn: its routing is not significantly better than random routing", file=sys.stderr)
     return 0 if low > 0.5 and not result["failures"] else 1
 
 
@@ -115,18 +115,18 @@ def interval_of(scorer: Scorer, place: Path, questions: Sequence[Question]) -> t
     return found.low, found.apgr, found.high
 
 
-def line(result: dict[str, Any]) -> str:
+def summary_line(result: dict[str, Any]) -> str:
     steps = []
     for version in result["versions"]:
         (found,) = [version[name] for name in ("mmlu", "later") if name in version]
         steps.append(f"{version['labels']}: {found['apgr']:.3f}")
     share = ", ".join(f"{k} {v:.3f}" for k, v in result["share"].items() if v is not None and k != "target")
-    said = f"{result['scenario']} seed {result['seed']}: APGR after labels {'; '.join(steps)}"
+    text = f"{result['scenario']} seed {result['seed']}: APGR after labels {'; '.join(steps)}"
     after = ", ".join(f"{row['advantage']:+.3f}" for row in result.get("switch", []))
-    said += f"; after the switch {after} over a coin" if after else ""
-    said += f"; share off by {share}" if share else ""
+    text += f"; after the switch {after} over random routing" if after else ""
+    text += f"; share off by {share}" if share else ""
     return (
-        f"{said}; {len(result['refusals'])} refused, {len(result['failures'])} of {result['requests']} requests failed,"
+        f"{text}; {len(result['refusals'])} refused, {len(result['failures'])} of {result['requests']} requests failed,"
         f" scores differ by {result['score_difference']:.1e}, {result['seconds']:.0f} s"
     )
 

@@ -1,4 +1,4 @@
-"""Two scripted OpenAI backends, right or wrong by the table. They speak what gateway and learner need."""
+"""Two scripted OpenAI backends, right or wrong by the table, with the endpoints that gateway and learner need."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def answer_of(question: Question, pool: int, logprobs: bool) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def backends(questions: Mapping[str, Question]) -> AsyncIterator[dict[str, str]]:
-    """Pool -> url, for as long as the block lasts."""
+    """Runs both; yields pool -> url."""
     async with contextlib.AsyncExitStack() as stack:
         urls = {}
         for number, pool in enumerate(POOLS):
@@ -46,10 +46,10 @@ def application(questions: Mapping[str, Question], pool: int) -> web.Application
         question = questions[body["messages"][-1]["content"]]
         return web.json_response(answer_of(question, pool, bool(body.get("logprobs"))))
 
-    async def well(_: web.Request) -> web.Response:
+    async def health(_: web.Request) -> web.Response:
         return web.Response()
 
     app = web.Application()
     app.router.add_post("/v1/chat/completions", chat)
-    app.router.add_get("/health", well)
+    app.router.add_get("/health", health)
     return app

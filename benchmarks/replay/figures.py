@@ -1,4 +1,4 @@
-"""Numbers drawn from the runs' results. Pure.
+"""Figures computed from the runs' results. Pure.
 
 Shapes: S seeds, B blocks after the switch.
 """
@@ -18,8 +18,8 @@ Run = Mapping[str, Any]
 EVERY = 20  # requests between two points of a plotted share
 
 
-def stretch(runs: Sequence[Run], start: str) -> list[Run]:
-    """The runs that tell of a start on MMLU: a switch's first part is a cold start."""
+def runs_from(runs: Sequence[Run], start: str) -> list[Run]:
+    """The runs on MMLU from one initial checkpoint; the first part of a switch is a cold start."""
     wanted = {"cold": ("cold", "switch"), "general": ("general",)}[start]
     return [run for run in runs if run["scenario"] in wanted]
 
@@ -38,13 +38,14 @@ def at_labels(runs: Sequence[Run], labels: int, name: str) -> list[float]:
     ]
 
 
-def said(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and the 95% interval of it over seeds."""
+def mean_text(values: Sequence[float], digits: int = 3) -> str:
+    """The mean over seeds with its 95% interval."""
     mean, low, high = interval(values)
     return f"{mean:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else "")
 
 
-def signed(values: Sequence[float]) -> str:
+def signed_mean_text(values: Sequence[float]) -> str:
+    """The same with a sign."""
     mean, low, high = interval(values)
     return f"{mean:+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if len(values) > 1 else "")
 
@@ -53,8 +54,8 @@ def pooled(runs: Sequence[Run], block: int) -> dict[str, tuple[float, float, flo
     """APGR (point, low, high), 95% over questions, of what decided a block after the switch, of prompt length, and the
     paired difference.
 
-    All seeds' questions together, each scored by the version that decided it, less that seed's mean score: how high a
-    version scores altogether orders nothing within its seed.
+    All seeds' questions together, each scored by the version that decided it, minus that seed's mean score, because the
+    level of a version's scores does not order the questions of its seed.
     """
     rows = [run["switch"][block] for run in runs]
     if any("gain" not in row for row in rows):
@@ -86,13 +87,13 @@ def share_curve(run: Run, size: int) -> tuple[Array, Array]:
 
 
 def advantage_curve(run: Run, size: int) -> tuple[Array, Array]:
-    """(requests since the switch at the window's end, quality over a coin's at the same share in the window).
+    """(requests since the switch at the window's end, quality over random routing's at the same share in the window).
 
-    Of questions that no version had learned: after the switch those asked for the first time.
+    Only questions that no version had learned count: after the switch, those asked for the first time.
     """
     stream = run["stream"]
-    told = zip(stream["phase"], stream["first"], strict=True)
-    new = np.array([phase == "before" or bool(first) for phase, first in told], bool)
+    requests = zip(stream["phase"], stream["first"], strict=True)
+    new = np.array([phase == "before" or bool(first) for phase, first in requests], bool)
     large, small_right, large_right = (
         np.array(stream[name], float)[new] for name in ("large", "small_right", "large_right")
     )
@@ -100,8 +101,8 @@ def advantage_curve(run: Run, size: int) -> tuple[Array, Array]:
     means = [moving(values, size) for values in (served, large, small_right, large_right)]
     over = means[0] - (means[1] * means[3] + (1 - means[1]) * means[2])
     since = np.arange(size, size + len(over)) - stream["phase"].count("before")
-    kept = since % EVERY == 0  # so that runs have the same points
-    return since[kept].astype(float), over[kept]
+    plotted = since % EVERY == 0  # so that runs have the same points
+    return since[plotted].astype(float), over[plotted]
 
 
 def moving(values: Array, size: int) -> Array:

@@ -1,4 +1,4 @@
-"""What each scenario asks, seed by seed. The order of a seed's questions stands for time."""
+"""The questions of each scenario, by seed. The order of a seed's questions represents time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from benchmarks.replay.questions import Question
 from benchmarks.replay.run import Block, Plan
 
 SCENARIOS = ("cold", "general", "switch")
-EARLY, EARLY_TO, LATE = 100, 500, 500  # a refresh every so many labels, first and then; a kill of the learner between
-LABELS = 1500  # of MMLU
+EARLY, EARLY_TO, LATE = (
+    100,
+    500,
+    500,
+)  # labels between refreshes: at first, up to when, and after; the learner is restarted between
+MMLU_LABELS = 1500
 AFTER = 250  # labels a refresh after the switch
 REQUESTS = 2300  # of each side of the switch at least, so that there are whole windows of 2,000
 
@@ -20,11 +24,15 @@ REQUESTS = 2300  # of each side of the switch at least, so that there are whole 
 def plan_of(
     scenario: str, seed: int, bases: dict[str, Path], mmlu: Sequence[Question], gsm8k: Sequence[Question]
 ) -> Plan:
-    """`cold` and `general` are MMLU from either start; `switch` is `cold`, and then GSM8K."""
+    """`cold` and `general` ask MMLU from different initial checkpoints; `switch` is `cold` followed by GSM8K."""
     mmlu = shuffled(mmlu, seed)
-    asked, untold, later = mmlu[:LABELS], mmlu[LABELS : LABELS + REQUESTS], mmlu[LABELS + REQUESTS :]
+    asked, unlabelled, later = (
+        mmlu[:MMLU_LABELS],
+        mmlu[MMLU_LABELS : MMLU_LABELS + REQUESTS],
+        mmlu[MMLU_LABELS + REQUESTS :],
+    )
     blocks = mmlu_blocks(asked)
-    fill, least = {"before": untold}, {"before": 0}
+    fill, least = {"before": unlabelled}, {"before": 0}
     if scenario == "switch":
         new = shuffled(gsm8k, seed + 1000)
         starts = range(0, len(new), AFTER)
@@ -43,7 +51,7 @@ def mmlu_blocks(questions: Sequence[Question]) -> list[Block]:
 
 
 def quick_plan(base: Path, questions: Sequence[Question], step: int, blocks: int) -> Plan:
-    """A small cold start: `blocks` refreshes, and what is left of the questions to measure on."""
+    """A small cold start: `blocks` refreshes, and the remaining questions to measure on."""
     cut = step * blocks
     asked = [Block("before", questions[i : i + step], step) for i in range(0, cut, step)]
     later = questions[cut:]

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.depo.figures import interval
-from benchmarks.replay.figures import Run, advantage_curve, at_labels, label_counts, share_curve, stretch
+from benchmarks.replay.figures import Run, advantage_curve, at_labels, label_counts, runs_from, share_curve
 from benchmarks.replay.questions import POOLS
 
 WINDOW, NARROW = 2000, 250
@@ -25,7 +25,7 @@ COLOURS = {"cold": "tab:blue", "general": "tab:orange"}
 def draw(runs: Sequence[Run], out: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(13, 5))
     learning(axes[0], runs)
-    calibration(axes[1], stretch(runs, "cold"))
+    calibration(axes[1], runs_from(runs, "cold"))
     save(figure, out / "learning.png")
     switched = [run for run in runs if "switch" in run]
     if switched:
@@ -37,17 +37,17 @@ def draw(runs: Sequence[Run], out: Path) -> None:
 
 def learning(axes: Axes, runs: Sequence[Run]) -> None:
     for start, colour in COLOURS.items():
-        mine = stretch(runs, start)
+        mine = runs_from(runs, start)
         if not mine:
             continue
         counts = [0, *label_counts(mine)]
         found = np.array([interval(at_labels(mine, count, "apgr")) for count in counts])
         axes.plot(counts, found[:, 0], color=colour, marker="o", label=f"{start} start")
         axes.fill_between(counts, found[:, 1], found[:, 2], color=colour, alpha=0.2, linewidth=0)
-    some = stretch(runs, "cold") or list(runs)
+    some = runs_from(runs, "cold") or list(runs)
     axes.axhline(float(np.mean(at_labels(some, 0, "length"))), color="grey", linestyle="--", label="prompt length")
     axes.axhline(0.5, color="black", linewidth=0.8, label="random")
-    labelled(axes, "labels seen (questions with both pools' outcomes)", "APGR of later MMLU questions")
+    label_axes(axes, "labels seen (questions with both pools' outcomes)", "APGR of later MMLU questions")
 
 
 def calibration(axes: Axes, runs: Sequence[Run]) -> None:
@@ -60,7 +60,7 @@ def calibration(axes: Axes, runs: Sequence[Run]) -> None:
         axes.plot(counts, error, color=colour, marker="o", label=name)
         axes.plot(counts, chance, color=colour, linestyle=":", label=f"{name}, a perfect model's by chance")
     axes.axhline(0.03, color="black", linewidth=0.8)
-    labelled(axes, "labels seen (cold start)", "calibration error, 10 equally full bins")
+    label_axes(axes, "labels seen (cold start)", "calibration error, 10 equally full bins")
 
 
 def shares(axes: Axes, runs: Sequence[Run]) -> None:
@@ -70,7 +70,7 @@ def shares(axes: Axes, runs: Sequence[Run]) -> None:
     axes.axhspan(target - 0.02, target + 0.02, color="grey", alpha=0.2)
     axes.axvline(run_length(runs), color="black", linewidth=0.8)
     axes.set_ylim(target - 0.08, target + 0.08)
-    labelled(
+    label_axes(
         axes, f"requests (line: MMLU becomes GSM8K); window of the last {WINDOW:,}", "large share (band: +-2 points)"
     )
 
@@ -83,8 +83,10 @@ def advantages(axes: Axes, runs: Sequence[Run]) -> None:
     axes.plot(common, [np.mean([curve[x] for curve in curves]) for x in common], color="black", label="mean")
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.axvline(0.0, color="black", linewidth=0.8)
-    labelled(
-        axes, f"new questions since MMLU became GSM8K; window of {NARROW}", "quality over a coin's at the same share"
+    label_axes(
+        axes,
+        f"new questions since MMLU became GSM8K; window of {NARROW}",
+        "quality over random routing at the same share",
     )
 
 
@@ -93,7 +95,7 @@ def run_length(runs: Sequence[Run]) -> float:
     return float(np.mean([run["stream"]["phase"].count("before") for run in runs]))
 
 
-def labelled(axes: Axes, x: str, y: str) -> None:
+def label_axes(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)

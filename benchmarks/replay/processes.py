@@ -1,4 +1,4 @@
-"""The real programs: depo-gateway, depo-train refresh --follow, and the checkpoints that they start from."""
+"""The real programs, depo-gateway and depo-train refresh --follow, and the checkpoints that they start from."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Place:
 
     @property
     def trained_to(self) -> int:
-        """The highest label that the last refresh knew of; it is written when all else is."""
+        """The highest label that the last refresh read; the file is written last."""
         file = self.checkpoints / "learner.json"
         return int(json.loads(file.read_text())["seq"]) if file.exists() else 0
 
@@ -63,7 +63,7 @@ def gateway_config(place: Place, urls: Mapping[str, str], large_share: float) ->
         "listen": {"port": 0},
         "admin": {"port": 0},
         "pools": pools(urls),
-        # questions asked again to fill windows of shares are decided anew
+        # so that questions that are asked again are decided again
         "routing": {"target": {"large_share": large_share}, "explore": 0.02, "sticky": False},
         "estimator": {"path": str(place.checkpoints), "deadline_ms": DEADLINE_MS},
         "records": {"url": place.records, "prompts": "full"},
@@ -81,7 +81,7 @@ def learner_config(place: Place, urls: Mapping[str, str], every_labels: int) -> 
             "every_labels": every_labels,
             "every_minutes": 600,
             "keep": 100,
-            # here hours of one key's traffic pass in seconds, and exam questions come in series of a wording
+            # here hours of one key's traffic pass in seconds, and exam questions come in similar series
             "learn": {"traffic": {"burst_seconds": 1}},
         },
     }
@@ -111,18 +111,26 @@ def gateway(place: Place, config: Mapping[str, Any]) -> Iterator[tuple[str, str]
 def learner(place: Place, config: Mapping[str, Any], base: Path, cold: bool) -> Iterator[subprocess.Popen[bytes]]:
     file, log = place.root / "learner.yaml", place.root / "learner.log"
     file.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    words = ["--base", str(base), "--out", str(place.checkpoints), "--config", str(file), *(["--cold"] if cold else [])]
-    with process(log, "-m", "depo_gateway.training", "refresh", "--follow", *words) as started:
+    arguments = [
+        "--base",
+        str(base),
+        "--out",
+        str(place.checkpoints),
+        "--config",
+        str(file),
+        *(["--cold"] if cold else []),
+    ]
+    with process(log, "-m", "depo_gateway.training", "refresh", "--follow", *arguments) as started:
         yield started
 
 
 @contextlib.contextmanager
 def process(log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python process on one thread, its words appended to `log`; told to end with the block, and waited for."""
+    """A Python process on one thread, its output appended to `log`, terminated at the end of the block."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with log.open("ab") as words:
+    with log.open("ab") as output:
         started = subprocess.Popen(
-            [sys.executable, *command], stdout=words, stderr=words, env=environment, cwd=log.parent
+            [sys.executable, *command], stdout=output, stderr=output, env=environment, cwd=log.parent
         )
     try:
         yield started
@@ -137,11 +145,11 @@ def process(log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def last_line(log: Path) -> str:
     lines = log.read_text().strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "its log is empty"
 
 
 def untrained(place: Path) -> Path:
-    """A checkpoint that says the same of every prompt: what a cold start serves until there are labels."""
+    """A checkpoint that scores every prompt alike: a cold start serves it until there are labels."""
     if not (place / checkpoint.MANIFEST).is_file():
         torch.manual_seed(0)
         model, tokenizer = create_model(ModelConfig(POOLS, TextConfig()))
@@ -153,7 +161,7 @@ def untrained(place: Path) -> Path:
 
 
 def general(place: Path, data: Path) -> Path:
-    """A checkpoint of GSM8K and MATH, so of other questions than MMLU's, which the shipped one was fitted on."""
+    """A checkpoint fitted on GSM8K and MATH, because the shipped one was fitted on the MMLU questions asked here."""
     if not (place / checkpoint.MANIFEST).is_file():
         tables = [str(data / "outcomes" / name) for name in GENERAL]
         command = ["fit", "--outcomes", *tables, "--pools", *GENERAL_MODELS, "--balance", "0.5", "--out", str(place)]
@@ -165,8 +173,8 @@ def general(place: Path, data: Path) -> Path:
     return place
 
 
-def begin(place: Place, base: Path) -> None:
-    """The checkpoints directory, serving the base."""
+def publish_base(place: Place, base: Path) -> None:
+    """Makes the checkpoints directory, with the base as the served checkpoint."""
     place.checkpoints.mkdir(parents=True)
     shutil.copytree(base, place.checkpoints / "base")
     checkpoint.publish(place.checkpoints / "base")

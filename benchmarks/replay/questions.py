@@ -1,4 +1,4 @@
-"""What is asked: questions, and which of the two pools answers each rightly: outcome tables, or chain arithmetic."""
+"""The questions, and which of the two pools answers each correctly: outcome tables, or chain arithmetic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ GENERAL_MODELS = (
     "small=mistralai/Mixtral-8x7B-Instruct-v0.1,Meta-Llama-3.1-8B-Instruct,Qwen2-7B-Instruct,gemma-2-9b-it",
     "large=gpt-4-1106-preview,Meta-Llama-3.1-70B-Instruct,Qwen2-72B-Instruct",
 )
-SMALL_FORGETS, LARGE_FORGETS = 0.45, 0.03  # a chain's part that goes wrong: a `*` for the small model, any step
+SMALL_ERROR, LARGE_ERROR = (
+    0.45,
+    0.03,
+)  # error rates in a chain: of the small model at each `*`, of the large at any step
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,12 @@ class Question:
 
     @property
     def reference(self) -> str:
-        """What a client says is right. The tables hold no answers, so that each question has a word of its own."""
+        """The right answer: the tables hold no answers, so each question has a made-up one."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:12]
 
 
 def questions_of(data: Path, source: str) -> list[Question]:
-    """A table's distinct questions, in the file's order. Raises ValueError for a file that is none, OSError without."""
+    """A table's distinct questions, in the file's order. Raises ValueError for an invalid file, OSError for none."""
     examples = examples_of(read_tables([data / "outcomes" / FILES[source]]), parse_pools(list(MODELS)))
     return [
         Question(example.prompt, (bool(example.quality["small"]), bool(example.quality["large"])))
@@ -43,26 +46,27 @@ def questions_of(data: Path, source: str) -> list[Question]:
 
 
 def chain_questions(count: int, seed: int) -> list[Question]:
-    """Chain arithmetic, which runs anywhere: the small pool fails where `*` stands, the large one seldom."""
+    """Chain arithmetic, which needs no data: the small pool often fails at `*`, the large one seldom at all."""
     return [
-        Question(prompt, (draw(prompt, "small"), draw(prompt, "large"))) for prompt in chains("collect", count, seed)
+        Question(prompt, (is_right(prompt, "small"), is_right(prompt, "large")))
+        for prompt in chains("collect", count, seed)
     ]
 
 
-def draw(prompt: str, pool: str) -> bool:
-    """Whether a pool gets a chain right: a coin that the prompt itself decides, so that nobody has to remember it."""
-    kept = (1 - SMALL_FORGETS) ** prompt.count("*") if pool == "small" else (1 - LARGE_FORGETS) ** (len(prompt) // 2)
-    return share_of(f"{pool} {prompt}") < kept
+def is_right(prompt: str, pool: str) -> bool:
+    """Whether a pool solves a chain: pseudo-random, determined by the prompt."""
+    probability = (1 - SMALL_ERROR) ** prompt.count("*") if pool == "small" else (1 - LARGE_ERROR) ** (len(prompt) // 2)
+    return uniform_of(f"{pool} {prompt}") < probability
 
 
-def share_of(text: str) -> float:
-    """A number in [0, 1) that looks random and belongs to the text."""
+def uniform_of(text: str) -> float:
+    """A pseudo-random number in [0, 1), determined by the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def token_confidence(question: Question, pool: int) -> float:
-    """What the answer's log-probabilities say: of a wrong answer a little less, with much chance."""
-    return 0.55 + 0.25 * share_of(f"sure {pool} {question.text}") + 0.15 * question.right[pool]
+    """The token confidence of an answer: a little lower for wrong ones, and mostly random."""
+    return 0.55 + 0.25 * uniform_of(f"sure {pool} {question.text}") + 0.15 * question.right[pool]
 
 
 def by_text(questions: Sequence[Question]) -> dict[str, Question]:

@@ -11,7 +11,17 @@ import numpy as np
 
 from benchmarks.depo.figures import interval
 from benchmarks.overhead import cpu
-from benchmarks.replay.figures import Run, at_labels, by_seed, compact, label_counts, pooled, said, signed, stretch
+from benchmarks.replay.figures import (
+    Run,
+    at_labels,
+    by_seed,
+    compact,
+    label_counts,
+    mean_text,
+    pooled,
+    runs_from,
+    signed_mean_text,
+)
 from benchmarks.replay.plots import WINDOW, draw
 from benchmarks.replay.questions import POOLS
 from depo_gateway.training.evaluation.markdown import table
@@ -23,40 +33,43 @@ INTRO = """\
 full, `routing.target: {{large_share: {target}}}`, 2% exploration) and a real `depo-train refresh --follow` beside it,
 which asks the pool that did not serve (shadow share 1) and judges by the client's reference (`exact`). Scripted
 backends answer right or wrong by the table: Mixtral-8x7B is small, GPT-4 large. A label is a question with both pools'
-outcomes, got by shadowing alone. The gateway is never restarted and takes new checkpoints up as it serves; the learner
-is ended and started again on the way. {seeds}: a seed is a random order of MMLU's questions, which stands for time.
-Intervals: 95%, Student's t over seeds, unless it says otherwise. {machine}, {minutes:.0f} minutes in all.
+outcomes, obtained by shadowing alone. The gateway is never restarted and loads new checkpoints while it serves; the
+learner is restarted on the way. {seeds}: a seed is a random order of MMLU's questions, which represents time.
+Intervals: 95%, Student's t over seeds, unless stated otherwise. {machine}, {minutes:.0f} minutes in all.
 
-Slightly too good: how a refresh learns (its epochs and rates, the pull of the joint calibration, what old labels weigh)
-was chosen on these same tables, in other and partly the same orders.
+Slightly optimistic: how a refresh learns (its epochs and rates, the prior of the joint calibration, the weights of old
+labels) was chosen on these same tables, in other and partly the same orders.
 
-Time is compressed: hours of traffic pass in seconds. So it slows down to {slow} requests a second, without references,
-until the learner has trained; `learn.traffic.burst_seconds` is 1 (one key asks everything here); `deadline_ms` is long,
-since all processes share a core; and `sticky` is off, since fill-in questions are asked again."""
+Time is compressed: hours of traffic pass in seconds. So traffic slows down to {slow} requests a second, without
+references, until the learner has trained; `learn.traffic.burst_seconds` is 1 (one key asks everything here);
+`deadline_ms` is long, since all processes share a core; and `sticky` is off, because fill-in questions are asked
+again."""
 MMLU = """\
 ## Labels and routing: MMLU
 
 APGR of the version that is served after so many labels, on the {later:,} questions that come later and are never
 labelled; random is 0.5. A refused candidate leaves the old version in service. `general` starts from a checkpoint that
-was fitted on GSM8K and MATH: the shipped one was fitted on these very MMLU questions. `--cold` starts from nothing."""
+was fitted on GSM8K and MATH: the shipped one was fitted on these very MMLU questions. `--cold` starts from fresh
+heads."""
 SWITCH = """\
 ## A switch of traffic: MMLU, then GSM8K
 
-The cold runs go on with GSM8K. Each question is asked once with its reference, and counts below only as decided then,
-by a version that had never seen it. `over a coin`: quality of what was served minus that of a coin at the same large
-share on the same questions, exploration included. APGR: of the version that decided, all seeds' questions together,
-with 95% bootstrap intervals over questions; prompt length on the same questions."""
+The cold runs continue with GSM8K. Each question is asked once with its reference, and counts below only as decided
+then, by a version that had never seen it. `over random`: quality of the served answers minus that of random routing at
+the same large share on the same questions, exploration included. APGR: of the version that decided, all seeds'
+questions together, with 95% bootstrap intervals over questions; prompt length on the same questions."""
 SHARES = """\
 ## The realised large share
 
-The furthest that the large share of {window:,} consecutive routed requests is from the target of {target}, in windows
-wholly before the switch, across it, and wholly after it. GSM8K questions are asked again to fill the last ones."""
+The largest deviation of the large share of {window:,} consecutive routed requests from the target of {target}, in
+windows wholly before the switch, across it, and wholly after it. GSM8K questions are asked again to fill the last
+ones."""
 CALIBRATION = """\
 ## Calibration after refresh
 
-Expected calibration error in 10 equally full bins, on the same {later:,} later MMLU questions (cold start), and what a
-perfect model of as many questions gets by chance: outcomes drawn from its own predictions, the pools' correlated as
-they are. Aim: at most .03."""
+Expected calibration error in 10 equally full bins, on the same {later:,} later MMLU questions (cold start), and the
+error that a perfect model has on as many questions by chance: outcomes drawn from its own predictions, the pools'
+correlated as they are. Aim: at most .03."""
 
 
 def report(runs: Sequence[Run], out: Path) -> None:
@@ -80,7 +93,7 @@ def parts(runs: Sequence[Run]) -> list[str]:
     minutes = sum(run["seconds"] for run in runs) / 60
     text = [INTRO.format(target=target, seeds=seeds, machine=machine, minutes=minutes, slow=SLOW)]
     text += [
-        "## Against what was wanted",
+        "## Aims and results",
         aims_table(runs),
         MMLU.format(later=later),
         learning_table(runs),
@@ -90,73 +103,77 @@ def parts(runs: Sequence[Run]) -> list[str]:
     if switched:
         text += [SWITCH, switch_table(switched), "![the switch](switch.png)"]
         text += [SHARES.format(window=WINDOW, target=target), share_table(switched)]
-    if stretch(runs, "cold"):
-        text += [CALIBRATION.format(later=later), calibration_table(stretch(runs, "cold"))]
+    if runs_from(runs, "cold"):
+        text += [CALIBRATION.format(later=later), calibration_table(runs_from(runs, "cold"))]
     return [*text, "## What was published and refused", refusal_table(runs), closing(runs)]
 
 
 def aims_table(runs: Sequence[Run]) -> str:
-    """What was wanted, and what was measured."""
+    """The aims, and the results."""
     rows: list[tuple[str, str, str]] = []
     for start in ("cold", "general"):
-        mine = stretch(runs, start)
+        mine = runs_from(runs, start)
         counts = label_counts(mine) if mine else []
         if 500 in counts:
             over = np.subtract(at_labels(mine, 500, "apgr"), at_labels(mine, 500, "length")).tolist()
             mean, low, _ = interval(over)
             rows.append(
-                (f"MMLU, {start} start: above prompt length by 500 labels", signed(over), met(mean > 0, low > 0))
+                (
+                    f"MMLU, {start} start: above prompt length by 500 labels",
+                    signed_mean_text(over),
+                    met(mean > 0, low > 0),
+                )
             )
         if 1500 in counts:
             found = at_labels(mine, 1500, "apgr")
             mean, low, _ = interval(found)
             wanted = f"MMLU, {start} start: APGR .62 by 1,500 labels"
-            rows.append((wanted, said(found), met(mean >= 0.62, low >= 0.62)))
+            rows.append((wanted, mean_text(found), met(mean >= 0.62, low >= 0.62)))
             for name in (*POOLS, "gain"):
                 errors = at_labels(mine, 1500, f"ece_{name}")
-                told = f"{said(errors)}; worst {max(errors):.3f}"
+                measured = f"{mean_text(errors)}; worst {max(errors):.3f}"
                 wanted = f"{start} start: calibration error of {name} at most .03 after 1,500 labels"
                 rows.append(
-                    (wanted, told, f"{met(np.mean(errors) <= 0.03)}; in every seed: {met(max(errors) <= 0.03)}")
+                    (wanted, measured, f"{met(np.mean(errors) <= 0.03)}; in every seed: {met(max(errors) <= 0.03)}")
                 )
     switched = [run for run in runs if "switch" in run]
     if switched:
         blocks = [[run["switch"][b]["advantage"] for run in switched] for b in range(len(switched[0]["switch"]))]
         above = [len(block) < 2 or interval(block)[2] >= 0 for block in blocks]
-        told = ", ".join(signed(block) for block in blocks)
-        rows.append(("switch: never below a coin at equal cost outside noise", told, met(all(above))))
+        measured = ", ".join(signed_mean_text(block) for block in blocks)
+        rows.append(("switch: never significantly below random routing at equal cost", measured, met(all(above))))
         if (last := pooled(switched, len(blocks) - 1)) is not None:
             point, low, high = last["over"]
-            told = f"{last['gain'][0]:.3f} against {last['length'][0]:.3f}, {point:+.3f} [{low:+.3f}, {high:+.3f}]"
+            measured = f"{last['gain'][0]:.3f} against {last['length'][0]:.3f}, {point:+.3f} [{low:+.3f}, {high:+.3f}]"
             wanted = "switch: recovered by 500 labels, that is, APGR above prompt length on the same questions"
-            rows.append((wanted, told, met(point > 0, low > 0)))
+            rows.append((wanted, measured, met(point > 0, low > 0)))
         worst = max(run["share"][name] for run in switched for name in ("before", "across", "after"))
         rows.append(("large share within 2 points in every window", f"{worst:.4f} at worst", met(worst <= 0.02)))
     failed = sum(len(run["failures"]) for run in runs)
-    rows.append(("no request fails, checkpoints swapped meanwhile", f"{failed} failed", met(failed == 0)))
+    rows.append(("no request fails while checkpoints are swapped", f"{failed} failed", met(failed == 0)))
     return table(rows, ("aim", "measured", "met"))
 
 
 def met(on_average: bool | np.bool_, surely: bool | np.bool_ = True) -> str:
-    """`surely`: outside noise as well."""
+    """`surely`: also significantly."""
     if not on_average:
         return "no"
-    return "yes" if surely else "on average, not outside noise"
+    return "yes" if surely else "on average, not significantly"
 
 
 def learning_table(runs: Sequence[Run]) -> str:
-    starts = [(name, mine) for name in ("cold", "general") if (mine := stretch(runs, name))]
+    starts = [(name, mine) for name in ("cold", "general") if (mine := runs_from(runs, name))]
     counts = label_counts(runs)
     rows = []
     for count in (0, *counts):
-        cells = [said(at_labels(mine, count, "apgr")) for _, mine in starts]
+        cells = [mean_text(at_labels(mine, count, "apgr")) for _, mine in starts]
         over = [
-            signed(np.subtract(at_labels(mine, count, "apgr"), at_labels(mine, count, "length")).tolist())
+            signed_mean_text(np.subtract(at_labels(mine, count, "apgr"), at_labels(mine, count, "length")).tolist())
             for _, mine in starts
         ]
         rows.append((count, *(cell for pair in zip(cells, over, strict=True) for cell in pair)))
     header = ["labels", *(word for name, _ in starts for word in (f"{name} start", "over prompt length, paired"))]
-    length = said(at_labels(starts[0][1], 0, "length"))
+    length = mean_text(at_labels(starts[0][1], 0, "length"))
     return table(rows, header) + f"\n\nPrompt length: {length}."
 
 
@@ -172,14 +189,14 @@ def switch_table(runs: Sequence[Run]) -> str:
         rows.append(
             (
                 f"{first} to {first + of[0]['questions']}",
-                signed([row["advantage"] for row in of]),
-                signed([row["gap"] for row in of]),
-                said([row["large_share"] for row in of], 2),
+                signed_mean_text([row["advantage"] for row in of]),
+                signed_mean_text([row["gap"] for row in of]),
+                mean_text([row["large_share"] for row in of], 2),
                 *cells,
-                said(by_seed(runs, block)) if found is not None else "-",
+                mean_text(by_seed(runs, block)) if found is not None else "-",
             )
         )
-    header = ("GSM8K labels", "over a coin", "gap of the pools", "large share", "APGR", "of prompt length", "by seed")
+    header = ("GSM8K labels", "over random", "gap of the pools", "large share", "APGR", "of prompt length", "by seed")
     return table(rows, header)
 
 
@@ -197,7 +214,7 @@ def calibration_table(runs: Sequence[Run]) -> str:
         for name in (*POOLS, "gain"):
             errors = at_labels(runs, count, f"ece_{name}")
             cells += [
-                f"{said(errors)}; worst {max(errors):.3f}",
+                f"{mean_text(errors)}; worst {max(errors):.3f}",
                 f"{np.mean(at_labels(runs, count, f'chance_{name}')):.3f}",
             ]
         rows.append((count, *cells))
@@ -209,8 +226,8 @@ def refusal_table(runs: Sequence[Run]) -> str:
     for run in runs:
         refused = {one["labels"] for one in run["refusals"]}
         published = [str(v["labels"]) for v in run["versions"] if v["labels"] not in refused]
-        said_why = "; ".join(f"{one['labels']}: {short(one['reasons'])}" for one in run["refusals"])
-        rows.append((run["scenario"], run["seed"], ", ".join(published), said_why or "-"))
+        reasons = "; ".join(f"{one['labels']}: {short(one['reasons'])}" for one in run["refusals"])
+        rows.append((run["scenario"], run["seed"], ", ".join(published), reasons or "-"))
     return table(rows, ("scenario", "seed", "published at labels", "refused at labels"))
 
 
@@ -222,6 +239,6 @@ def closing(runs: Sequence[Run]) -> str:
     failures, requests = sum(len(run["failures"]) for run in runs), sum(run["requests"] for run in runs)
     worst = max(run["score_difference"] for run in runs)
     return (
-        f"{failures} of {requests:,} requests failed. The scores that the gateway put on record and those measured here"
+        f"{failures} of {requests:,} requests failed. The scores that the gateway recorded and those measured here"
         f" differ by {worst:.0e} at most."
     )

@@ -1,4 +1,4 @@
-"""How good is a checkpoint on questions it never saw? Scored with embeddings made once: the encoder is frozen.
+"""Scores of a checkpoint on questions it never saw, with embeddings made once, because the encoder is frozen.
 
 Shapes: N questions, D encoder width, W windows, K pools (small, large).
 """
@@ -28,13 +28,13 @@ CHANCE_DRAWS = 100
 
 
 class Scorer:
-    """Checkpoints on the default encoder, questions embedded once and kept in a file."""
+    """Checkpoints on the default encoder; questions are embedded once and cached in a file."""
 
-    def __init__(self, questions: Sequence[Question], kept: Path) -> None:
+    def __init__(self, questions: Sequence[Question], cache: Path) -> None:
         model, tokenizer = create_model(ModelConfig(POOLS, TextConfig()))
         self._learner = Learner(model, tokenizer, LearnerConfig(average=0))
         examples = [Example(question.text, {}) for question in questions]
-        self._items = self._read(examples, kept)
+        self._items = self._read(examples, cache)
         self._row = {question.text: row for row, question in enumerate(questions)}
 
     def quality(self, place: Path, questions: Sequence[Question]) -> Array:
@@ -46,15 +46,15 @@ class Scorer:
         stage = calibration.loads(files[checkpoint.CALIBRATION]).stages["full"]
         return calibration.calibrate_quality(stage, logits)
 
-    def _read(self, examples: Sequence[Example], kept: Path) -> list[Item]:
-        if kept.exists():
-            embeddings = torch.from_numpy(np.load(kept))
+    def _read(self, examples: Sequence[Example], cache: Path) -> list[Item]:
+        if cache.exists():
+            embeddings = torch.from_numpy(np.load(cache))
             if len(embeddings) == len(examples):
                 return self._learner.items(examples, embeddings=list(embeddings))
         items = self._learner.items(examples)
         embedded = [item.embedding for item in items if item.embedding is not None]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        np.save(kept, torch.stack(embedded).numpy())
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.save(cache, torch.stack(embedded).numpy())
         return items
 
 
@@ -64,7 +64,7 @@ def outcomes(questions: Sequence[Question]) -> Array:
 
 
 def measured(quality: Array, observed: Array, lengths: Array) -> dict[str, float]:
-    """APGR of the gain and of prompt length, and calibration errors, beside those of a perfect model by chance."""
+    """APGR of the gain and of prompt length; calibration errors, and those that a perfect model has by chance."""
     gain = quality[:, 1] - quality[:, 0]
     errors = calibration_errors(quality, observed)
     chance = chance_errors(quality, observed)
@@ -85,10 +85,10 @@ def calibration_errors(quality: Array, observed: Array) -> dict[str, float]:
 
 
 def chance_errors(quality: Array, observed: Array, draws: int = CHANCE_DRAWS) -> dict[str, float]:
-    """The mean errors of a model that is right: outcomes drawn from its own predictions.
+    """The mean errors of a perfect model: outcomes are drawn from its own predictions.
 
-    Both pools' outcomes of a question go together as they do in the table: of the four, the joint probabilities are
-    those with the predicted margins nearest to the observed correlation.
+    Both pools' outcomes of a question are correlated as in the table: the joint probabilities have the predicted
+    margins and are nearest to the observed correlation.
     """
     generator = np.random.default_rng(0)
     residual = observed - quality
@@ -111,8 +111,8 @@ def chance_errors(quality: Array, observed: Array, draws: int = CHANCE_DRAWS) ->
 class Served:
     """One answered request as the client saw it."""
 
-    phase: str  # where the traffic stood: before or after the switch
-    first: bool  # asked for the first time, so that no version had learned it
+    phase: str  # before or after the switch of traffic
+    first: bool  # asked with its reference, for the first time, so that no version had learned it
     question: Question
     id: str
     pool: str
@@ -121,7 +121,7 @@ class Served:
 
 
 def advantage(served: Sequence[Served]) -> float:
-    """Mean quality of what was served minus that of a coin at the same share of each pool."""
+    """Mean quality of the served answers minus that of random routing at the same share of each pool."""
     observed = outcomes([one.question for one in served])
     large = np.array([one.pool == "large" for one in served])
     share = large.mean()
@@ -136,7 +136,7 @@ def windows(large: NDArray[np.bool_], size: int) -> Array:
 
 
 def share_errors(served: Sequence[Served], target: float, size: int = 2000) -> dict[str, Any]:
-    """The furthest that the realised large share of a window is from the target: before, across, after the switch."""
+    """Largest deviation of a window's large share from the target: before, across and after the switch."""
     large = np.array([one.pool == "large" for one in served])
     after = np.array([one.phase == "after" for one in served])
     share, late = windows(large, size), windows(after, size)

@@ -1,4 +1,4 @@
-"""The replay benchmark's pure parts: what is asked in which order, what backends answer, and what is measured."""
+"""The replay benchmark's pure parts: the order of questions, the backends' answers, and the measurements."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from benchmarks.replay.backends import WRONG, answer_of
-from benchmarks.replay.figures import EVERY, advantage_curve, at_labels, moving, share_curve, stretch
-from benchmarks.replay.plans import AFTER, LABELS, REQUESTS, plan_of, quick_plan
+from benchmarks.replay.figures import EVERY, advantage_curve, at_labels, moving, runs_from, share_curve
+from benchmarks.replay.plans import AFTER, MMLU_LABELS, REQUESTS, plan_of, quick_plan
 from benchmarks.replay.processes import Place
 from benchmarks.replay.questions import Question, chain_questions, token_confidence
 from benchmarks.replay.score import Served, advantage, chance_errors, measured, share_errors, windows
 
-MMLU = [Question(f"m{i}", (i % 3 > 0, i % 7 > 0)) for i in range(LABELS + REQUESTS + 500)]
+MMLU = [Question(f"m{i}", (i % 3 > 0, i % 7 > 0)) for i in range(MMLU_LABELS + REQUESTS + 500)]
 GSM8K = [Question(f"g{i}", (i % 2 > 0, True)) for i in range(3 * AFTER + 20)]
 
 
@@ -21,7 +21,7 @@ def served(pool: str, right: tuple[bool, bool], phase: str = "before") -> Served
     return Served(phase, True, Question("q", right), "id", pool, "confident", "v1")
 
 
-def test_a_backend_says_the_reference_or_not_and_how_sure_it_is() -> None:
+def test_a_backend_answers_with_the_reference_or_not_and_its_token_confidence() -> None:
     question = Question("2+2=", (False, True))
     small, large = (answer_of(question, pool, logprobs=True)["choices"][0] for pool in (0, 1))
     assert small["message"]["content"] == WRONG
@@ -45,10 +45,10 @@ def test_no_question_is_labelled_that_a_version_is_measured_on(tmp_path: Path) -
     bases = {"cold": tmp_path, "general": tmp_path}
     for scenario in ("cold", "general", "switch"):
         plan = plan_of(scenario, 1, bases, MMLU, GSM8K)
-        told = [question for block in plan.blocks for question in block.questions]
-        assert len(set(told)) == len(told)
-        assert not set(told) & set(plan.later["mmlu"])
-        assert not set(plan.fill["before"]) & (set(told) | set(plan.later["mmlu"]))
+        labelled = [question for block in plan.blocks for question in block.questions]
+        assert len(set(labelled)) == len(labelled)
+        assert not set(labelled) & set(plan.later["mmlu"])
+        assert not set(plan.fill["before"]) & (set(labelled) | set(plan.later["mmlu"]))
         assert plan.cold == (scenario != "general")
 
 
@@ -65,13 +65,13 @@ def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
     assert first.blocks != other.blocks
 
 
-def test_a_quick_plan_keeps_questions_aside(tmp_path: Path) -> None:
+def test_a_quick_plan_holds_questions_out(tmp_path: Path) -> None:
     plan = quick_plan(tmp_path, MMLU[:100], 20, 3)
     assert [len(block.questions) for block in plan.blocks] == [20, 20, 20]
     assert list(plan.later["later"]) == MMLU[60:100]
 
 
-def test_the_advantage_is_over_a_coin_at_the_same_share() -> None:
+def test_the_advantage_is_over_random_routing_at_the_same_share() -> None:
     best = [served("large", (False, True)), served("small", (True, True))]
     assert advantage(best) == pytest.approx(1.0 - 0.75)
     assert advantage([served("large", (False, True))] * 4) == 0.0
@@ -123,8 +123,8 @@ def test_a_switch_tells_of_the_cold_start_too() -> None:
     ]
     run = {"scenario": "switch", "start": {"mmlu": {"apgr": 0.5}}, "versions": versions}
     other = {**run, "scenario": "general"}
-    assert stretch([run, other], "cold") == [run]
-    assert stretch([run, other], "general") == [other]
+    assert runs_from([run, other], "cold") == [run]
+    assert runs_from([run, other], "general") == [other]
     assert at_labels([run], 0, "apgr") == [0.5]
     assert at_labels([run], 100, "apgr") == [0.6]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.gateway import config
@@ -50,7 +51,7 @@ def test_a_target_is_shown_and_a_key_that_a_reload_removed_is_not(tiny_checkpoin
     target = {"target": {"large_share": 0.25}}
     control.follow(read(tiny_checkpoint, routing=target, auth={"keys": KEYS[:1]}), runtime)
     both = Eligible(("small", "large"))
-    control.commit(Accounting(decisive_confidence=0.5), "two", "hi", both, Decision("large", "unsure", 0.5, 0.9))
+    control.commit(Accounting(decisive_confidence=0.5), "two", "hi", both, Decision("large", Reason.UNSURE, 0.5, 0.9))
     shown = scraped(control, metrics)
     assert (shown["gateway_target_wanted"], shown["gateway_target_share"]) == (0.25, 1.0)
     assert shown["gateway_threshold"] == pytest.approx(control.threshold)

@@ -25,8 +25,8 @@ def test_the_preset_shows_how_to_say_what_the_servers_take() -> None:
 
 
 def test_the_labels_in_the_manual_are_those_of_the_pods_that_ask() -> None:
-    manual = (ROOT / "docs/operations.md").read_text()
-    (said,) = re.findall(r"A policy of yours before vLLM in another namespace.+?\. vLLM", manual, re.DOTALL)
+    manual = (ROOT / "docs/operations/kubernetes.md").read_text()
+    (said,) = re.findall(r"A policy of yours before vLLM in another namespace.+?\n\n", manual, re.DOTALL)
     keys = re.findall(r"`(app\.kubernetes\.io/\w+)`", said)
     components = set(re.findall(r"`(\w+)`", said))
     manifests = chart.rendered(Values(presets=(PRESET,)))

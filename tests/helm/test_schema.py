@@ -12,6 +12,7 @@ import yaml
 from jsonschema import Draft7Validator
 
 from depo_gateway.gateway import config
+from depo_gateway.training.judging.label_sources import judge_kinds
 from depo_gateway.training.online import settings as learner_settings
 from tests.helm.chart import CHART, merged, nested
 
@@ -113,6 +114,9 @@ def test_every_setting_of_the_learner_is_in_the_schema_and_no_other() -> None:
 def test_settings_have_the_loaders_types(tree: Any, part: Any) -> None:
     hints = dict(settings(tree))
     for key, node in properties(part):
+        if key == "judge.kind":  # from the table of label sources
+            assert tuple(node["enum"]) == judge_kinds()
+            continue
         if typing.get_origin(hints[key]) is Literal:
             options = {node["const"]} if "const" in node else set(node["enum"])
             assert options == set(typing.get_args(hints[key])), key

@@ -20,6 +20,7 @@ CASES = sorted((Path(__file__).parent / "rules").glob("*.yaml"))
 RUNBOOKS = ROOT / "docs/runbooks"
 TARGET_LABELS = {"namespace", "job", "instance", "pod", "container"}  # what Prometheus adds to every series
 QUERIES = re.compile(r"```promql\n(.*?)```", re.DOTALL)
+PACKAGES = ("gateway", "estimator", "training")
 OURS = r"\b(?:gateway|learner)_[a-z_]+[a-z]\b"
 
 
@@ -63,9 +64,8 @@ def known() -> dict[str, set[str]]:
 
 @functools.cache
 def sources() -> str:
-    """The code that labels the series: it contains a label's values."""
-    packages = ("estimator", "gateway", "training")
-    return "".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
+    """The code that labels the series: a label's values stand in it."""
+    return "".join(path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
 def promtool(*arguments: str | Path) -> None:

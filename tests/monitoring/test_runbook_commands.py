@@ -1,4 +1,4 @@
-"""The commands that operations.md and a runbook give for reloading every replica do that."""
+"""The commands that docs/operations/kubernetes.md and a runbook give for reloading every replica do that."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ from tests.gateway.backend import FakeVllm
 from tests.gateway.conftest import running, settings
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "docs/operations.md", ROOT / "docs/runbooks/DepoConfigReloadFailed.md"]
+PAGES = [ROOT / "docs/operations/kubernetes.md", ROOT / "docs/runbooks/DepoConfigReloadFailed.md"]
 KEY = "sk-depo-admin"
 # Stands for kubectl: two pods, whose container is this machine.
 KUBECTL = """#!/bin/sh

@@ -11,10 +11,11 @@ import pytest
 from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Label
-from depo_gateway.training.judging.judges import open_judge
+from depo_gateway.training.judging.judges import JudgeConfig
+from depo_gateway.training.judging.label_sources import open_judge
 from depo_gateway.training.judging.pool_client import PoolClient
 from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.online.settings import JudgeConfig, ShadowConfig
+from depo_gateway.training.online.settings import ShadowConfig
 from depo_gateway.training.online.shadowing import Shadow
 from tests.gateway.conftest import running
 from tests.vllm.conftest import PYTHON
@@ -59,7 +60,7 @@ async def test_served_traffic_becomes_labels_of_both_pools(
     metrics = LearnerMetrics("0")
     async with aiohttp.ClientSession() as session:
         client = PoolClient(session, pools, metrics, 10, 60.0)
-        async with open_judge(JudgeConfig("exact"), session, client, metrics) as judge:
+        async with open_judge(JudgeConfig("exact"), session, client, metrics.count_verdict) as judge:
             config = ShadowConfig(share=1.0, confidence_of_served=True)
             work = asyncio.create_task(Shadow(store, client, judge, "exact", config, metrics).run())
             for _ in range(600):

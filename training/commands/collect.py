@@ -20,8 +20,8 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
-from depo_gateway.training.outcomes.collection import Prompt, outcomes, read_prompts
-from depo_gateway.training.outcomes.sampling_client import Backend, BackendFailed, Sampling, connect
+from depo_gateway.training.outcomes.collection import Prompt, collect_outcomes, read_prompts
+from depo_gateway.training.outcomes.sampling_client import Backend, BackendError, Sampling, connect
 from depo_gateway.training.outcomes.table_file import outcome_file
 from depo_gateway.training.rewards.verifiers import NAMES, Grader
 from depo_gateway.training.rewards.worker_pool import RewardError
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         return asyncio.run(collected())
-    except (BackendFailed, RewardError) as error:
+    except (BackendError, RewardError) as error:
         remedy = f"; {args.out} is kept, and the same command continues it" if args.out.exists() else ""
         print(f"{error}{remedy}", file=sys.stderr)
         return 1
@@ -148,7 +148,7 @@ async def _write_rows(
             tally.add(row)
         begun = len(prompts) - len(missing)
         with tqdm(total=len(prompts), initial=begun, unit="prompt", disable=not sys.stderr.isatty()) as bar:
-            async for row in outcomes(session, backends, missing, sampling, args.concurrency, tally.refusals):
+            async for row in collect_outcomes(session, backends, missing, sampling, args.concurrency, tally.refusals):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

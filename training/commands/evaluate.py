@@ -33,7 +33,7 @@ from depo_gateway.training.evaluation.predictions import (
 )
 from depo_gateway.training.evaluation.report import nan_to_null, outcome_report, plot_outcomes, report_markdown
 from depo_gateway.training.evaluation.targets import parse_costs
-from depo_gateway.training.outcomes.table import examples_of, key_of, read_tables
+from depo_gateway.training.outcomes.table import examples_of, question_key, read_tables
 
 REPORT_JSON, REPORT_MD, CURVE, SCORES = "report.json", "report.md", "curve.png", "scores.jsonl"
 
@@ -99,8 +99,8 @@ def _report_on_outcomes(args: argparse.Namespace, runtime: Runtime) -> dict[str,
         "fitted_share": fitted,
         "all": outcome_report(quality, observed, length, runtime.pools),
     }
-    source_of = {(key_of(row.question), row.context): row.source for row in rows}
-    sources = np.array([source_of[key_of(example.prompt), example.context] for example in examples])
+    source_of = {(question_key(row.question), row.context): row.source for row in rows}
+    sources = np.array([source_of[question_key(example.prompt), example.context] for example in examples])
     names = sorted(set(sources.tolist()))
     if len(names) > 1:
         report["sources"] = {}

@@ -1,4 +1,4 @@
-"""The command `depo-train refresh`: one refresh, or with --follow one after another. Torch waits until it is needed."""
+"""The command `depo-train refresh`: one refresh, or with --follow one after another. Imports torch only when needed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,30 @@ from depo_gateway.training.online.reference_set import reference_rows
 from depo_gateway.training.online.refresh_config import NO_TEXT, REFUSALS
 
 if TYPE_CHECKING:
-    from depo_gateway.training.online.refresh import Outcome
+    from depo_gateway.training.online.refresh import RefreshResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--records", metavar="URL", help="the gateways' database; here or in --config")
+    parser.add_argument("--records", metavar="URL", help="the gateways' database; required here or in --config")
     parser.add_argument(
         "--base", required=True, type=Path, metavar="DIR", help="the checkpoint to start from, or builtin"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory of checkpoints and `current`")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="directory of checkpoints, in which `current` names the one that is served",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="learner.yaml")
     parser.add_argument(
-        "--cold", action="store_true", help="while --out has no `current`, begin with fresh heads on --base's encoder"
+        "--cold", action="store_true", help="while --out has no `current`, start from fresh heads on --base's encoder"
     )
-    parser.add_argument("--follow", action="store_true", help="stay, shadow and judge too, and refresh again and again")
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="keep running: shadow, judge, and refresh again whenever there are new labels",
+    )
     parser.add_argument(
         "--publish",
         action=argparse.BooleanOptionalAction,
@@ -44,69 +54,69 @@ def run(args: argparse.Namespace) -> int:
     if args.follow:
         from depo_gateway.training.online import daemon
 
-        code: int = daemon.run(args)
+        code: int = daemon.run_daemon(args)
         return code
     settings = learner_settings.load_settings(args.config, args.records)
     from depo_gateway.training.online.refresh import refresh
 
-    with checkpoint_retention.held(args.out):
-        labelled = labelled_of(database_url(settings.records), settings.refresh.learn.newest)
+    with checkpoint_retention.directory_lock(args.out):
+        labelled = read_labelled(database_url(settings.records), settings.refresh.learn.newest)
         reference = reference_rows(settings, args.base, args.out)
-        outcome = refresh(
+        result = refresh(
             labelled, args.base, args.out, settings.refresh.learn, reference, cold=args.cold, publish=args.publish
         )
-    for note in outcome.notes:
+    for note in result.notes:
         sys.stderr.write(f"depo-train refresh: {note}\n")
-    if outcome.published is None:
-        reasons = "; ".join(outcome.verdict.reasons)
+    if result.published is None:
+        reasons = "; ".join(result.verdict.reasons)
         sys.stderr.write(f"depo-train refresh: refused, {reasons}; {args.out / REFUSALS} has the figures\n")
         return 1
-    sys.stdout.write(told(outcome))
+    sys.stdout.write(published_text(result))
     return 0
 
 
-def labelled_of(url: str, newest: int) -> list[Labelled]:
-    """The newest labelled records. Raises ValueError where there are no records, or none with its text."""
+def read_labelled(url: str, newest: int) -> list[Labelled]:
+    """The newest labelled records. Raises ValueError where there are no records, or none with its prompt."""
     store = Store(url)
     try:
         store.create()
-        records, asked = store.count_records()
+        records, with_text = store.count_records()
         if not records:
             raise ValueError(
-                f"there are no records yet in {store.name}: name the database of records.url in gateway.yaml, and let"
-                " traffic come in"
+                f"there are no records yet in {store.name}: give the address in records.url of gateway.yaml, and"
+                " let traffic come in"
             )
-        if not asked:
+        if not with_text:
             raise ValueError(NO_TEXT)
         return store.labelled(newest)
     finally:
         store.close()
 
 
-def told(outcome: Outcome) -> str:
-    """What a published refresh prints."""
-    assert outcome.published is not None
-    figures = outcome.verdict.figures
+def published_text(result: RefreshResult) -> str:
+    """The lines that a published refresh prints."""
+    assert result.published is not None
+    figures = result.verdict.figures
     newest = figures["newest"]
     lines = [
-        f"{outcome.labels} labelled prompts, from {figures['start']}, {figures['epochs']} epochs",
-        f"newest {newest['prompts']} held-out prompts: {compared(newest)}",
+        f"{result.labels} labelled prompts, from {figures['start']}, {figures['epochs']} epochs",
+        f"newest {newest['prompts']} held-out prompts: {compare_text(newest)}",
     ]
     if "reference" in figures:
-        lines.append(f"reference, {figures['reference']['prompts']} prompts: {compared(figures['reference'])}")
+        lines.append(f"reference, {figures['reference']['prompts']} prompts: {compare_text(figures['reference'])}")
     errors = ", ".join(
         f"{name} {error:.3f} (at most {figures['calibration_bound'][name]:.3f})"
         for name, error in figures["calibration_error"].items()
     )
     return "\n".join(
-        [*lines, f"calibration error: {errors}", f"{outcome.place}: checkpoint {outcome.published.version}", ""]
+        [*lines, f"calibration error: {errors}", f"{result.place}: checkpoint {result.published.version}", ""]
     )
 
 
-def compared(figures: Mapping[str, Any]) -> str:
-    """Candidate against champion, in words."""
+def compare_text(figures: Mapping[str, Any]) -> str:
+    """One line that compares candidate and champion."""
     point, low, high = figures["area_difference"]
-    said = f"quality averaged over all shares {point:+.4f} [{low:+.4f}, {high:+.4f}] against the champion"
+    text = f"quality averaged over all shares {point:+.4f} [{low:+.4f}, {high:+.4f}] against the champion"
     if "apgr" in figures:
-        said = f"APGR {figures['apgr']:.3f}, the champion's {figures['rival_apgr']:.3f}; {said}"
-    return said
+        text = f"APGR {figures['apgr']:.3f}, the champion's {figures['rival_apgr']:.3f}; {text}"
+    return text

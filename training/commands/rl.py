@@ -91,7 +91,7 @@ def run(args: Namespace) -> int:
     parser, flags = read_settings(own)
     if launching is not None:
         return launch(own, launching)
-    code = train_policy(*parse_settings(parser, flags))
+    code = train_policy(*parse_flags(parser, flags))
     gc.collect()  # the trainer is a reference cycle with its process group, whose threads (gloo) abort a normal exit
     return code
 
@@ -105,7 +105,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
 
 
 def read_settings(words: Sequence[str]) -> tuple[RlParser, list[str]]:
-    """The settings of YAML files (--config) and flags, as flags for parse_settings(). Later files and flags override.
+    """The settings of YAML files (--config) and flags, as flags for parse_flags(). Later files and flags override.
 
     Raises ValueError for an unknown setting, or a value of the wrong type.
     """
@@ -136,7 +136,7 @@ def read_settings(words: Sequence[str]) -> tuple[RlParser, list[str]]:
     return parser, flags
 
 
-def parse_settings(parser: RlParser, flags: Sequence[str]) -> tuple[RlArguments, DepoConfig, ModelConfig]:
+def parse_flags(parser: RlParser, flags: Sequence[str]) -> tuple[RlArguments, DepoConfig, ModelConfig]:
     """The settings as objects. Raises ValueError for those that do not fit together."""
     arguments, config, model = parser.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
     return arguments, config, model

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.records.types import Example
-from depo_gateway.training.outcomes.table import key_of
+from depo_gateway.training.outcomes.table import question_key
 
 FINGERPRINTS = 16_384  # the most questions that a checkpoint remembers: 170 KiB
 
@@ -63,4 +63,4 @@ def _recorded(manifest: Manifest) -> tuple[set[bytes], bytes]:
 
 
 def _fingerprint(example: Example) -> bytes:
-    return hashlib.sha256(key_of(example.prompt).encode()).digest()[:8]
+    return hashlib.sha256(question_key(example.prompt).encode()).digest()[:8]

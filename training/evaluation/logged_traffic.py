@@ -24,7 +24,7 @@ from depo_gateway.estimator.records.types import Example, Label, Labelled, Recor
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.estimator.text import extract_text as text_of
 from depo_gateway.training.evaluation.off_policy import Integers, Logs
-from depo_gateway.training.outcomes.label_precedence import believed
+from depo_gateway.training.outcomes.label_precedence import preferred_qualities
 
 DEFAULT_NEWEST = 20_000
 DAY_SECONDS = 86_400
@@ -107,7 +107,7 @@ def read_traffic(
 def traffic_of(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextConfig, source: str) -> LoggedTraffic:
     """LoggedTraffic of records with labels. Raises ValueError where none has a text, a label or one of `pools`."""
     usable, unused = _usable_records(labelled, pools, source)
-    qualities = [believed(item.labels, pools) for item in usable]
+    qualities = [preferred_qualities(item.labels, pools) for item in usable]
     if not any(qualities):
         raise ValueError(
             f"none of the {len(usable)} usable records in {source} has a label; send scores to /v1/feedback, or let"

@@ -22,7 +22,7 @@ from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.logistic import Array, sigmoid
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
-from depo_gateway.training.outcomes.table import folds_of, key_of
+from depo_gateway.training.outcomes.table import folds_of, question_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def foldings_of(examples: Sequence[Example], config: FitConfig) -> list[NDArray[
     The first measures predictions for questions like the known ones, the second for questions of a new kind. If there
     are fewer groups than folds, each group is a fold.
     """
-    foldings = [folds_of([key_of(example.prompt) for example in examples], config.folds, config.seed)]
+    foldings = [folds_of([question_key(example.prompt) for example in examples], config.folds, config.seed)]
     if any(example.group for example in examples):
         groups = groups_of(examples)
         foldings.append(folds_of(groups, min(config.folds, len(set(groups))), config.seed))
@@ -73,7 +73,7 @@ def foldings_of(examples: Sequence[Example], config: FitConfig) -> list[NDArray[
 
 def groups_of(examples: Sequence[Example]) -> list[str]:
     """The unit in which each example is held out: its group, or its question if it has no group."""
-    return [example.group or key_of(example.prompt) for example in examples]
+    return [example.group or question_key(example.prompt) for example in examples]
 
 
 def cross_fit(

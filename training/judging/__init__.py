@@ -1,1 +1,1 @@
-"""Judges, which score answers without a reference, and the client that asks the pools."""
+"""Judges, which score answers; the table of label sources; and the retrying client that asks pools and webhooks."""

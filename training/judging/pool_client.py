@@ -1,37 +1,46 @@
-"""The pools as the learner asks them: at low priority, with token log-probabilities, each call's cost counted.
+"""Client that asks pools by name: at low priority, with token log-probabilities, and counting each call's cost.
 
-vLLM serves a lower `priority` first and knows it under `--scheduling-policy priority` alone. Without that flag releases
-with the old engine answer 400, "Priority scheduling is not enabled", and newer ones ignore the field
-(https://github.com/vllm-project/vllm/issues/22997). What a server refuses, it is not sent again.
+vLLM serves requests with a lower `priority` first, but only when started with `--scheduling-policy priority`. Without
+that flag, releases with the old engine answer 400, "Priority scheduling is not enabled", and newer ones ignore the
+field (https://github.com/vllm-project/vllm/issues/22997). A field that a server refuses is not sent to it again.
 """
 
-import asyncio
 import itertools
 import json
 import logging
 import math
 import os
-import random
 import re
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import aiohttp
 
 from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
-from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.outcomes.sampling_client import BUSY, error_text, mean, token_confidence
+from depo_gateway.training.judging.openai_client import (
+    BUSY,
+    AttemptError,
+    NoAnswerError,
+    base_url,
+    error_text,
+    mean,
+    post_json,
+    retry,
+    token_confidence,
+)
 
-TRIES = 3
-FIRST_WAIT_SECONDS = 0.5  # doubled each time
-WAITING_SECONDS = 2.0  # for so long a queue's length is believed
-LEAST = 1e-9  # a token confidence is above 0
-CHARS_PER_TOKEN = 4  # of English, where a server does not count
-OURS = frozenset({401, 403, 404})  # a wrong key, address or model: every call would fail alike
-OPTIONAL = {"priority": "priority", "logprob": "logprobs"}  # word of a refusal -> what we added and can do without
-# What a client asked of its own answer's form, or of its own place in the line
+POOL_TRIES = 3
+QUEUE_LENGTH_SECONDS = 2.0  # for so long a backend's queue length is not read again
+LEAST_CONFIDENCE = 1e-9  # a token confidence is above 0
+CHARS_PER_TOKEN = 4  # of English, where a server does not count tokens
+MISCONFIGURED = frozenset({401, 403, 404})  # a wrong key, address or model: every call would fail alike
+OPTIONAL = {
+    "priority": "priority",
+    "logprob": "logprobs",
+}  # text in a refusal -> the field of ours that is dropped then
+# Request fields that concern the form of the client's own response, or its place in the queue
 LEFT_OUT = {
     *("model", "messages", "prompt", "stream", "stream_options", "n", "best_of", "echo", "logprobs", "top_logprobs"),
     *("prompt_logprobs", "use_beam_search", "priority", "request_id", "user", "store", "metadata", "service_tier"),
@@ -40,21 +49,26 @@ LEFT_OUT = {
 _WAITING = re.compile(r"^vllm:num_requests_waiting(?:\{[^}]*\})?\s+([0-9.eE+-]+)", re.MULTILINE)
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-Asked = str | Sequence[Mapping[str, Any]]  # a prompt, or a conversation's messages
+Query = str | Sequence[Mapping[str, Any]]  # a prompt, or a conversation's messages
 
 
-class AskFailed(Exception):
-    """Nobody answered, several times in a row. The message is one line."""
+class CallMetrics(Protocol):
+    """Where calls are counted."""
+
+    def count_call(self, pool: str, outcome: str) -> None: ...  # ok | refused | failed
+
+    def add_cost(self, cost: float) -> None: ...
+
+    def report_refused_priority(self, pool: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One answer of a pool."""
 
-    text: str  # of the first choice; what it calls of tools, as JSON lines after it
+    text: str  # of the first choice; its tool calls follow as JSON lines
     token_confidence: float | None
-    cut: bool  # by our max_tokens, where the client's own limit would have let it go on
+    cut: bool  # ended by our max_tokens, where the client's own limit allowed more
 
 
 class PoolClient:
@@ -62,7 +76,7 @@ class PoolClient:
 
     Args:
         session: without a time limit of its own.
-        priority: vLLM's; None: the servers' usual.
+        priority: vLLM's; None: the servers' default.
         timeout_s: seconds for one call.
     """
 
@@ -70,7 +84,7 @@ class PoolClient:
         self,
         session: aiohttp.ClientSession,
         pools: Mapping[str, PoolBackends],
-        metrics: LearnerMetrics,
+        metrics: CallMetrics,
         priority: int | None,
         timeout_s: float,
     ) -> None:
@@ -80,97 +94,93 @@ class PoolClient:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(5.0, timeout_s))
         self._turn = itertools.count()
         self._refused: set[tuple[str, str]] = set()  # (url, field)
-        self._waiting: dict[str, tuple[float, float]] = {}  # url -> (when, how many)
+        self._waiting: dict[str, tuple[float, float]] = {}  # url -> (when it was read, queue length)
 
-    async def ask(self, pool: str, asked: Asked, parameters: Mapping[str, Any], max_tokens: int) -> Reply | None:
-        """One answer; None where the pool refuses this request. AskFailed when it does not answer at all."""
+    async def ask(self, pool: str, query: Query, parameters: Mapping[str, Any], max_tokens: int) -> Reply | None:
+        """One answer; None where the pool refuses this request. NoAnswerError when it does not answer at all."""
         config = self.pools[pool]
-        path = "/v1/completions" if isinstance(asked, str) else "/v1/chat/completions"
-        body = body_of(asked, parameters, config.model, self._priority, max_tokens)
-        words = ""
-        for attempt in range(TRIES):
-            if attempt:
-                await asyncio.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+        path = "/v1/completions" if isinstance(query, str) else "/v1/chat/completions"
+        body = pool_request(query, parameters, config.model, self._priority, max_tokens)
+        backend = config.backends[0]
+
+        async def attempt() -> Reply | None:
+            nonlocal backend
             backend = config.backends[next(self._turn) % len(config.backends)]
-            try:
-                status, answer = await self._post(pool, backend, path, body)
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                words = f"fails ({error or type(error).__name__})"
-                continue
+            status, answer = await self._post(pool, backend, path, body)
             if status == 200:
-                self._count(config, asked, answer)
+                self._count(config, query, answer)
                 try:
-                    reply = reply_of(answer, parameters, max_tokens)
+                    return reply_of(answer, parameters, max_tokens)
                 except (AttributeError, KeyError, TypeError, ValueError):
-                    words = "answers what is no OpenAI completion"
-                    continue
-                self._metrics.shadow_requests.labels(pool, "ok").inc()
-                return reply
-            words = f"answers {status} {error_text(answer)}"
-            if status not in BUSY | OURS:
-                self._metrics.shadow_requests.labels(pool, "refused").inc()
-                return None
-        self._metrics.shadow_requests.labels(pool, "failed").inc()
-        raise AskFailed(f"pool {pool}: {backend.url} {words}")
+                    raise AttemptError("does not answer with an OpenAI completion") from None
+            if status in BUSY | MISCONFIGURED:
+                raise AttemptError(f"answers {status} {error_text(answer)}")
+            return None
+
+        try:
+            reply = await retry(attempt, POOL_TRIES)
+        except NoAnswerError as error:
+            self._metrics.count_call(pool, "failed")
+            raise NoAnswerError(f"pool {pool}: {backend.url} {error}") from None
+        self._metrics.count_call(pool, "refused" if reply is None else "ok")
+        return reply
 
     async def waiting(self, pool: str) -> float:
-        """Requests that wait in line, at the worst of the pool's backends; 0 where a server does not tell."""
+        """Length of the longest request queue among the pool's backends; 0 where a server does not report it."""
         return max([await self._waiting_at(backend) for backend in self.pools[pool].backends])
 
     async def _post(
         self, pool: str, backend: BackendConfig, path: str, body: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any]]:
-        """Status and JSON. An optional field that the server refuses is left out, and remembered if that helped."""
-        url = _base(backend) + path
+        """Status and JSON. Drops an optional field that the server refuses, for good if that helps."""
+        url = base_url(backend.url) + path
         sent = {name: value for name, value in body.items() if (url, _field(name)) not in self._refused}
         dropped: list[str] = []
         while True:
-            async with self._session.post(
-                url, json=sent, headers=_headers(backend), timeout=self._timeout, allow_redirects=False
-            ) as response:
-                status, answer = response.status, _json(await response.read())
-            if status == 200:
+            reply = await post_json(self._session, url, sent, _headers(backend), self._timeout)
+            answer = reply.json_or_text()
+            if reply.status == 200:
                 if not isinstance(answer, dict) or not answer.get("choices"):
                     raise ValueError("an answer without choices")
                 for field in dropped:
-                    self._remember(pool, url, field)
-                return status, answer
-            said = error_text(answer).lower()
-            refused = [field for word, field in OPTIONAL.items() if word in said and field in sent]
-            if status not in (400, 422) or not refused:
-                return status, answer
+                    self._remember_refusal(pool, url, field)
+                return reply.status, answer
+            message = error_text(answer).lower()
+            refused = [field for text, field in OPTIONAL.items() if text in message and field in sent]
+            if reply.status not in (400, 422) or not refused:
+                return reply.status, answer
             dropped += refused
             sent = {name: value for name, value in sent.items() if _field(name) not in refused}
 
-    def _remember(self, pool: str, url: str, field: str) -> None:
+    def _remember_refusal(self, pool: str, url: str, field: str) -> None:
         if (url, field) in self._refused:
             return
         self._refused.add((url, field))
         if field == "priority":
-            self._metrics.priority_refused.labels(pool).set(1)
+            self._metrics.report_refused_priority(pool)
             log.warning(
-                "%s refuses shadow.priority: shadow calls wait in line like clients' own; start that vLLM with "
-                "--scheduling-policy priority",
+                "%s refuses shadow.priority: shadow calls queue with the same priority as client requests; start that "
+                "vLLM with --scheduling-policy priority",
                 url,
             )
         else:
-            log.warning("%s refuses logprobs: there is no token confidence of pool %s", url, pool)
+            log.warning("%s refuses logprobs: pool %s has no token confidence", url, pool)
 
-    def _count(self, config: PoolBackends, asked: Asked, answer: Mapping[str, Any]) -> None:
+    def _count(self, config: PoolBackends, query: Query, answer: Mapping[str, Any]) -> None:
         usage = answer.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         tokens = sum(count for count in counts if isinstance(count, int))
         if not tokens:
-            tokens = len(json.dumps([asked, answer["choices"]], default=str)) // CHARS_PER_TOKEN
+            tokens = len(json.dumps([query, answer["choices"]], default=str)) // CHARS_PER_TOKEN
         cost = tokens * config.cost / 1000
         self.spent += cost
-        self._metrics.shadow_cost.inc(cost)
+        self._metrics.add_cost(cost)
 
     async def _waiting_at(self, backend: BackendConfig) -> float:
-        url = _base(backend) + "/metrics"
+        url = base_url(backend.url) + "/metrics"
         when, count = self._waiting.get(url, (-math.inf, 0.0))
         now = time.monotonic()
-        if now - when < WAITING_SECONDS:
+        if now - when < QUEUE_LENGTH_SECONDS:
             return count
         count = 0.0
         try:
@@ -179,32 +189,21 @@ class PoolClient:
                 if response.status == 200:
                     count = waiting_in(await response.text(errors="replace"))
         except (aiohttp.ClientError, TimeoutError):
-            pass  # a server that is away shows when it is asked
+            pass  # whether the server is down shows when it is asked
         self._waiting[url] = (now, count)
         return count
 
 
-async def together(*calls: Awaitable[T]) -> list[T]:
-    """All results, or the first failure once every call has ended: none goes on unseen."""
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    found: list[T] = []
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-        found.append(result)
-    return found
-
-
-def body_of(
-    asked: Asked, parameters: Mapping[str, Any], model: str, priority: int | None, max_tokens: int
+def pool_request(
+    query: Query, parameters: Mapping[str, Any], model: str, priority: int | None, max_tokens: int
 ) -> dict[str, Any]:
-    """What a pool is sent: the client's own fields, its limit bounded by ours, one choice, with log-probabilities."""
+    """The request body: the client's own fields, its token limit bounded by ours, one choice, log-probabilities."""
     body: dict[str, Any] = {name: value for name, value in parameters.items() if name not in LEFT_OUT}
     body["model"] = model
-    if isinstance(asked, str):
-        body |= {"prompt": asked, "logprobs": 1}
+    if isinstance(query, str):
+        body |= {"prompt": query, "logprobs": 1}
     else:
-        body |= {"messages": list(asked), "logprobs": True, "top_logprobs": 1}
+        body |= {"messages": list(query), "logprobs": True, "top_logprobs": 1}
     if priority is not None:
         body["priority"] = priority
     name = "max_completion_tokens" if parameters.get("max_completion_tokens") is not None else "max_tokens"
@@ -221,7 +220,7 @@ def client_limit(parameters: Mapping[str, Any]) -> int | None:
 
 
 def reply_of(answer: Mapping[str, Any], parameters: Mapping[str, Any], max_tokens: int) -> Reply:
-    """What an OpenAI chat or completion says."""
+    """The first choice of an OpenAI chat or completion."""
     choice = answer["choices"][0]
     message = choice.get("message") or {}
     text = message.get("content") if message else choice.get("text")
@@ -237,29 +236,18 @@ def waiting_in(metrics: str) -> float:
 
 
 def _confidence(choice: Mapping[str, Any]) -> float | None:
-    """exp of the mean token log-probability, in (0, 1]; None where the server gave none."""
+    """exp of the mean token log-probability of a chat or completion, in (0, 1]; None where the server gave none."""
     logprobs = choice.get("logprobs") or {}
     if "token_logprobs" in logprobs:
         values = [min(0.0, value) for value in logprobs["token_logprobs"] or [] if value is not None]
-        found = math.exp(mean(values)) if values else None
+        confidence = math.exp(mean(values)) if values else None
     else:
-        found = token_confidence(choice)
-    return max(found, LEAST) if found is not None and math.isfinite(found) else None
+        confidence = token_confidence(choice)
+    return max(confidence, LEAST_CONFIDENCE) if confidence is not None and math.isfinite(confidence) else None
 
 
 def _field(name: str) -> str:
     return "logprobs" if name == "top_logprobs" else name
-
-
-def _json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return data.decode("utf-8", "replace")
-
-
-def _base(backend: BackendConfig) -> str:
-    return backend.url.rstrip("/").removesuffix("/v1")
 
 
 def _headers(backend: BackendConfig) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a refresh stands on: the champion, which is served now and to be beaten, and the base. Torch.
+"""Where a refresh starts: the champion, which is served now and has to be beaten, and the base checkpoint. Torch.
 
 Shapes: N examples, K pools cheapest first.
 """
@@ -25,14 +25,14 @@ from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.training.evaluation.contamination import fitted_on
 from depo_gateway.training.evaluation.targets import parse_target, thresholds_of
-from depo_gateway.training.online.cross_fit import Start, learner_config, renamed
+from depo_gateway.training.online.cross_fit import Initialisation, learner_config, rename_pools
 from depo_gateway.training.online.refresh_config import RefreshConfig
 from depo_gateway.training.outcomes.traffic_examples import Traffic
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """A checkpoint, its pools called as the traffic's are."""
+class LoadedCheckpoint:
+    """A checkpoint in memory, its pools named as the traffic's."""
 
     name: str  # champion | base
     manifest: Manifest
@@ -41,39 +41,40 @@ class Known:
     calibration: Calibration
 
     @property
-    def start(self) -> Start:
-        return Start(self.name, self.estimator, self.tokenizer, False)
+    def initialisation(self) -> Initialisation:
+        return Initialisation(self.name, self.estimator, self.tokenizer, False)
 
 
 @dataclass(frozen=True, slots=True)
-class Standpoint:
-    """Where a refresh stands before it learns."""
+class StartingPoint:
+    """The checkpoints that a refresh starts from."""
 
     pools: tuple[str, ...]  # that the candidate will score
-    base: Known  # its encoder is the candidate's
-    champion: Known | None  # None: nothing is served yet
-    cold: bool  # of the base nothing but the encoder is used
+    base: LoadedCheckpoint  # its encoder is the candidate's
+    champion: LoadedCheckpoint | None  # None: nothing is served yet
+    cold: bool  # only the base's encoder is used
 
     @property
     def parent(self) -> str:
+        """The version that a candidate replaces, or else continues."""
         return (self.champion or self.base).manifest.version
 
 
-def standpoint_of(base: Path, out: Path, cold: bool, labelled: Sequence[Labelled]) -> Standpoint:
-    """Load what there is: the champion is what `out/current` names or, unless cold, the base.
+def starting_point(base: Path, out: Path, cold: bool, labelled: Sequence[Labelled]) -> StartingPoint:
+    """Loads the checkpoints: the champion is what `out/current` names or, unless cold, the base.
 
-    Raises ValueError where the records know a pool that the champion does not score.
+    Raises ValueError where the records name a pool that the champion does not score.
     """
     pools = pools_of_traffic(labelled)
-    began = load("base", base, pools)
-    champion: Known | None = None if cold else began
+    first = load_for_pools("base", base, pools)
+    champion: LoadedCheckpoint | None = None if cold else first
     if (out / "current").is_file():
-        champion = load("champion", out, pools)
-        began = champion if champion.manifest.version == began.manifest.version else began
+        champion = load_for_pools("champion", out, pools)
+        first = champion if champion.manifest.version == first.manifest.version else first
     known = pools if champion is None else champion.estimator.config.pools
     if champion is not None and (other := [pool for pool in pools if pool not in known]):
         raise ValueError(
-            f"the records know the pool {other[0]!r}, but the checkpoint scores {', '.join(known)}; give a --base for"
+            f"the records name the pool {other[0]!r}, but the checkpoint scores {', '.join(known)}; give a --base for"
             " these pools, or --cold and an empty --out"
         )
     if champion is not None and len(known) < 2:
@@ -81,18 +82,18 @@ def standpoint_of(base: Path, out: Path, cold: bool, labelled: Sequence[Labelled
             f"the checkpoint scores one pool, {known[0]}; refresh learns to route between two or more, so give another"
             " --base, or --cold"
         )
-    return Standpoint(known, began, champion, cold)
+    return StartingPoint(known, first, champion, cold)
 
 
-def load(name: str, place: Path, pools: tuple[str, ...]) -> Known:
-    """A checkpoint; of the shipped one, which is nobody's own, the pools are taken in order, as the gateway does."""
+def load_for_pools(name: str, place: Path, pools: tuple[str, ...]) -> LoadedCheckpoint:
+    """Loads a checkpoint. The pools of the shipped one take these names in order, as they do in the gateway."""
     place = checkpoint.resolve(place)
     estimator, tokenizer, manifest = model.load_model(place)
     calibration = calibration_of(checkpoint.load_checkpoint(place)[1][checkpoint.CALIBRATION])
     if place == checkpoint.BUILTIN.resolve() and len(pools) == len(manifest.pools):
-        estimator = renamed(estimator, pools)
+        estimator = rename_pools(estimator, pools)
         calibration = dataclasses.replace(calibration, pools=pools)
-    return Known(name, manifest, estimator, tokenizer, calibration)
+    return LoadedCheckpoint(name, manifest, estimator, tokenizer, calibration)
 
 
 def pools_of_traffic(labelled: Sequence[Labelled]) -> tuple[str, ...]:
@@ -102,34 +103,36 @@ def pools_of_traffic(labelled: Sequence[Labelled]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*longest, *named]))
 
 
-def predicted_by(known: Known, items: Sequence[Item]) -> Array:
-    """Calibrated qualities (N, K) as they are served, of items made for this checkpoint."""
-    learner = known.start.learner(learner_config(RefreshConfig()))
-    return calibrate_quality(known.calibration.stages["full"], learner.predict(items)[0])
+def served_quality(loaded: LoadedCheckpoint, items: Sequence[Item]) -> Array:
+    """Calibrated qualities (N, K) as this checkpoint serves them, of items made for it."""
+    learner = loaded.initialisation.learner(learner_config(RefreshConfig()))
+    return calibrate_quality(loaded.calibration.stages["full"], learner.predict(items)[0])
 
 
-def honest(known: Known, traffic: Traffic) -> NDArray[np.bool_]:
+def new_to(loaded: LoadedCheckpoint, traffic: Traffic) -> NDArray[np.bool_]:
     """Which examples (N,) a checkpoint was not fitted on: their labels are newer, and it remembers no such question."""
-    trained_to = known.manifest.metrics.get("trained_to", -1)
-    fair: NDArray[np.bool_] = (traffic.oldest_label > trained_to) & ~fitted_on(traffic.examples, known.manifest)
-    return fair
+    trained_to = loaded.manifest.metrics.get("trained_to", -1)
+    new: NDArray[np.bool_] = (traffic.oldest_label > trained_to) & ~fitted_on(traffic.examples, loaded.manifest)
+    return new
 
 
-def carried_targets(calibration: Calibration, champion: Known | None) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """The champion's targets with thresholds found anew, and what could not be carried over."""
+def carried_targets(
+    calibration: Calibration, champion: LoadedCheckpoint | None
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """(the champion's targets with thresholds found anew; notes on those that could not be carried over)."""
     targets: dict[str, dict[str, float]] = {}
-    lost = []
+    notes = []
     for target in champion.calibration.targets if champion else ():
         try:
-            found = thresholds_of(calibration, [parse_target(target)], None)
+            thresholds = thresholds_of(calibration, [parse_target(target)], None)
         except ValueError as error:
-            lost.append(f"the target {target} is not carried over: {error}")
+            notes.append(f"the target {target} is not carried over: {error}")
             continue
-        targets |= {name: dict(by_rule) for name, by_rule in found.items()}
-    return targets, lost
+        targets |= {name: dict(by_rule) for name, by_rule in thresholds.items()}
+    return targets, notes
 
 
-def models_of(champion: Known | None, pools: tuple[str, ...]) -> dict[str, Any]:
-    """Whose outcomes stand for each pool: the champion's, where it says, else each pool by its own name."""
+def models_of(champion: LoadedCheckpoint | None, pools: tuple[str, ...]) -> dict[str, Any]:
+    """The models whose outcomes stand for each pool: as in the champion's manifest, else the pool's own name."""
     known = champion.manifest.metrics.get("models", {}) if champion else {}
     return {pool: known.get(pool, [pool]) for pool in pools}

@@ -1,4 +1,4 @@
-"""What a learner keeps of its checkpoints, and what it clears away after a kill."""
+"""Retention of the learner's checkpoints: deletes old ones and leftovers of a kill; locks the directory."""
 
 import fcntl
 import logging
@@ -9,14 +9,15 @@ from pathlib import Path
 
 from depo_gateway.estimator.checkpoint import MANIFEST
 
-MADE = "refresh-"  # the learner's own checkpoints begin so, and nobody else's are touched
+OWN_PREFIX = "refresh-"  # of the learner's own checkpoints; others are never touched
 TEMPORARY = ".learner.tmp"
+LOCK = ".learner.lock"
 log = logging.getLogger(__name__)
 
 
-def clear(out: Path) -> None:
-    """Removes what a killed learner left: checkpoints half-written or half-deleted, pointers not yet renamed."""
-    for place in [*out.glob(f".{MADE}*"), *out.glob(".current.*"), *out.glob(".standing*"), out / TEMPORARY]:
+def remove_leftovers(out: Path) -> None:
+    """Removes what a killed learner left: checkpoints half-written or half-deleted, files not yet renamed."""
+    for place in [*out.glob(f".{OWN_PREFIX}*"), *out.glob(".current.*"), *out.glob(".standing*"), out / TEMPORARY]:
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place, ignore_errors=True)
         else:
@@ -24,37 +25,37 @@ def clear(out: Path) -> None:
 
 
 def prune(out: Path, keep: int, protected: Collection[Path] = ()) -> list[str]:
-    """Deletes all but the newest `keep` of the learner's checkpoints; their names. Never the one that `current` names.
+    """Deletes all but the newest `keep` of the learner's checkpoints, and returns the names of those deleted.
 
-    One is renamed before it is deleted, so that a half of it is never taken for a checkpoint.
+    The one that `current` names is never deleted. A checkpoint is renamed before it is deleted, so that no part of it
+    is ever taken for a whole one.
     """
     try:
         current = (out / "current").read_text(encoding="utf-8").strip()
     except OSError:
-        return []  # who can't tell which one is served deletes none
-    made = sorted(path for path in out.glob(f"{MADE}*") if (path / MANIFEST).is_file())  # names begin with the time
+        return []  # without knowing which one is served, none can be deleted
+    checkpoints = sorted(
+        path for path in out.glob(f"{OWN_PREFIX}*") if (path / MANIFEST).is_file()
+    )  # names begin with the time
     safe = {path.resolve() for path in protected}
-    gone = []
-    for path in made[: max(0, len(made) - keep)]:
+    deleted = []
+    for path in checkpoints[: max(0, len(checkpoints) - keep)]:
         if path.name != current and path.resolve() not in safe:
             aside = out / f".{path.name}.old"
             path.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
-            gone.append(path.name)
-    if gone:
-        log.info("deleted old checkpoints: %s", ", ".join(gone))
-    return gone
-
-
-LOCK = ".learner.lock"
+            deleted.append(path.name)
+    if deleted:
+        log.info("deleted old checkpoints: %s", ", ".join(deleted))
+    return deleted
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
-    """The directory, made if absent, is this process's alone until the block ends; a kill ends it too.
+def directory_lock(out: Path) -> Iterator[None]:
+    """Locks the directory, created if absent, for this process until the block ends or the process dies.
 
     Raises:
-        ValueError: another learner works there, or it is a file.
+        ValueError: another learner works in it, or it is a file.
     """
     if out.is_file():
         raise ValueError(f"--out {out} is a file; give a directory")
@@ -64,6 +65,6 @@ def held(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another learner works in {out}: it holds {out / LOCK}; give this one another --out"
+                f"another learner works in {out}: it has locked {out / LOCK}; give this one another --out"
             ) from None
         yield

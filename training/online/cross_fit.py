@@ -1,4 +1,4 @@
-"""Where a refresh may start from, the champion's weights or fresh heads on its encoder, and how far each gets. Torch.
+"""Initialisations of a refresh, and their held-out predictions: the champion's weights, or fresh heads. Torch.
 
 Shapes: N examples, K pools, H heads.
 """
@@ -20,14 +20,16 @@ from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.logistic import Array
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.training.fitting.cross_fit import HeldOutLogits, train_epoch
-from depo_gateway.training.online import joint_calibration
+from depo_gateway.training.online.joint_calibration import fit_logit_transform
 from depo_gateway.training.online.refresh_config import RefreshConfig
 
-COMPLETE = 100  # examples with labels of first and last pool, from which on starts are compared by the gain
+COMPLETE_EXAMPLES = 100  # with labels of first and last pool, from which on initialisations are compared by the gain
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class Initialisation:
+    """The weights that a refresh starts from."""
+
     name: str  # champion | base | fresh
     model: Estimator  # never stepped itself: learners take copies of all but the encoder
     tokenizer: Tokenizer
@@ -36,36 +38,38 @@ class Start:
     def learner(self, config: LearnerConfig) -> Learner:
         shared = {id(self.model.encoder): self.model.encoder}
         learner = Learner(copy.deepcopy(self.model, shared), self.tokenizer, config)
-        # A refresh takes tens of steps. A loaded model's average would follow by 1% a step and hardly move; begun anew
-        # it soon forgets where it came from, as a fresh model's does.
+        # A refresh takes tens of steps. A loaded model's running average would move by 1% a step, so hardly at all;
+        # begun anew, it soon forgets its first value, as a fresh model's does.
         learner.settled = False
         return learner
 
 
 @dataclass(frozen=True, slots=True)
 class CrossFit:
-    start: Start
-    held: HeldOutLogits  # logits (N, K, H) of both stages, of examples the models were not fitted on
+    """Held-out predictions of one initialisation."""
+
+    initialisation: Initialisation
+    logits: HeldOutLogits  # (N, K, H) of both stages, each example's by a model that was not fitted on it
     epochs: int
-    loss: float
+    loss: float  # held-out
 
 
 def fresh_heads(model: Estimator, pools: tuple[str, ...], seed: int) -> Estimator:
-    """An untrained estimator of other pools, perhaps, on the same encoder."""
+    """An untrained estimator on the same encoder, possibly of other pools."""
     config = replace(model.config, pools=pools)
-    made = Estimator(config, model.encoder, model.vocabulary, model.width, model.rounded, seed)
-    made.trained = model.trained
-    return made.to(model.device)
+    heads = Estimator(config, model.encoder, model.vocabulary, model.width, model.rounded, seed)
+    heads.trained = model.trained
+    return heads.to(model.device)
 
 
-def renamed(model: Estimator, pools: tuple[str, ...]) -> Estimator:
-    """The same estimator with its pools called otherwise, in the same order."""
+def rename_pools(model: Estimator, pools: tuple[str, ...]) -> Estimator:
+    """The same estimator with other names for its pools, in the same order."""
     if pools == model.config.pools:
         return model
-    made = fresh_heads(model, pools, 0)
-    made.load_state_dict(model.state_dict())
-    made.loaded = model.loaded
-    return made
+    renamed = fresh_heads(model, pools, 0)
+    renamed.load_state_dict(model.state_dict())
+    renamed.loaded = model.loaded
+    return renamed
 
 
 def learner_config(config: RefreshConfig) -> LearnerConfig:
@@ -78,44 +82,48 @@ def learner_config(config: RefreshConfig) -> LearnerConfig:
     )
 
 
-def cross_fit(
-    start: Start, items: Sequence[Item], folds: NDArray[np.int64], fair: NDArray[np.bool_], config: RefreshConfig
+def cross_fit_initialisation(
+    initialisation: Initialisation,
+    items: Sequence[Item],
+    folds: NDArray[np.int64],
+    new: NDArray[np.bool_],
+    config: RefreshConfig,
 ) -> CrossFit:
-    """Fit a learner a fold, and predict the fold it was not fitted on.
+    """Fits a learner for each fold, and predicts the fold that it was not fitted on.
 
-    A start that has learned already may be best as it is: then it takes 0 epochs.
+    Trained weights may be best unchanged: then the result has 0 epochs.
 
     Args:
-        fair: examples (N,) that no start was fitted on before; the loss is theirs.
+        new: examples (N,) that no initialisation was fitted on before; only they count in the loss.
     """
-    stops = [config.epochs] if start.fresh else [0, config.epochs]
-    helds = [HeldOutLogits(*np.zeros((2, len(items), *start.model.config.shape))) for _ in stops]
+    stops = [config.epochs] if initialisation.fresh else [0, config.epochs]
+    logits = [HeldOutLogits(*np.zeros((2, len(items), *initialisation.model.config.shape))) for _ in stops]
     count = int(folds.max()) + 1
-    with tqdm(total=count * config.epochs, desc=f"from {start.name}", unit="epoch", disable=None) as progress:
+    with tqdm(total=count * config.epochs, desc=f"from {initialisation.name}", unit="epoch", disable=None) as progress:
         for fold in range(count):
             train = [item for item, f in zip(items, folds, strict=True) if f != fold]
             rows = np.flatnonzero(folds == fold)
-            aside = [items[i] for i in rows.tolist()]
-            learner = start.learner(learner_config(config))
-            if start.fresh:
+            holdout = [items[i] for i in rows.tolist()]
+            learner = initialisation.learner(learner_config(config))
+            if initialisation.fresh:
                 learner.fit_statistics(train)
             order = np.random.default_rng([config.seed, fold])
-            done = 0
-            for stop, held in zip(stops, helds, strict=True):
-                for _ in range(stop - done):
+            epochs = 0
+            for stop, predicted in zip(stops, logits, strict=True):
+                for _ in range(stop - epochs):
                     train_epoch(learner, train, config.batch_size, order)
                     progress.update()
-                done = stop
-                held.full[rows], held.cheap[rows] = learner.predict(aside)
-    losses = [held_out_loss(held.full, items, fair) for held in helds]
+                epochs = stop
+                predicted.full[rows], predicted.cheap[rows] = learner.predict(holdout)
+    losses = [calibrated_loss(predicted.full, items, new) for predicted in logits]
     best = int(np.argmin(losses))
-    return CrossFit(start, helds[best], stops[best], losses[best])
+    return CrossFit(initialisation, logits[best], stops[best], losses[best])
 
 
-def finish(fitted: CrossFit, items: Sequence[Item], config: RefreshConfig) -> Learner:
-    """The model of a cross-fit's epochs on everything."""
-    learner = fitted.start.learner(learner_config(config))
-    if fitted.start.fresh:
+def fit_on_everything(fitted: CrossFit, items: Sequence[Item], config: RefreshConfig) -> Learner:
+    """A model fitted on all examples, for as many epochs as the cross-fit took."""
+    learner = fitted.initialisation.learner(learner_config(config))
+    if fitted.initialisation.fresh:
         learner.fit_statistics(items)
     order = np.random.default_rng([config.seed, config.folds])
     for _ in range(fitted.epochs):
@@ -124,15 +132,17 @@ def finish(fitted: CrossFit, items: Sequence[Item], config: RefreshConfig) -> Le
     return learner
 
 
-def held_out_loss(logits_NKH: Array, items: Sequence[Item], fair: NDArray[np.bool_]) -> float:
-    """What starts are compared by: squared error of the gain where enough prompts have all labels, else of
-    the qualities. After calibration, so that a start is not judged by a scale that calibration sets right anyway.
+def calibrated_loss(logits_NKH: Array, items: Sequence[Item], new: NDArray[np.bool_]) -> float:
+    """The loss by which initialisations are compared, on held-out logits.
+
+    It is the squared error of the gain where enough prompts have all labels, else of the qualities. It is taken after
+    calibration, because calibration corrects the scale of the logits anyway.
     """
-    observed = np.array([item.quality for item in items], float)[fair]
-    weights = np.array([item.weight for item in items], float)[fair]
-    quality = calibrated(logits_NKH[fair], observed, weights)
+    observed = np.array([item.quality for item in items], float)[new]
+    weights = np.array([item.weight for item in items], float)[new]
+    quality = calibrated_quality(logits_NKH[new], observed, weights)
     gain = observed[:, -1] - observed[:, 0]
-    if (~np.isnan(gain)).sum() >= COMPLETE:
+    if (~np.isnan(gain)).sum() >= COMPLETE_EXAMPLES:
         error = ((quality[:, -1] - quality[:, 0] - gain) ** 2)[:, None]
     else:
         error = (quality - observed) ** 2
@@ -141,24 +151,24 @@ def held_out_loss(logits_NKH: Array, items: Sequence[Item], fair: NDArray[np.boo
     return float((total * np.where(seen, error, 0.0)).sum() / total.sum())
 
 
-def calibrated(logits_NKH: Array, observed: Array, weights: Array) -> Array:
-    """Qualities (N, K) by a joint calibration, fitted on the same rows."""
-    turned = joint_calibration.fit(logits_NKH, observed, weights).apply(logits_NKH)
-    return calibrate_quality(platts(turned, observed, weights), turned)
+def calibrated_quality(logits_NKH: Array, observed: Array, weights: Array) -> Array:
+    """Qualities (N, K) by a joint calibration that is fitted on the same rows."""
+    transformed = fit_logit_transform(logits_NKH, observed, weights).apply(logits_NKH)
+    return calibrate_quality(platt_stage(transformed, observed, weights), transformed)
 
 
-def cross_calibrated(logits_NKH: Array, observed: Array, weights: Array, folds: NDArray[np.int64]) -> Array:
-    """Qualities (N, K), each fold's by a joint calibration fitted on the other folds."""
+def cross_calibrated_quality(logits_NKH: Array, observed: Array, weights: Array, folds: NDArray[np.int64]) -> Array:
+    """Qualities (N, K), each fold's by a joint calibration that is fitted on the other folds."""
     quality = np.empty(observed.shape)
     for fold in np.unique(folds):
         rows = folds == fold
-        found = joint_calibration.fit(logits_NKH[~rows], observed[~rows], weights[~rows])
-        stage = platts(found.apply(logits_NKH[~rows]), observed[~rows], weights[~rows])
-        quality[rows] = calibrate_quality(stage, found.apply(logits_NKH[rows]))
+        transform = fit_logit_transform(logits_NKH[~rows], observed[~rows], weights[~rows])
+        stage = platt_stage(transform.apply(logits_NKH[~rows]), observed[~rows], weights[~rows])
+        quality[rows] = calibrate_quality(stage, transform.apply(logits_NKH[rows]))
     return quality
 
 
-def platts(logits_NKH: Array, observed: Array, weights: Array) -> Stage:
+def platt_stage(logits_NKH: Array, observed: Array, weights: Array) -> Stage:
     """A calibration of the qualities alone."""
     columns = zip(logits_NKH[:, :, QUALITY].T, observed.T, strict=True)
     return {"quality": tuple(fit_platt(logits, labels, weights) for logits, labels in columns)}

@@ -1,4 +1,4 @@
-"""Embeddings of a frozen encoder, kept between refreshes, so that only new prompts are embedded."""
+"""Cache of a frozen encoder's embeddings across refreshes, so that only new prompts are embedded."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ from depo_gateway.estimator.learner import Item, Learner
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import prepare
 
-CAPACITY = 50_000  # embeddings; of MiniLM 80 MB
+CACHE_CAPACITY = 50_000  # embeddings: 80 MB for MiniLM
 
 
 class EmbeddingCache:
-    """By the token ids of a prompt and the encoder; the ones used longest ago make room."""
+    """Embeddings by the token ids of a prompt and the encoder; the least recently used are evicted."""
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
+    def __init__(self, capacity: int = CACHE_CAPACITY) -> None:
         self.capacity = capacity
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._embeddings: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._embeddings)
 
     def items(self, learner: Learner, examples: Sequence[Example]) -> list[Item]:
-        """What Learner.items gives, for a learner whose encoder is frozen."""
-        assert not learner.trained, "an encoder that learns has no embedding to keep"
-        encoder = fingerprint(learner)
+        """The same as Learner.items, for a learner whose encoder is frozen."""
+        assert not learner.trained, "the embeddings of an encoder that is trained can't be cached"
+        encoder = encoder_fingerprint(learner)
         text = learner.model.config.text
         keys = []
         for example in examples:
             ids = prepare(learner.tokenizer, text, example.prompt, example.context).ids
             keys.append(hashlib.sha256(encoder + np.array(ids, np.int64).tobytes()).digest())
-        missing = {key: example for key, example in zip(keys, examples, strict=True) if key not in self._kept}
+        missing = {key: example for key, example in zip(keys, examples, strict=True) if key not in self._embeddings}
         fresh = learner.items(list(missing.values())) if missing else []
-        known = {key: self._kept[key] for key in keys if key in self._kept}
+        known = {key: self._embeddings[key] for key in keys if key in self._embeddings}
         for key, item in zip(missing, fresh, strict=True):
             assert item.embedding is not None
             known[key] = item.embedding
         for key in keys:
-            self._kept[key] = known[key]
-            self._kept.move_to_end(key)
-        while len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
+            self._embeddings[key] = known[key]
+            self._embeddings.move_to_end(key)
+        while len(self._embeddings) > self.capacity:
+            self._embeddings.popitem(last=False)
         return learner.items(examples, embeddings=[known[key] for key in keys])
 
 
-def fingerprint(learner: Learner) -> bytes:
-    """Tells one encoder with its tokenizer from another."""
+def encoder_fingerprint(learner: Learner) -> bytes:
+    """A hash of an encoder and its tokenizer."""
     model = learner.model
     config = model.config
-    told = repr((config.encoder, config.layers, model.rounded, config.text, model.trained))
-    digest = hashlib.sha256(told.encode())
+    identity = repr((config.encoder, config.layers, model.rounded, config.text, model.trained))
+    digest = hashlib.sha256(identity.encode())
     digest.update(learner.tokenizer.to_str().encode())
     state = model.state_dict()
-    for name in sorted(model.trained):  # the others are the base encoder's own
+    for name in sorted(model.trained):  # all others are the base encoder's
         digest.update(state[name].cpu().numpy().tobytes())
     return digest.digest()

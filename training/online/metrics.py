@@ -1,4 +1,4 @@
-"""Every Prometheus metric of the learner, declared once, and the small server that shows them beside /livez."""
+"""Every Prometheus metric of the learner, declared once, and the small server of /metrics and /livez."""
 
 import math
 import threading
@@ -10,57 +10,70 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
-STALE_SECONDS = 180.0  # a loop that has not turned for so long is taken for dead
+STALE_SECONDS = 180.0  # a loop without a heartbeat for so long counts as dead
 
 
 class LearnerMetrics:
-    """One learner's metrics, on a registry of their own. Labels come from closed sets only."""
+    """The metrics of one learner, on their own registry. Label values come from closed sets only."""
 
     def __init__(self, version: str) -> None:
         self.registry = registry = CollectorRegistry()
-        self.labels = Counter("learner_labels_total", "Labels written", ["source"], registry=registry)
+        self.labels = Counter("learner_labels_total", "Labels written to the database", ["source"], registry=registry)
         self.shadowed = Counter(
-            "learner_shadowed_records_total", "Records that shadowing is done with", ["outcome"], registry=registry
+            "learner_shadowed_records_total", "Records that shadowing has finished with", ["outcome"], registry=registry
         )
         self.shadow_requests = Counter(
-            "learner_shadow_requests_total", "Calls of pools", ["pool", "outcome"], registry=registry
+            "learner_shadow_requests_total", "Calls to pools", ["pool", "outcome"], registry=registry
         )
         self.shadow_cost = Counter(
-            "learner_shadow_cost_total", "Cost of those calls, in the unit of pools.*.cost", registry=registry
+            "learner_shadow_cost_total", "Cost of the calls to pools, in the unit of pools.*.cost", registry=registry
         )
         self.shadow_paused = Gauge(
-            "learner_shadow_paused", "1 while shadowing waits for this reason", ["reason"], registry=registry
+            "learner_shadow_paused", "1 while shadowing is paused for this reason", ["reason"], registry=registry
         )
         self.priority_refused = Gauge(
-            "learner_priority_refused", "1 once a backend of the pool refused a priority", ["pool"], registry=registry
+            "learner_priority_refused",
+            "1 once a backend of the pool has refused the field priority",
+            ["pool"],
+            registry=registry,
         )
-        self.verdicts = Counter("learner_verdicts_total", "What the judge said", ["outcome"], registry=registry)
-        self.refreshes = Counter("learner_refreshes_total", "Trainings", ["verdict"], registry=registry)
+        self.verdicts = Counter(
+            "learner_verdicts_total",
+            "Records judged, by whether the judge had a verdict",
+            ["outcome"],
+            registry=registry,
+        )
+        self.refreshes = Counter(
+            "learner_refreshes_total", "Refreshes, by their result", ["verdict"], registry=registry
+        )
         self.refresh_duration = Histogram(
             "learner_refresh_duration_seconds",
-            "A training, from its start to its verdict",
+            "Duration of a refresh, from its start to its verdict",
             buckets=(5, 15, 30, 60, 120, 300, 600, 1200, 3600, 7200),
             registry=registry,
         )
         self.calibration_error = Gauge(
-            "learner_calibration_error", "Of the newest training's candidate", ["of"], registry=registry
+            "learner_calibration_error",
+            "Calibration error of the newest refresh's candidate",
+            ["of"],
+            registry=registry,
         )
         self.labels_seen = Gauge(
-            "learner_labels_seen", "Labelled records that the newest training read", registry=registry
+            "learner_labels_seen", "Labelled records that the newest refresh read", registry=registry
         )
         self.advantage = Gauge(
             "learner_advantage",
-            "Mean quality of the router minus a coin's at equal shares, on the newest labels",
+            "Mean quality of the router minus that of random routing at equal shares, on the newest labels",
             registry=registry,
         )
-        self.advantage.set(math.nan)  # 0 would say that the router is no better than a coin
+        self.advantage.set(math.nan)  # 0 would mean that the router is no better than random routing
         self.last_publish = Gauge(
             "learner_last_publish_timestamp_seconds", "When this learner last published", registry=registry
         )
         self.errors = Counter(
-            "learner_errors_total", "Failures that the learner waits out", ["part"], registry=registry
+            "learner_errors_total", "Failures after which the learner tries again", ["part"], registry=registry
         )
-        # From the start at 0: of a counter that appears with its first event Prometheus knows no increase.
+        # These start at 0: Prometheus sees no increase of a counter that appears with its first event.
         for verdict in ("published", "refused", "failed"):
             self.refreshes.labels(verdict)
         for part in ("records", "shadow", "refresh", "disk"):
@@ -68,9 +81,21 @@ class LearnerMetrics:
         self.info = Gauge("learner_info", "The checkpoint that `current` names", ["version"], registry=registry)
         Gauge("learner_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
 
+    def count_verdict(self, outcome: str) -> None:
+        self.verdicts.labels(outcome).inc()
 
-class Pulse:
-    """When each loop of the learner last turned. Any thread may ask."""
+    def count_call(self, pool: str, outcome: str) -> None:
+        self.shadow_requests.labels(pool, outcome).inc()
+
+    def add_cost(self, cost: float) -> None:
+        self.shadow_cost.inc(cost)
+
+    def report_refused_priority(self, pool: str) -> None:
+        self.priority_refused.labels(pool).set(1)
+
+
+class Heartbeats:
+    """Heartbeats of the learner's loops. Any thread may read them."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -80,7 +105,7 @@ class Pulse:
         self._beats[loop] = self._clock()
 
     def stale(self) -> list[str]:
-        """The loops that stand still."""
+        """The loops without a recent heartbeat."""
         now = self._clock()
         return sorted(loop for loop, beat in list(self._beats.items()) if now - beat > STALE_SECONDS)
 
@@ -90,27 +115,27 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Handler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None: ...  # probes would fill the log
+    def log_message(self, format: str, *args: Any) -> None: ...  # probes would flood the log
 
 
 class MetricsServer:
-    """`with MetricsServer(host, port, metrics, pulse) as server`: /metrics and /livez on a thread; `server.port`.
+    """`with MetricsServer(host, port, metrics, heartbeats) as server`: serves /metrics and /livez from a thread.
 
-    ValueError where the address is taken or no address of this machine.
+    Raises ValueError where the address is in use or not one of this machine.
     """
 
-    def __init__(self, host: str, port: int, metrics: LearnerMetrics, pulse: Pulse) -> None:
-        shown = make_wsgi_app(metrics.registry)
+    def __init__(self, host: str, port: int, metrics: LearnerMetrics, heartbeats: Heartbeats) -> None:
+        metrics_app = make_wsgi_app(metrics.registry)
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             if environ["PATH_INFO"] == "/metrics":
-                page: Iterable[bytes] = shown(environ, start_response)
+                page: Iterable[bytes] = metrics_app(environ, start_response)
                 return page
             if environ["PATH_INFO"] != "/livez":
-                return _plain(start_response, "404 Not Found", "there are /metrics and /livez")
-            stale = pulse.stale()
+                return _plain(start_response, "404 Not Found", "the paths are /metrics and /livez")
+            stale = heartbeats.stale()
             if stale:
-                return _plain(start_response, "503 Service Unavailable", f"stands still: {', '.join(stale)}")
+                return _plain(start_response, "503 Service Unavailable", f"no heartbeat from: {', '.join(stale)}")
             return _plain(start_response, "200 OK", "ok")
 
         try:

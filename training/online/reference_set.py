@@ -1,4 +1,4 @@
-"""The fixed reference set that no refresh may do worse on: an outcome table, its models taken for the pools."""
+"""The fixed reference set on which no refresh may route worse: an outcome table, its models mapped to pools."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,10 +10,10 @@ from depo_gateway.training.outcomes import table
 
 
 def reference_rows(settings: LearnerSettings, base: Path, out: Path) -> list[table.Row]:
-    """The reference table's rows, their labels by pool; none where the settings name no table.
+    """The reference table's rows with labels by pool; none where the settings name no table.
 
-    A table names models. A pool's are `pools.NAME.model`, those that the checkpoint served (`out`'s `current`, else
-    `base`) was fitted on, and the pool's own name; where a row has several of them, their mean.
+    A table names models. A pool's models are `pools.NAME.model`, those that the served checkpoint (`out`'s `current`,
+    else `base`) was fitted on, and the pool's own name. Where a row has several of them, their mean counts.
     """
     if settings.reference is None:
         return []
@@ -24,11 +24,11 @@ def reference_rows(settings: LearnerSettings, base: Path, out: Path) -> list[tab
     names |= {config.model: pool for pool, config in settings.pools.items()}
 
     def by_pool(labels: Mapping[str, float]) -> dict[str, float]:
-        found: dict[str, list[float]] = {}
+        values_by_pool: dict[str, list[float]] = {}
         for model, value in labels.items():
             if model in names:
-                found.setdefault(names[model], []).append(value)
-        return {pool: sum(values) / len(values) for pool, values in found.items()}
+                values_by_pool.setdefault(names[model], []).append(value)
+        return {pool: sum(values) / len(values) for pool, values in values_by_pool.items()}
 
     rows = [
         replace(row, correct=by_pool(row.correct), token_confidence=by_pool(row.token_confidence))

@@ -1,44 +1,23 @@
-"""Every setting of one refresh. No torch, so that a learner's settings are checked at once."""
+"""Every setting of one refresh. Without torch, so that learner.yaml is checked at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from depo_gateway.estimator.configuration.yaml_tree import at_least, within
+from depo_gateway.training.outcomes.traffic_config import TrafficConfig
 
 REFUSALS = "refusals.jsonl"  # in --out, a line for each refresh that published nothing
-NO_TEXT = (
-    "no record holds its prompt: records.prompts is not full in gateway.yaml; set it, for learning reads what was asked"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class TrafficConfig:
-    """Which labels are believed, and how much each counts."""
-
-    clip: float = 10.0  # the largest inverse-propensity weight
-    key_share: float = 0.2  # of all that keys say of themselves: one key's part at most; of few keys 1 / their number
-    burst: int = 20  # near-same prompts with near-same labels of one key within burst_seconds: all are left out
-    burst_seconds: float = 600.0
-    near: float = 0.8  # share of words (Jaccard, of shingles) from which on two prompts are near-same
-    lying: float = 4.0  # robust z-score of a key's disagreement with what the others' labels predict; then left out
-
-    def __post_init__(self) -> None:
-        at_least(self.clip, 1, "clip")
-        within(self.key_share, 0.01, 1, "key_share")
-        at_least(self.burst, 2, "burst")
-        at_least(self.burst_seconds, 0, "burst_seconds")
-        within(self.near, 0.1, 1, "near")
-        at_least(self.lying, 1, "lying")
+NO_TEXT = "no record holds its prompt; set records.prompts: full in gateway.yaml, because learning reads the prompts"
 
 
 @dataclass(frozen=True, slots=True)
 class GateConfig:
     """What a candidate must show before it is published."""
 
-    least: int = 50  # held-out examples with a label; with fewer nothing is judged, so nothing is published
+    least: int = 50  # held-out examples with a label; with fewer nothing is published
     calibration_error: float = 0.05  # of each quality and of the gain, above what chance gives
-    spread: float = 0.02  # of the cheapest pool's confidence, from the 5th to the 95th percentile; less is no router
+    spread: float = 0.02  # of the cheapest pool's confidence, from the 5th to the 95th percentile; less hardly routes
     resamples: int = 1000
 
     def __post_init__(self) -> None:
@@ -50,13 +29,15 @@ class GateConfig:
 
 @dataclass(frozen=True, slots=True)
 class RefreshConfig:
-    min_labels: int = 100  # labelled prompts, after duplicates and what is not believed; with fewer nothing is learned
+    """How a refresh learns from labelled records."""
+
+    min_labels: int = 100  # labelled prompts, without duplicates and untrusted labels; with fewer nothing is learned
     newest: int = 20_000  # records at most, the newest
-    held_out: float = 0.3  # the newest share of the examples, that a candidate is judged by
+    held_out: float = 0.3  # the newest share of the examples, on which a candidate is judged
     held_out_least: int = 1000  # examples at least, or all there are: fewer don't tell harm from noise
-    recent: int = 300  # calibration is on so many newest examples, or on 1,500: whatever fits the former better
+    recent: int = 300  # newest examples; calibrated on them or on the newest 1,500, whichever fits them better
     folds: int = 5
-    # A fixed number: with few labels a held-out loss is too rough to stop by, and weight decay keeps long fits in check
+    # Fixed: with few labels a held-out loss is too noisy for early stopping, and weight decay keeps long fits in check
     epochs: int = 30
     batch_size: int = 128
     learning_rate: float = 0.15  # of linear heads

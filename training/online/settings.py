@@ -1,7 +1,7 @@
-"""Every setting of the learner, as one frozen tree read from learner.yaml. The tree is closed, as the gateway's is.
+"""Every setting of the learner: one frozen tree read from learner.yaml, in which unknown keys are errors.
 
-No setting is required but the records' address, which the command line may give instead: without pools the learner
-learns from feedback alone.
+Only the records' address is required, and the command line may give it instead. Without pools the learner learns from
+feedback alone.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from depo_gateway.estimator.configuration import addresses, yaml_tree
+from depo_gateway.estimator.configuration import yaml_tree
 from depo_gateway.estimator.configuration.shared import (
     Listen,
     PoolBackends,
@@ -22,44 +22,33 @@ from depo_gateway.estimator.configuration.shared import (
     resolve_database,
 )
 from depo_gateway.estimator.configuration.yaml_tree import at_least, within
+from depo_gateway.training.judging.judges import JudgeConfig
+from depo_gateway.training.judging.label_sources import check_judge
 from depo_gateway.training.online.refresh_config import RefreshConfig
-
-JudgeKind = Literal["none", "exact", "math", "model", "webhook"]
 
 
 @dataclass(frozen=True, slots=True)
 class ShadowConfig:
-    """What is asked of the pools that did not serve a record."""
+    """How the pools that did not serve a record are asked for their answers."""
 
-    share: float = 0.0  # of the records; 0: nothing is asked
+    share: float = 0.0  # of the records; 0: no shadowing
     max_concurrent: int = 4  # records at once
-    priority: int | None = 10  # vLLM's: lower is served first, clients' requests have 0
-    max_tokens: int = 1024  # of an answer; an answer cut by it is not judged
+    priority: int | None = 10  # vLLM's: lower is served first; client requests have 0
+    max_tokens: int = 1024  # of an answer; an answer that it cuts is not judged
     cost_per_hour: float | None = None  # in the unit of pools.*.cost; None: no cap
     busy_waiting: float | None = 0.0  # pause while a backend has more requests waiting; None: never
     timeout_s: float = 120.0  # one call
-    max_age_hours: float = 24.0  # older records are passed over
-    confidence_of_served: bool = False  # ask the pool that served again too, for its token confidence
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeConfig:
-    """Who scores the answers."""
-
-    kind: JudgeKind = "none"  # none: token confidence alone
-    pool: str | None = None  # model: the pool that judges
-    url: str | None = None  # webhook
-    api_key_env: str | None = None  # webhook: the environment variable with its bearer token
-    timeout_s: float = 30.0  # one verdict
+    max_age_hours: float = 24.0  # older records are skipped
+    confidence_of_served: bool = False  # also ask the pool that served again, for its token confidence
 
 
 @dataclass(frozen=True, slots=True)
 class RefreshSettings:
-    """When the estimator is trained, and what is kept."""
+    """When the estimator is trained, and how many checkpoints are retained."""
 
     every_labels: int = 100  # newly labelled records
-    every_minutes: float = 60.0  # if there is any new label
-    keep: int = 5  # checkpoints; the one that `current` names always stays
+    every_minutes: float = 60.0  # at most so long, if there is any new label
+    keep: int = 5  # checkpoints; the one that `current` names is never deleted
     learn: RefreshConfig = field(default_factory=RefreshConfig)
 
 
@@ -71,11 +60,11 @@ class LearnerSettings:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     refresh: RefreshSettings = field(default_factory=RefreshSettings)
     listen: Listen = field(default_factory=lambda: Listen(port=9100))  # /metrics and /livez
-    reference: str | None = None  # an outcome table that no refresh may do worse on
+    reference: str | None = None  # an outcome table on which no refresh may route worse
 
 
 def load_settings(path: Path | None, records: str | None = None) -> LearnerSettings:
-    """A checked learner.yaml (None: all defaults). `records`, of the command line, stands over the file's.
+    """A checked learner.yaml (None: all defaults). `records`, from the command line, overrides the file's.
 
     Relative paths in the file are relative to its own directory.
 
@@ -92,7 +81,7 @@ def load_settings(path: Path | None, records: str | None = None) -> LearnerSetti
 
 
 def parse_settings(raw: Mapping[str, Any], directory: Path = Path(), records: str | None = None) -> LearnerSettings:
-    """A checked tree from plain YAML values; see `load`."""
+    """A checked tree from plain YAML values; see `load_settings`."""
     tree: LearnerSettings = yaml_tree.build(LearnerSettings, raw, "")
     if records is not None:
         tree = dataclasses.replace(tree, records=RecordsDatabase(url=records))
@@ -108,7 +97,7 @@ def _check(tree: LearnerSettings) -> None:
     for name, pool in tree.pools.items():
         check_backends(name, pool)
     _check_shadow(tree)
-    _check_judge(tree)
+    check_judge(tree.judge, tree.pools)
     refresh = tree.refresh
     at_least(refresh.every_labels, 1, "refresh.every_labels")
     at_least(refresh.every_minutes, 0.001, "refresh.every_minutes")
@@ -139,20 +128,3 @@ def _with_database(records: RecordsDatabase, directory: Path) -> RecordsDatabase
             "the records' address is missing; give --records URL, or records.url or records.url_env in the config"
         )
     return resolve_database(records, directory, "the records' address")
-
-
-def _check_judge(tree: LearnerSettings) -> None:
-    judge = tree.judge
-    at_least(judge.timeout_s, 0.001, "judge.timeout_s")
-    if judge.kind == "model" and judge.pool not in tree.pools:
-        known = ", ".join(tree.pools) or "none are configured"
-        given = "" if judge.pool is None else f", not {judge.pool!r}"
-        raise ValueError(f"judge.kind: model wants judge.pool, the pool that judges{given}; the pools are: {known}")
-    if judge.kind == "webhook":
-        if judge.url is None:
-            raise ValueError("judge.kind: webhook wants judge.url, the address that answers are posted to")
-        addresses.check_http(judge.url, "judge.url", query=True)
-        addresses.check_secret(judge.api_key_env, "judge.api_key_env")
-    for name, kind in (("pool", "model"), ("url", "webhook"), ("api_key_env", "webhook")):
-        if getattr(judge, name) is not None and judge.kind != kind:
-            raise ValueError(f"judge.{name} is read by kind: {kind} alone, and judge.kind is {judge.kind}")

@@ -1,8 +1,8 @@
-"""Shadowing: what would the pools not used have answered, and how good would that have been?
+"""Shadowing: asks the pools that did not serve a record for their answers, and has all answers judged.
 
-The learner asks them itself, after the fact and at low priority, so that serving never waits for it. Labels are
-written before the record is marked, and a label overwrites its like: a kill at any point costs work, and never leaves
-a wrong or a second label.
+The learner does so after serving and at low priority, so that serving never waits for it. Labels are written before the
+record is marked, and a label overwrites one of the same record, pool and source. So a kill at any point costs work, and
+never leaves a wrong or a duplicate label.
 """
 
 import asyncio
@@ -16,36 +16,39 @@ from dataclasses import dataclass
 from depo_gateway.estimator.records.store import Store, StoreError
 from depo_gateway.estimator.records.types import Label, Record
 from depo_gateway.training.judging.judges import Judge
-from depo_gateway.training.judging.pool_client import AskFailed, PoolClient, Reply, together
+from depo_gateway.training.judging.label_sources import can_judge
+from depo_gateway.training.judging.openai_client import NoAnswerError, together
+from depo_gateway.training.judging.pool_client import PoolClient, Reply
 from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.online.settings import JudgeKind, ShadowConfig
+from depo_gateway.training.online.settings import ShadowConfig
 
-POLL_SECONDS = 1.0  # between looks for new records, or at what pauses shadowing
-BATCH = 200  # records read at once
-GIVE_UP = 3  # failures of a record, others going well meanwhile
-AGAIN_SECONDS = 30.0  # before a record that failed is tried again
-FAILURES = 3  # in a row, of any records: the pools, or the judge, are away
-LONGEST_WAIT_SECONDS = 60.0
+SHADOW_POLL_SECONDS = 1.0  # between checks for new records, and of the reasons to pause
+RECORDS_BATCH = 200  # records read at once
+MOST_FAILURES = 3  # of one record, while others succeed; then it is given up
+RETRY_SECONDS = 30.0  # before a record that failed is tried again
+OUTAGE_FAILURES = 3  # in a row, of any records: the pools or the judge are unreachable
+LONGEST_SHADOW_WAIT_SECONDS = 60.0
 HOUR_SECONDS = 3600.0
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
-    """A record that failed."""
+class FailedRecord:
+    """A record that failed, to be tried again."""
 
-    times: int  # counted only where others went well since the time before
-    done_then: int  # records that had gone well by then
-    again: float  # when, by the clock
+    failures: int  # counted only if others succeeded since the one before
+    done_before: int  # records that had succeeded by then
+    retry_at: float  # by the clock
 
 
 class Shadow:
-    """Takes records that are not yet shadowed, asks, judges, labels, marks.
+    """The loop that shadows records: it reads new ones, asks the pools, has answers judged, writes labels.
 
     Args:
-        judge: see judges.py. `kind` names it, as the labels' source.
-        beat: called at each turn of the loop.
-        clock: monotonic seconds. The hour of `cost_per_hour` begins with this object, and with each restart.
+        judge: see judges.py.
+        kind: judge.kind, which is the source of the labels.
+        heartbeat: called on each pass of the loop.
+        clock: monotonic seconds. The hour of `cost_per_hour` begins with this object, so with each restart.
     """
 
     def __init__(
@@ -53,33 +56,35 @@ class Shadow:
         store: Store,
         pools: PoolClient,
         judge: Judge,
-        kind: JudgeKind,
+        kind: str,
         config: ShadowConfig,
         metrics: LearnerMetrics,
-        beat: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._pools, self._judge, self._kind = store, pools, judge, kind
-        self._config, self._metrics, self._beat, self._clock = config, metrics, beat, clock
+        self._config, self._metrics, self._heartbeat, self._clock = config, metrics, heartbeat, clock
         self._queue: deque[Record] = deque()
         self._running: dict[int, asyncio.Task[None]] = {}  # by the record's seq
-        self._tried: dict[int, Tried] = {}
-        self._away = False  # the database, at the last look
+        self._failed: dict[int, FailedRecord] = {}  # by the record's seq
+        self._database_down = False  # at the last attempt
         self._done = 0
         self._failures = 0  # in a row
         self._retry_at = 0.0
         self._hour_began, self._spent_before = clock(), pools.spent
 
     async def run(self) -> None:
-        """For ever, until it is cancelled."""
+        """Runs until it is cancelled."""
         try:
             while True:
-                self._beat()
+                self._heartbeat()
                 started = await self._start() if len(self._running) < self._config.max_concurrent else 0
                 if self._running:
-                    await asyncio.wait(self._running.values(), timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
+                    await asyncio.wait(
+                        self._running.values(), timeout=SHADOW_POLL_SECONDS, return_when="FIRST_COMPLETED"
+                    )
                 elif not started:
-                    await asyncio.sleep(POLL_SECONDS)
+                    await asyncio.sleep(SHADOW_POLL_SECONDS)
                 self._reap()
         finally:
             for task in self._running.values():
@@ -87,13 +92,13 @@ class Shadow:
             await asyncio.gather(*self._running.values(), return_exceptions=True)
 
     async def _start(self) -> int:
-        """Begins as many records as there is room for, unless something speaks against it."""
-        if await self._paused() or not await self._filled():
+        """Starts as many records as max_concurrent allows, unless shadowing is paused."""
+        if await self._paused() or not await self._fill_queue():
             return 0
         started = 0
         while self._queue and len(self._running) < self._config.max_concurrent:
             record = self._queue.popleft()
-            self._running[record.seq] = asyncio.create_task(self._one(record))
+            self._running[record.seq] = asyncio.create_task(self._shadow(record))
             started += 1
         return started
 
@@ -112,72 +117,74 @@ class Shadow:
             self._metrics.shadow_paused.labels(reason).set(holds)
         return any(reasons.values())
 
-    async def _filled(self) -> bool:
-        """Whether there is a record to begin. Those outside the share are marked as they are met."""
+    async def _fill_queue(self) -> bool:
+        """Whether there is a record to start. Records outside the share are marked as they are read."""
         while not self._queue:
             since = time.time() - self._config.max_age_hours * 3600
-            known = {*self._running, *self._tried}
+            pending = {*self._running, *self._failed}
             try:
-                found = await asyncio.to_thread(self._store.unshadowed, BATCH + len(known), since)
-                passed = [record.seq for record in found if not chosen(record, self._config.share)]
-                await asyncio.to_thread(self._store.mark_shadowed, passed, time.time())
+                records = await asyncio.to_thread(self._store.unshadowed, RECORDS_BATCH + len(pending), since)
+                skipped = [record.seq for record in records if not in_shadow_share(record, self._config.share)]
+                await asyncio.to_thread(self._store.mark_shadowed, skipped, time.time())
             except StoreError as error:
                 self._store_failed(error)
                 return False
-            self._store_answers()
-            self._metrics.shadowed.labels("passed").inc(len(passed))
-            now, there = self._clock(), {record.seq for record in found}
-            self._tried = {seq: tried for seq, tried in self._tried.items() if seq in there}
+            self._store_works()
+            self._metrics.shadowed.labels("passed").inc(len(skipped))
+            now, unmarked = self._clock(), {record.seq for record in records}
+            self._failed = {seq: failed for seq, failed in self._failed.items() if seq in unmarked}
             self._queue.extend(
                 record
-                for record in found
-                if chosen(record, self._config.share)
+                for record in records
+                if in_shadow_share(record, self._config.share)
                 and record.seq not in self._running
-                and (record.seq not in self._tried or now >= self._tried[record.seq].again)
+                and (record.seq not in self._failed or now >= self._failed[record.seq].retry_at)
             )
-            self._beat()
-            if not passed:  # what is left is under way, or failed a moment ago
+            self._heartbeat()
+            if not skipped:  # all that is left is in progress, or failed a moment ago
                 break
         return bool(self._queue)
 
-    async def _one(self, record: Record) -> None:
-        """One record from its question to its mark."""
+    async def _shadow(self, record: Record) -> None:
+        """Shadows one record: labels it and marks it."""
         try:
             labels = await self.labels_of(record)
-        except AskFailed as error:
-            if not self._failed(record, error):
+        except NoAnswerError as error:
+            if not self._give_up(record, error):
                 return
             labels = []
         else:
             self._done += 1
             self._failures = 0
             self._metrics.shadowed.labels("done").inc()
-            self._tried.pop(record.seq, None)
-        wait = POLL_SECONDS
+            self._failed.pop(record.seq, None)
+        wait = SHADOW_POLL_SECONDS
         while True:
             try:
                 await asyncio.to_thread(self._write, record, labels)
                 break
-            except StoreError as error:  # what was paid for is kept until the database is back
+            except StoreError as error:  # the answers are paid for, so they wait for the database
                 self._store_failed(error)
                 await asyncio.sleep(wait)
-                wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+                wait = min(2 * wait, LONGEST_SHADOW_WAIT_SECONDS)
         self._metrics.labels.labels(self._kind).inc(len(labels))
 
     async def labels_of(self, record: Record) -> list[Label]:
-        """What the pools and the judge say of one record. AskFailed where one of them does not answer."""
+        """The labels of one record, by pools and judge. Raises NoAnswerError where one of them does not answer."""
         assert record.asked is not None  # the store gives no others
-        asked = record.asked
-        served = record.answer if record.answer and record.finish_reason else None  # else it was broken off, or tools'
-        ask = {pool for pool in self._pools.pools if pool != record.pool}
-        judged = self._kind in ("model", "webhook") or (self._kind != "none" and record.reference is not None)
-        if record.pool in self._pools.pools and (self._config.confidence_of_served or (judged and served is None)):
-            ask.add(record.pool)
-        names = sorted(ask)
-        found = await together(
-            *(self._pools.ask(pool, asked, record.parameters, self._config.max_tokens) for pool in names)
+        query = record.asked
+        served = record.answer if record.answer and record.finish_reason else None  # else incomplete, or tool calls
+        pools = {pool for pool in self._pools.pools if pool != record.pool}
+        judgeable = can_judge(self._kind, record)
+        if record.pool in self._pools.pools and (self._config.confidence_of_served or (judgeable and served is None)):
+            pools.add(record.pool)
+        names = sorted(pools)
+        results = await together(
+            *(self._pools.ask(pool, query, record.parameters, self._config.max_tokens) for pool in names)
         )
-        replies: dict[str, Reply] = {pool: reply for pool, reply in zip(names, found, strict=True) if reply is not None}
+        replies: dict[str, Reply] = {
+            pool: reply for pool, reply in zip(names, results, strict=True) if reply is not None
+        }
         answers = {pool: reply.text for pool, reply in replies.items() if reply.text and not reply.cut}
         if served is not None and record.pool:
             answers[record.pool] = served
@@ -194,34 +201,34 @@ class Shadow:
         self._store.add_labels(labels)
         self._store.mark_shadowed([record.seq], time.time())
 
-    def _failed(self, record: Record, error: AskFailed) -> bool:
-        """Notes the failure; True: the record is given up, for it keeps failing while others go well."""
-        before = self._tried.get(record.seq, Tried(0, -1, 0.0))
-        times = before.times + (self._done > before.done_then)
+    def _give_up(self, record: Record, error: NoAnswerError) -> bool:
+        """Notes the failure. True: the record is given up, because it keeps failing while others succeed."""
+        before = self._failed.get(record.seq, FailedRecord(0, -1, 0.0))
+        failures = before.failures + (self._done > before.done_before)
         self._failures += 1
         now = self._clock()
-        if self._failures >= FAILURES:
-            self._retry_at = now + min(LONGEST_WAIT_SECONDS, 2.0 ** min(self._failures, 10))
-        if times >= GIVE_UP:
-            log.warning("record %d is given up: %s", record.seq, error)
-            self._tried.pop(record.seq, None)
+        if self._failures >= OUTAGE_FAILURES:
+            self._retry_at = now + min(LONGEST_SHADOW_WAIT_SECONDS, 2.0 ** min(self._failures, 10))
+        if failures >= MOST_FAILURES:
+            log.warning("gave up shadowing record %d: %s", record.seq, error)
+            self._failed.pop(record.seq, None)
             self._metrics.shadowed.labels("given_up").inc()
             return True
-        log.warning("%s; record %d is tried again", error, record.seq)
+        log.warning("%s; record %d will be tried again", error, record.seq)
         self._metrics.errors.labels("shadow").inc()
-        self._tried[record.seq] = Tried(times, self._done, now + AGAIN_SECONDS)
+        self._failed[record.seq] = FailedRecord(failures, self._done, now + RETRY_SECONDS)
         return False
 
-    def _store_answers(self) -> None:
-        if self._away:
-            log.info("the records database is back; shadowing goes on")
-        self._away = False
+    def _store_works(self) -> None:
+        if self._database_down:
+            log.info("the records database is back; shadowing continues")
+        self._database_down = False
         self._metrics.shadow_paused.labels("records").set(0)
 
     def _store_failed(self, error: StoreError) -> None:
-        if not self._away:
-            log.warning("%s; shadowing waits", error)
-        self._away = True
+        if not self._database_down:
+            log.warning("%s; shadowing waits for the database", error)
+        self._database_down = True
         self._metrics.errors.labels("records").inc()
         self._metrics.shadow_paused.labels("records").set(1)
 
@@ -229,13 +236,13 @@ class Shadow:
         for seq, task in list(self._running.items()):
             if task.done():
                 del self._running[seq]
-                task.result()  # a mistake of ours ends the learner, loudly
+                task.result()  # a defect of this program ends the learner
 
 
-def chosen(record: Record, share: float) -> bool:
-    """Whether a record is of the share that is shadowed: by its id and number, so that a restart decides alike.
+def in_shadow_share(record: Record, share: float) -> bool:
+    """Whether a record belongs to the share that is shadowed: by a hash of its id and number, the same after a restart.
 
-    The number is the store's, so no client can choose an id that is.
+    The number comes from the store, so no client can choose an id that is shadowed.
     """
     digest = hashlib.sha256(f"{record.seq} {record.id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

@@ -1,7 +1,8 @@
-"""The process that trains for `depo-train refresh --follow`: each line it reads is a wish for one refresh.
+"""The process that trains for `depo-train refresh --follow`: each input line requests one refresh.
 
-It is apart from the learner so that a crash in training ends no loop, and lives on between refreshes because loading
-torch and embedding old prompts anew cost minutes. What it writes is whole or has no name, so it may be killed anywhere.
+It is separate from the daemon, so that a crash in training ends no loop. It keeps running between refreshes, because
+loading torch and embedding old prompts again takes minutes. Files are renamed only when complete, so it may be killed
+at any moment.
 """
 
 from __future__ import annotations
@@ -24,42 +25,46 @@ from depo_gateway.training.online.settings import LearnerSettings
 from depo_gateway.training.rewards.worker_pool import exit_with_parent
 
 
-def work(parent: int) -> None:
-    """The process's whole life. Its first line holds {settings, base, out, cold}; it ends with its input."""
+def serve_refreshes(parent: int) -> None:
+    """Runs refreshes until the input ends. Its first line holds {settings, base, out, cold}."""
     exit_with_parent(parent)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no result
-    wish = json.loads(sys.stdin.readline())
-    settings = learner_settings.parse_settings(wish["settings"])
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # so that output of libraries does not mix with results
+    request = json.loads(sys.stdin.readline())
+    settings = learner_settings.parse_settings(request["settings"])
     cache = EmbeddingCache()
     for _ in sys.stdin:
-        print(json.dumps(once(settings, Path(wish["base"]), Path(wish["out"]), wish["cold"], cache)), file=answers)
-        answers.flush()
+        result = run_refresh(settings, Path(request["base"]), Path(request["out"]), request["cold"], cache)
+        print(json.dumps(result), file=results, flush=True)
 
 
-def once(settings: LearnerSettings, base: Path, out: Path, cold: bool, cache: EmbeddingCache) -> Mapping[str, Any]:
-    """One refresh as plain values: {seq, published, reasons, figures, labels, notes, standing}, or {failed, words}."""
+def run_refresh(
+    settings: LearnerSettings, base: Path, out: Path, cold: bool, cache: EmbeddingCache
+) -> Mapping[str, Any]:
+    """One refresh; its result as plain values: the fields of TrainerResult, or {failed, message}."""
     try:
         store = Store(database_url(settings.records))
         try:
-            _, seq = store.count_labels()  # before they are read: a label that comes meanwhile counts as new
+            _, seq = (
+                store.count_labels()
+            )  # before the records are read: a label that is written meanwhile counts as new
             labelled = store.labelled(settings.refresh.learn.newest)
         finally:
             store.close()
         reference = reference_rows(settings, base, out)
-        outcome = refresh(labelled, base, out, settings.refresh.learn, reference, cache, cold)
+        result = refresh(labelled, base, out, settings.refresh.learn, reference, cache, cold)
     except StoreError as error:
-        return {"failed": "records", "words": str(error)}
+        return {"failed": "records", "message": str(error)}
     except ValueError as error:
-        return {"failed": "mistake", "words": str(error)}
+        return {"failed": "mistake", "message": str(error)}
     except OSError as error:
-        return {"failed": "disk", "words": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
+        return {"failed": "disk", "message": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
     return {
         "seq": seq,
-        "published": None if outcome.published is None else outcome.published.version,
-        "reasons": list(outcome.verdict.reasons),
-        "figures": dict(outcome.verdict.figures),
-        "labels": outcome.labels,
-        "notes": list(outcome.notes),
-        "standing": None if outcome.standing is None else asdict(outcome.standing),
+        "published": None if result.published is None else result.published.version,
+        "reasons": list(result.verdict.reasons),
+        "figures": dict(result.verdict.figures),
+        "labels": result.labels,
+        "notes": list(result.notes),
+        "standing": None if result.standing is None else asdict(result.standing),
     }

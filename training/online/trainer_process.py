@@ -1,4 +1,4 @@
-"""The learner's side of the process that trains (refresh_worker.py): start it, ask it, outlive it."""
+"""The daemon's side of the process that trains (trainer_main.py): starts it and requests refreshes."""
 
 import asyncio
 import contextlib
@@ -14,55 +14,56 @@ from depo_gateway.estimator.configuration import yaml_tree as tree
 from depo_gateway.training.online import checkpoint_retention
 from depo_gateway.training.online.settings import LearnerSettings
 
-LONGEST_SECONDS = 6 * 3600.0  # of one training; then it hangs
-LINE_BYTES = 1 << 24  # of one result
-END_SECONDS = 10.0  # for a process that has closed its output to be gone, and its exit status known
+LONGEST_TRAINING_SECONDS = 6 * 3600.0  # after which a refresh counts as hung
+RESULT_BYTES = 1 << 24  # of one result line, at most
+EXIT_SECONDS = 10.0  # for a process that has closed its output to exit
 _PROGRAM = (
-    "import sys; sys.path[:] = {path!r}; from depo_gateway.training.online.trainer_main import work; work({parent})"
+    "import sys; sys.path[:] = {path!r};"
+    " from depo_gateway.training.online.trainer_main import serve_refreshes; serve_refreshes({parent})"
 )
 
 
-class TrainingFailed(Exception):
-    """No verdict: the process died or hung, or the database or the disk failed it. The message is one line."""
+class TrainingError(Exception):
+    """A refresh without a verdict: the process died or hung, or database or disk failed. The message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """One refresh's end."""
+class TrainerResult:
+    """The result of one refresh, as the training process reports it."""
 
-    seq: int  # the highest label that it could read
-    published: str | None  # the new version
+    seq: int  # the highest label that it read
+    published: str | None  # the new version; None: refused
     reasons: tuple[str, ...]
     figures: Mapping[str, Any]
     labels: int  # records that it learned from
-    notes: tuple[str, ...]  # what was not believed
+    notes: tuple[str, ...]  # what was not used
     standing: Mapping[str, Any] | None
 
 
-class RefreshProcess:
-    """One process for all refreshes, started when first asked; after its death, or a kill, another.
+class TrainerProcess:
+    """A process that runs all refreshes, started by the first and started again after it died.
 
-    Whoever has one holds `out` alone: what an earlier process left half-written there is removed.
+    The caller must hold the lock on `out`: half-written files of an earlier process there are removed.
     """
 
     def __init__(self, settings: LearnerSettings, base: Path, out: Path, cold: bool) -> None:
-        wish = {"settings": tree.plain(settings), "base": str(base), "out": str(out), "cold": cold}
-        self._wish, self._out = json.dumps(wish).encode() + b"\n", out
+        request = {"settings": tree.plain(settings), "base": str(base), "out": str(out), "cold": cold}
+        self._request, self._out = json.dumps(request).encode() + b"\n", out
         self._process: asyncio.subprocess.Process | None = None
 
-    async def refresh(self) -> Trained:
-        """Trains once.
+    async def refresh(self) -> TrainerResult:
+        """Runs one refresh.
 
         Raises:
-            TrainingFailed: see there; worth another try later.
-            ValueError: a mistake of the user's that another try would repeat.
+            TrainingError: it failed, and may succeed later.
+            ValueError: a mistake of the user, with which it would fail again.
         """
         try:
-            async with asyncio.timeout(LONGEST_SECONDS):
+            async with asyncio.timeout(LONGEST_TRAINING_SECONDS):
                 try:
-                    process = await self._started()
-                except OSError as error:  # the disk is full or read-only, or there are no processes to be had
-                    raise TrainingFailed(f"no training process starts: {error}") from None
+                    process = await self._start()
+                except OSError as error:  # the disk is full or read-only, or the limit of processes is reached
+                    raise TrainingError(f"the training process could not be started: {error}") from None
                 assert process.stdin is not None
                 assert process.stdout is not None
                 process.stdin.write(b"refresh\n")
@@ -70,20 +71,22 @@ class RefreshProcess:
                 line = await process.stdout.readline()
         except TimeoutError:
             await self.end()
-            raise TrainingFailed(f"training took over {LONGEST_SECONDS / 3600:g} hours and was ended") from None
+            raise TrainingError(
+                f"training took over {LONGEST_TRAINING_SECONDS / 3600:g} hours and was killed"
+            ) from None
         except ConnectionError:
             line = b""
         if not line.endswith(b"\n"):
-            code = await self._ended()
-            raise TrainingFailed(f"the training process ended with {code}; its words stand above")
-        said = json.loads(line)
-        if "failed" in said:
-            raise (ValueError if said["failed"] == "mistake" else TrainingFailed)(said["words"])
-        lists = {name: tuple(said[name]) for name in ("reasons", "notes")}
-        return Trained(**said | lists)
+            status = await self._exit_status()
+            raise TrainingError(f"the training process exited with status {status}; see its output above")
+        result = json.loads(line)
+        if "failed" in result:
+            raise (ValueError if result["failed"] == "mistake" else TrainingError)(result["message"])
+        lists = {name: tuple(result[name]) for name in ("reasons", "notes")}
+        return TrainerResult(**result | lists)
 
     async def end(self) -> int | None:
-        """Kills the process, if there is one, and waits for it. What it leaves half-written has no name."""
+        """Kills the process, if there is one, and waits for it. Half-written files have temporary names."""
         process, self._process = self._process, None
         if process is None:
             return None
@@ -91,20 +94,20 @@ class RefreshProcess:
             process.kill()
         return await process.wait()
 
-    async def _ended(self) -> int | None:
-        """How a process that says nothing more ended; asyncio loses that of one which is killed as it dies."""
+    async def _exit_status(self) -> int | None:
+        """Exit status of a process that closed its output. Killing it before it exits would lose that."""
         if self._process is not None:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(END_SECONDS):
+                async with asyncio.timeout(EXIT_SECONDS):
                     await self._process.wait()
         return await self.end()
 
-    async def _started(self) -> asyncio.subprocess.Process:
+    async def _start(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
-            checkpoint_retention.clear(self._out)
+            checkpoint_retention.remove_leftovers(self._out)
             temporary = (
                 self._out / checkpoint_retention.TEMPORARY
-            )  # what libraries put aside goes there: the root may be read-only
+            )  # for libraries: the root file system may be read-only
             temporary.mkdir(parents=True)
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -112,9 +115,9 @@ class RefreshProcess:
                 _PROGRAM.format(path=sys.path, parent=os.getpid()),
                 stdin=asyncio.subprocess.PIPE,  # the database's password goes in there, not onto the command line
                 stdout=asyncio.subprocess.PIPE,
-                limit=LINE_BYTES,
+                limit=RESULT_BYTES,
                 env={**os.environ, "TMPDIR": str(temporary)},
             )
             assert self._process.stdin is not None
-            self._process.stdin.write(self._wish)
+            self._process.stdin.write(self._request)
         return self._process

@@ -10,12 +10,13 @@ import aiohttp
 
 from depo_gateway.training.outcomes.sampling_client import (
     Backend,
-    BackendFailed,
+    BackendError,
     Outcome,
+    Refusal,
     Sampling,
-    outcome,
+    sample_outcome,
 )
-from depo_gateway.training.outcomes.table_file import json_lines, key_of
+from depo_gateway.training.outcomes.table_file import json_lines, prompt_key
 from depo_gateway.training.rewards.worker_pool import RewardError
 
 
@@ -25,14 +26,14 @@ class Prompt:
 
     messages: tuple[Mapping[str, Any], ...]
     reference: str
-    row: Mapping[str, Any]  # what the outcome row repeats: question or messages, group, source
+    row: Mapping[str, Any]  # the fields that the outcome row repeats: question or messages, group, source
 
     @property
     def key(self) -> str:
-        return key_of(self.row)
+        return prompt_key(self.row)
 
 
-async def outcomes(
+async def collect_outcomes(
     session: aiohttp.ClientSession,
     backends: Sequence[Backend],
     prompts: Sequence[Prompt],
@@ -40,33 +41,34 @@ async def outcomes(
     concurrency: int,
     refusals: dict[str, list[str]],
 ) -> AsyncIterator[dict[str, Any]]:
-    """Rows as they are done, in no order. A prompt that every backend refuses, or none is graded on, gives no row.
+    """Rows as they are finished, in no order. A prompt without a graded completion of any backend gives no row.
 
-    `refusals` takes the words of each model's refusals as they come.
+    Args:
+        refusals: by model, the messages of its refusals; appended to.
     """
     gates = {backend.pool: asyncio.Semaphore(concurrency) for backend in backends}
     waiting = iter(prompts)
 
     async def row_of(prompt: Prompt) -> dict[str, Any] | None:
         async with asyncio.TaskGroup() as group:
-            asked = {
+            tasks = {
                 backend.model: group.create_task(
-                    outcome(session, gates[backend.pool], backend, prompt.messages, prompt.reference, sampling)
+                    sample_outcome(session, gates[backend.pool], backend, prompt.messages, prompt.reference, sampling)
                 )
                 for backend in backends
             }
-        answered: dict[str, Outcome] = {}
-        for name, task in asked.items():
+        graded: dict[str, Outcome] = {}
+        for name, task in tasks.items():
             result = task.result()
-            if isinstance(result, str):
-                refusals.setdefault(name, []).append(result)
+            if isinstance(result, Refusal):
+                refusals.setdefault(name, []).append(result.message)
             elif result.correct is not None:
-                answered[name] = result
-        if not answered:
+                graded[name] = result
+        if not graded:
             return None
-        row = {**prompt.row, "correct": {name: result.correct for name, result in answered.items()}}
-        sure = {name: r.token_confidence for name, r in answered.items() if r.token_confidence is not None}
-        return {**row, "token_confidence": sure} if sure else row
+        row = {**prompt.row, "correct": {name: result.correct for name, result in graded.items()}}
+        confidence = {name: r.token_confidence for name, r in graded.items() if r.token_confidence is not None}
+        return {**row, "token_confidence": confidence} if confidence else row
 
     running: set[asyncio.Task[dict[str, Any] | None]] = set()
     try:
@@ -79,7 +81,7 @@ async def outcomes(
             for task in finished:
                 try:
                     row = task.result()
-                except* (BackendFailed, RewardError) as group:
+                except* (BackendError, RewardError) as group:
                     raise group.exceptions[0] from None
                 if row is not None:
                     yield row
@@ -90,7 +92,7 @@ async def outcomes(
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Different prompts of a JSON-lines file, in order. ValueError names file and line."""
+    """The distinct prompts of a JSON-lines file, in order. ValueError names file and line."""
     prompts: dict[str, Prompt] = {}
     for number, record in json_lines(path):
         place = f"{path}, line {number}"

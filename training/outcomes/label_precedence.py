@@ -1,33 +1,33 @@
-"""Which label counts where several sources labelled the same answer."""
+"""Which label counts where several sources labelled the answers to one record."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from depo_gateway.estimator.records.types import FEEDBACK, Label
-
-VERIFIERS = ("exact", "math")  # sources that compare with the record's reference, which the client gave
-
-
-TRUST = (*VERIFIERS, FEEDBACK, "webhook", "model")  # among sources that label as many pools; others come last
+from depo_gateway.estimator.records.types import Label
+from depo_gateway.training.judging.label_sources import source_rank
 
 
-def _rank(source: str) -> int:
-    return TRUST.index(source) if source in TRUST else len(TRUST)
+def preferred_labels(labels: Iterable[Label], pools: tuple[str, ...]) -> dict[str, Label]:
+    """The one quality label of each pool that counts.
 
-
-def believed(labels: Sequence[Label], pools: tuple[str, ...]) -> dict[str, float]:
-    """One quality a pool: of the source that labels the most pools, since two sources' scales differ.
-
-    Among equals in the order of TRUST; pools that it leaves out take the next one's. As learning does.
+    The source that labels the most pools comes first, because qualities of pools are compared and the scales of two
+    sources differ. Among equals the source of the lower rank comes first. Pools without a label from that source take
+    the label of the next source.
     """
-    by_source: dict[str, dict[str, float]] = defaultdict(dict)
+    by_source: dict[str, dict[str, Label]] = defaultdict(dict)
     for label in labels:
         if label.quality is not None and label.pool in pools:
-            by_source[label.source][label.pool] = label.quality
-    order = {source: rank for rank, source in enumerate(TRUST)}
-    quality: dict[str, float] = {}
-    for source in sorted(by_source, key=lambda name: (-len(by_source[name]), order.get(name, len(order)), name)):
-        quality = {**by_source[source], **quality}
-    return quality
+            by_source[label.source][label.pool] = label
+    preferred: dict[str, Label] = {}
+    for source in sorted(by_source, key=lambda name: (-len(by_source[name]), source_rank(name), name)):
+        for pool, label in by_source[source].items():
+            preferred.setdefault(pool, label)
+    return preferred
+
+
+def preferred_qualities(labels: Iterable[Label], pools: tuple[str, ...]) -> dict[str, float]:
+    """The quality of each pool's label that counts."""
+    chosen = preferred_labels(labels, pools)
+    return {pool: label.quality for pool, label in chosen.items() if label.quality is not None}

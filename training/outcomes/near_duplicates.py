@@ -1,4 +1,4 @@
-"""Which prompts are near-same: alike but for numbers, case, spacing and a few words. Pure; MinHash, no pairs compared.
+"""Near-duplicate clustering of prompts: alike but for numbers, case, spacing and a few words. Pure; MinHash with bands.
 
 Shapes: N prompts, S shingles of one prompt (its words and neighbouring pairs of words), M = BANDS * ROWS hashes.
 """
@@ -14,42 +14,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 BANDS, ROWS = 8, 4  # prompts that share .8 of their shingles meet in a band with probability .985, .5: .40
-SIDE = 2000  # characters read at each end
+END_CHARS = 2000  # characters read at each end of a long prompt
 WORD = re.compile(r"\d+|[^\W\d]+")
 PRIME = np.uint64(4_294_967_291)  # the largest below 2 ** 32, so that products stay below 2 ** 64
 
 
-def clusters(texts: Sequence[str], near: float) -> NDArray[np.int64]:
-    """A number for each text (N,): near-same ones have the same. `near`: the share of shingles in common, 0 to 1.
+def near_duplicate_clusters(texts: Sequence[str], threshold: float) -> NDArray[np.int64]:
+    """A cluster number for each text (N,). `threshold`: the least Jaccard similarity of near-duplicates, 0 to 1.
 
-    A text is compared with the first of those that it shares a band with, so a cluster is what surrounds its first text
-    and chains stay short.
+    A text is compared with the first text of each band that it falls into, so a cluster gathers around its first text
+    and does not chain far.
     """
     generator = np.random.default_rng(0)
     factor, shift = generator.integers(1, int(PRIME), (2, BANDS * ROWS, 1), dtype=np.uint64)
     first: dict[tuple[int, bytes], int] = {}
-    known: list[frozenset[int]] = []
-    found = np.zeros(len(texts), np.int64)
+    shingles_of_text: list[frozenset[int]] = []
+    cluster = np.zeros(len(texts), np.int64)
     for number, text in enumerate(texts):
         shingles = shingles_of(text)
-        known.append(shingles)
-        found[number] = number
-        hashed = np.fromiter(shingles, np.uint64, len(shingles))
-        least = ((hashed * factor + shift) % PRIME).min(1).reshape(BANDS, ROWS)
-        bands = [(band, least[band].tobytes()) for band in range(BANDS)]
+        shingles_of_text.append(shingles)
+        cluster[number] = number
+        hashes = np.fromiter(shingles, np.uint64, len(shingles))
+        minima = ((hashes * factor + shift) % PRIME).min(1).reshape(BANDS, ROWS)
+        bands = [(band, minima[band].tobytes()) for band in range(BANDS)]
         for band in bands:
             other = first.get(band)
-            if other is not None and alike(shingles, known[other]) >= near:
-                found[number] = found[other]
+            if other is not None and jaccard(shingles, shingles_of_text[other]) >= threshold:
+                cluster[number] = cluster[other]
                 break
         for band in bands:
             first.setdefault(band, number)
-    return found
+    return cluster
 
 
 def shingles_of(text: str) -> frozenset[int]:
-    """Hashes of words and of neighbouring pairs; a number is any number. Arithmetic, without words, is itself."""
-    ends = text if len(text) <= 2 * SIDE else f"{text[:SIDE]} {text[-SIDE:]}"
+    """Hashes of words and of neighbouring pairs. All numbers are alike, but a text of numbers alone is one shingle."""
+    ends = text if len(text) <= 2 * END_CHARS else f"{text[:END_CHARS]} {text[-END_CHARS:]}"
     words = ["0" if word[0].isdigit() else word for word in WORD.findall(ends.lower())]
     if set(words) == {"0"}:
         words = []
@@ -57,6 +57,6 @@ def shingles_of(text: str) -> frozenset[int]:
     return frozenset(zlib.crc32(part.encode("utf-8", "replace")) for part in [*words, *pairs] or [ends])
 
 
-def alike(one: frozenset[int], other: frozenset[int]) -> float:
+def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
     """Jaccard similarity, 0 to 1."""
     return len(one & other) / len(one | other)

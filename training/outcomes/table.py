@@ -1,4 +1,4 @@
-"""Outcome tables: JSON lines of prompts and what each model made of them -> Examples."""
+"""Outcome tables: JSON lines of prompts with each model's outcome -> Examples."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parse_pools(specifications: Sequence[str]) -> Pools:
         if name in names:
             raise ValueError(f"pool {name!r} is given twice")
         if name == "auto" or name.startswith("auto-"):
-            raise ValueError(f"a pool can't be called {name!r}: the gateway keeps that name for routing")
+            raise ValueError(f"a pool can't be called {name!r}: the gateway reserves that name for routing")
         names.append(name)
         models.append(members)
     return Pools(tuple(names), tuple(models))
@@ -114,8 +114,8 @@ def _labels(raw: Any, place: str, name: str) -> dict[str, float]:
         if value is None:
             continue
         if not isinstance(value, int | float) or not 0 <= value <= 1:  # NaN is not, either
-            said = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
-            raise ValueError(f"{place}: {name} of {model!r} is {said}, not a number between 0 and 1")
+            shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+            raise ValueError(f"{place}: {name} of {model!r} is {shown}, not a number between 0 and 1")
         labels[model] = float(value)
     return labels
 
@@ -128,8 +128,8 @@ def read_tables(paths: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def key_of(question: str) -> str:
-    """Questions alike up to case and spacing are the same question, and stay on one side of a split."""
+def question_key(question: str) -> str:
+    """Equal for questions that differ only in case and spacing; they stay on one side of a split."""
     return " ".join(question.lower().split())
 
 
@@ -137,20 +137,20 @@ def examples_of(rows: Sequence[Row], pools: Pools, balance: float = 0.0) -> list
     """One Example a distinct question: rows of the same question are merged, a model's label their mean, a pool's label
     the mean over its models that have one.
 
-    Questions without a label for any pool are left out. A source of n questions weighs each n ** -balance, so that 0
-    lets every question count alike and 1 every source; the mean weight is 1. Raises ValueError for a model that no row
-    names.
+    Questions without a label for any pool are left out. Each question of a source of n questions weighs n ** -balance:
+    with 0 every question counts alike, with 1 every source; the mean weight is 1. Raises ValueError for a model that no
+    row names.
     """
     known = {model for row in rows for model in row.correct}
     for model in (model for models in pools.models for model in models):
         if model not in known:
             raise ValueError(f"no row has an outcome of {model!r}; the table knows {_some(sorted(known))}")
-    kinds: dict[str, set[str]] = {}
+    groups_of_source: dict[str, set[str]] = {}
     for row in rows:
-        kinds.setdefault(row.source, set()).add(row.group)
+        groups_of_source.setdefault(row.source, set()).add(row.group)
     merged: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        merged.setdefault((key_of(row.question), row.context), []).append(row)
+        merged.setdefault((question_key(row.question), row.context), []).append(row)
     examples, sources = [], []
     for same in merged.values():
         quality = _by_pool([row.correct for row in same], pools)
@@ -159,8 +159,9 @@ def examples_of(rows: Sequence[Row], pools: Pools, balance: float = 0.0) -> list
         tokens = _by_pool([row.token_confidence for row in same], pools)
         heads = dict.fromkeys(head for row in same for head in row.others)
         others = {head: _by_pool([row.others.get(head, {}) for row in same], pools) for head in heads}
-        # a source's only group tells nothing of its own: its questions are not kept together
-        group = f"{same[0].source}/{same[0].group}" if len(kinds[same[0].source]) > 1 and same[0].group else ""
+        # a source's only group says nothing beyond the source: its questions need not stay together
+        grouped = len(groups_of_source[same[0].source]) > 1 and same[0].group
+        group = f"{same[0].source}/{same[0].group}" if grouped else ""
         sources.append(same[0].source)
         examples.append(Example(same[0].question, quality, tokens, 1.0, group, same[0].context, others))
     if not examples:

@@ -1,7 +1,7 @@
-"""The file that `depo-train collect` writes: an outcome table that can be gone on with, and its settings beside it.
+"""The file that `depo-train collect` writes: an outcome table that can be continued, and its settings beside it.
 
-Rows drawn in different ways must not be mixed, so FILE.settings.json says how the table's were. A file that is not
-such a table is never changed.
+Rows drawn in different ways must not be mixed, so FILE.settings.json says how the table's rows were drawn. A file that
+is not such a table is never changed.
 """
 
 import fcntl
@@ -18,10 +18,11 @@ Rows = dict[str, dict[str, Any]]
 
 @contextmanager
 def outcome_file(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[IO[str], Rows]]:
-    """The table opened for appending, ours alone, and its rows by prompt. A line torn by a crash is cut off.
+    """The table opened for appending, locked, and its rows by prompt. A line torn by a crash is cut off.
 
-    `settings`: what all rows must have in common, `models` (sorted names) among it. A table that has none beside it yet
-    gets these, if its models are the same.
+    Args:
+        settings: how all rows were drawn, with `models` (sorted names). A table without a settings file gets these, if
+            its models are the same.
 
     Raises:
         ValueError: the file is no outcome table, was collected with other settings, or is being written.
@@ -34,10 +35,10 @@ def outcome_file(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[IO[s
         except BlockingIOError:
             raise ValueError(f"another collect is writing {path}") from None
         content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
+        whole = content.rfind(b"\n") + 1  # end of the last whole line
         rows = _rows_of(content[:whole], path)
         if content and not rows:
-            raise ValueError(f"{path} is not an outcome table: it holds no whole row; give --out a new file")
+            raise ValueError(f"{path} is not an outcome table: it has no complete row; give --out a new file")
         _check_settings(path, rows, settings)
         if whole < len(content):
             try:
@@ -55,8 +56,8 @@ def settings_path(table: Path) -> Path:
     return table.with_name(f"{table.name}.settings.json")
 
 
-def key_of(row: Mapping[str, Any]) -> str:
-    """What makes two rows the same prompt."""
+def prompt_key(row: Mapping[str, Any]) -> str:
+    """Equal for two rows of the same prompt."""
     return json.dumps(row["question"] if "question" in row else row["messages"], sort_keys=True)
 
 
@@ -81,8 +82,8 @@ def _objects(content: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any]]]
             except RecursionError:
                 raise ValueError(f"{path}, line {number}: nested too deeply") from None
             except ValueError as error:  # also an integer of more digits than Python reads
-                words = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"{path}, line {number}: not JSON ({words})") from None
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{path}, line {number}: not JSON ({reason})") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {number}: must be a JSON object")
             yield number, record
@@ -96,7 +97,7 @@ def _rows_of(content: bytes, path: Path) -> Rows:
         graded = rates and all(isinstance(rate, int | float) and 0 <= rate <= 1 for rate in rates)
         if not graded or not ("question" in row or "messages" in row):
             raise ValueError(f"{path}, line {number}: not a row of an outcome table; give --out a new file")
-        rows[key_of(row)] = row
+        rows[prompt_key(row)] = row
     return rows
 
 
@@ -122,14 +123,14 @@ def _check_settings(path: Path, rows: Rows, settings: Mapping[str, Any]) -> None
             if before[name] != value
         ]
         raise ValueError(
-            f"{path} was collected {' and '.join(differences)}: give --out another file, or go on as it was begun"
+            f"{path} was collected {' and '.join(differences)}: give --out another file, or use the settings of before"
         )
     if before != settings or not place.exists():
         _write_whole(place, json.dumps(settings) + "\n")
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Beside its place, then renamed: a crash leaves the old file or the new one."""
+    """Writes a temporary file, then renames it: a crash leaves the old file or the new one."""
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as f:

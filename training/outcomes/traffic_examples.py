@@ -1,14 +1,12 @@
-"""Served traffic -> Examples: which labels are believed, and how much each counts. Pure.
+"""Served traffic -> Examples: which labels of the records are used, and how much each counts. Pure.
 
-Of a record's labels, those of the source that labels the most pools are taken, since qualities of pools are compared
-and two sources' scales differ. Among equals verifiers come first (exact, math), then feedback, webhook, model. Pools
-that this source leaves out take the next one's.
+Where several sources labelled one record, label_precedence.py says which label of each pool counts.
 
-Weights. A label of the served pool alone, on a decision that scores or chance made, stands for all prompts that could
-have been served there: it weighs 1 / propensity, clipped. Labels of every pool (shadowing) and labels on decisions that
-were not free (sticky, fallback, budget, pinned) weigh 1. Records of the same prompt share one weight, and their labels
-are averaged by it. What a key says of itself (feedback, and verdicts by a reference that the client gave) is capped:
-no key makes up more than a share of it.
+Weights. If only the served pool has a label, and scores or random routing chose it, the label stands for all prompts
+that could have been served there: it weighs 1 / propensity, clipped. Labels of every pool (shadowing) and labels on
+decisions that were not free (sticky, fallback, budget, pinned) weigh 1. Records of the same prompt share one weight,
+and their labels are averaged by it. Client claims (feedback, and verdicts by a reference that the client gave) are
+capped: no key makes up more than a share of their weight.
 
 Shapes: N examples, K pools cheapest first.
 """
@@ -22,21 +20,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from depo_gateway.estimator.logistic import Array
-from depo_gateway.estimator.records.types import FEEDBACK, Example, Label, Labelled, Record
+from depo_gateway.estimator.records.types import Example, Label, Labelled, Record
 from depo_gateway.estimator.text import TextConfig, extract_text
-from depo_gateway.training.online.refresh_config import TrafficConfig
-from depo_gateway.training.outcomes.label_precedence import VERIFIERS, _rank
-from depo_gateway.training.outcomes.near_duplicates import clusters
-from depo_gateway.training.outcomes.table import key_of
+from depo_gateway.training.judging.label_sources import is_client_claim
+from depo_gateway.training.outcomes.label_precedence import preferred_labels
+from depo_gateway.training.outcomes.near_duplicates import near_duplicate_clusters
+from depo_gateway.training.outcomes.table import question_key
+from depo_gateway.training.outcomes.traffic_config import TrafficConfig
 
-SAME_LABEL = 0.1  # labels of a burst differ by no more than about this
-COMMON = 0.1  # of all prompts: what more of them begin with is a greeting or a template, and no conversation
+LABEL_STEP = 0.1  # labels of a burst differ by no more than about this
+COMMON_OPENING = 0.1  # of all prompts: an opening that more of them share is a greeting or template, not a conversation
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """A key's own word on one pool's answer, and the example that it went into."""
+class Claim:
+    """A key's own statement on one pool's answer, and the example that it went into."""
 
     example: int
     key: str
@@ -56,16 +54,16 @@ class Traffic:
     served: NDArray[np.int64]  # (N,) the pool that served it; -1: none of these pools
     inverse: NDArray[np.float64]  # (N,) the part of the weight that is 1 / propensity; 1: not weighted so
     oldest_label: NDArray[np.int64]  # (N,) the lowest seq of its labels
-    together: NDArray[np.int64]  # (N,) near-same texts and turns of one conversation have the same number
-    conversation: NDArray[np.int64]  # (N,) turns of one conversation have the same number
-    told: tuple[Told, ...]
-    notes: tuple[str, ...]  # what was left out or weighs less, and why
+    group: NDArray[np.int64]  # (N,) its number, of what is held out together: near-duplicates, turns of a conversation
+    conversation: NDArray[np.int64]  # (N,) its number; turns of one conversation have the same
+    claims: tuple[Claim, ...]
+    notes: tuple[str, ...]  # what was left out or down-weighted, and why
     trained_to: int  # the highest seq of any label
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A usable record, its text, and the labels of it that are believed."""
+class _UsableRecord:
+    """A record with its text, and those of its labels that may be used."""
 
     record: Record
     labels: tuple[Label, ...]  # of these pools
@@ -74,14 +72,18 @@ class _Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Merged:
-    """A record's one label a pool."""
+class _LabelledPrompt:
+    """A record with one label a pool."""
 
-    asked: _Asked
+    source: _UsableRecord
     quality: Mapping[str, float]
     token_confidence: Mapping[str, float]
-    told: tuple[str, ...]  # pools whose label is the key's own word
+    claimed: tuple[str, ...]  # pools whose label is the client's claim
     inverse: float
+
+    @property
+    def key(self) -> str:
+        return self.source.record.key
 
 
 def examples_of_traffic(
@@ -89,74 +91,75 @@ def examples_of_traffic(
     pools: tuple[str, ...],
     text: TextConfig,
     config: TrafficConfig,
-    distrusted: Collection[str] = (),
+    untrusted: Collection[str] = (),
 ) -> Traffic:
-    """Records with a text, status 200 and a quality label of one of `pools` -> what is learned from, oldest first.
+    """Examples, oldest first, from the records with a text, status 200 and a quality label of one of `pools`.
 
     Args:
-        distrusted: keys whose own word counts for nothing; a judge's labels on their requests still count.
+        untrusted: keys whose claims are left out; a judge's labels on their requests still count.
     """
-    usable = _usable(labelled, pools, text, distrusted)
+    usable = _usable(labelled, pools, text, untrusted)
     usable, notes = _without_bursts(usable, config)
-    same: dict[tuple[str, str], list[_Merged]] = defaultdict(list)
-    for asked in usable:
-        same[key_of(asked.prompt), asked.context].append(_merged(asked, pools, config.clip))
-    groups = sorted((_joined(group, pools) for group in same.values()), key=lambda group: group[-1].asked.record.time)
-    factors = _factors(groups, config.key_share)
+    same: dict[tuple[str, str], list[_LabelledPrompt]] = defaultdict(list)
+    for item in usable:
+        same[question_key(item.prompt), item.context].append(_one_label_a_pool(item, pools, config.clip))
+    prompts = sorted((_unweighted_if_complete(p, pools) for p in same.values()), key=lambda p: p[-1].source.record.time)
+    factors = _claim_factors(prompts, config.key_share)
     notes += [
-        f"the word of key {key!r} weighs {factor:.2f} of what it did: it made up too much of all feedback"
+        f"labels claimed by key {key!r} are down-weighted to {factor:.2f}: they made up too much of all feedback"
         for key, factor in sorted(factors.items())
         if factor < 1
     ]
-    newest = [group[-1].asked.record for group in groups]
-    conversations = _conversations(groups)
+    newest = [records[-1].source.record for records in prompts]
+    conversations = _conversations(prompts)
     return Traffic(
         pools=pools,
-        examples=tuple(_example(group, pools, factors) for group in groups),
+        examples=tuple(_example(records, pools, factors) for records in prompts),
         times=np.array([record.time for record in newest], float),
         keys=tuple(record.key for record in newest),
         records=tuple(record.seq for record in newest),
         served=np.array([pools.index(r.pool) if r.pool in pools else -1 for r in newest], np.int64),
-        inverse=np.array([np.mean([one.inverse for one in group]) for group in groups], float),
-        oldest_label=np.array([min(x.seq for m in group for x in m.asked.labels) for group in groups], np.int64),
-        together=_together(groups, conversations, config.near),
+        inverse=np.array([np.mean([one.inverse for one in records]) for records in prompts], float),
+        oldest_label=np.array([min(x.seq for r in records for x in r.source.labels) for records in prompts], np.int64),
+        group=_groups(prompts, conversations, config.near),
         conversation=np.array([numbers[0] for numbers in conversations], np.int64),
-        told=tuple(
-            Told(number, one.asked.record.key, pools.index(pool), one.quality[pool])
-            for number, group in enumerate(groups)
-            for one in group
-            for pool in one.told
+        claims=tuple(
+            Claim(number, one.key, pools.index(pool), one.quality[pool])
+            for number, records in enumerate(prompts)
+            for one in records
+            for pool in one.claimed
         ),
         notes=tuple(notes),
         trained_to=max((label.seq for item in labelled for label in item.labels), default=0),
     )
 
 
-def kept_in_bounds(traffic: Traffic, like: Array, share: float) -> Array:
-    """What weights are multiplied by besides `like` (N,), so that no key gains more than `share` of all that keys say
-    by the others' labels counting for less: who brings a new topic alone does not take over.
+def claim_caps(traffic: Traffic, importance: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """Factors (N,) on top of the importance weights (N,), which keep each key's claims within `share` of all claims.
+
+    Without them a key that alone brings a new topic would gain weight as the others' examples are down-weighted.
     """
     before, after = defaultdict[str, float](float), defaultdict[str, float](float)
-    times = Counter(one.example for one in traffic.told)
-    for one in traffic.told:
-        weight = traffic.examples[one.example].weight / times[one.example]
-        before[one.key] += weight
-        after[one.key] += weight * float(like[one.example])
+    times = Counter(claim.example for claim in traffic.claims)
+    for claim in traffic.claims:
+        weight = traffic.examples[claim.example].weight / times[claim.example]
+        before[claim.key] += weight
+        after[claim.key] += weight * float(importance[claim.example])
     whole, left = sum(before.values()), sum(after.values())
     least = max(share, 1 / max(1, len(after)))
     factors = {
         key: min(1.0, max(least, before[key] / whole) * left / own) if own > 0 else 1.0 for key, own in after.items()
     }
-    found = np.ones(len(like))
-    for one in traffic.told:
-        found[one.example] -= (1.0 - factors[one.key]) / times[one.example]
-    return found
+    caps = np.ones(len(importance))
+    for claim in traffic.claims:
+        caps[claim.example] -= (1.0 - factors[claim.key]) / times[claim.example]
+    return caps
 
 
 def _usable(
-    labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextConfig, distrusted: Collection[str]
-) -> list[_Asked]:
-    found = []
+    labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextConfig, untrusted: Collection[str]
+) -> list[_UsableRecord]:
+    usable = []
     for item in sorted(labelled, key=lambda item: (item.record.time, item.record.seq)):
         record = item.record
         if record.asked is None or record.status != 200:
@@ -164,136 +167,125 @@ def _usable(
         labels = tuple(
             label
             for label in item.labels
-            if label.pool in pools and not (record.key in distrusted and _own_word(record, label))
+            if label.pool in pools and not (record.key in untrusted and is_client_claim(record, label.source))
         )
         if not any(label.quality is not None for label in labels):
             continue
         prompt, context = extract_text(text, record.asked)
         if prompt.strip():
-            found.append(_Asked(record, labels, prompt, context))
-    return found
+            usable.append(_UsableRecord(record, labels, prompt, context))
+    return usable
 
 
-def _own_word(record: Record, label: Label) -> bool:
-    """Whether a label rests on what the key itself said."""
-    return label.source == FEEDBACK or (label.source in VERIFIERS and record.reference is not None)
-
-
-def _without_bursts(usable: list[_Asked], config: TrafficConfig) -> tuple[list[_Asked], list[str]]:
-    """Without the word of keys that said the same of near-same prompts `burst` times within `burst_seconds`."""
-    near = clusters([asked.prompt for asked in usable], config.near)
-    said: dict[tuple[str, int, str, int], list[int]] = defaultdict(list)
-    for number, asked in enumerate(usable):
-        for label in asked.labels:
-            if label.quality is not None and _own_word(asked.record, label):
-                level = round(label.quality / SAME_LABEL)
-                said[asked.record.key, int(near[number]), label.pool, level].append(number)
-    bursting: dict[str, set[int]] = defaultdict(set)
-    for (key, *_), numbers in said.items():
+def _without_bursts(usable: list[_UsableRecord], config: TrafficConfig) -> tuple[list[_UsableRecord], list[str]]:
+    """Leaves out the claims of a key that gave near-duplicate prompts like labels `burst` times in `burst_seconds`."""
+    cluster = near_duplicate_clusters([item.prompt for item in usable], config.near)
+    series: dict[tuple[str, int, str, int], list[int]] = defaultdict(list)
+    for number, item in enumerate(usable):
+        for label in item.labels:
+            if label.quality is not None and is_client_claim(item.record, label.source):
+                level = round(label.quality / LABEL_STEP)
+                series[item.record.key, int(cluster[number]), label.pool, level].append(number)
+    bursts: dict[str, set[int]] = defaultdict(set)
+    for (key, *_), numbers in series.items():
         times = np.array([usable[number].record.time for number in numbers])  # rising
         for start in range(len(numbers) - config.burst + 1):
             if times[start + config.burst - 1] - times[start] <= config.burst_seconds:
-                bursting[key].update(numbers[start : start + config.burst])
-    out = {number for numbers in bursting.values() for number in numbers}
-    kept = []
-    for number, asked in enumerate(usable):
-        labels = asked.labels
-        if number in out:
-            labels = tuple(label for label in labels if not _own_word(asked.record, label))
+                bursts[key].update(numbers[start : start + config.burst])
+    left_out = {number for numbers in bursts.values() for number in numbers}
+    remaining = []
+    for number, item in enumerate(usable):
+        labels = item.labels
+        if number in left_out:
+            labels = tuple(label for label in labels if not is_client_claim(item.record, label.source))
         if any(label.quality is not None for label in labels):
-            kept.append(_Asked(asked.record, labels, asked.prompt, asked.context))
+            remaining.append(replace(item, labels=labels))
     notes = [
-        f"{len(numbers)} records of key {key!r} are a burst of near-same prompts and labels: its word there is left out"
-        for key, numbers in sorted(bursting.items())
+        f"{len(numbers)} records of key {key!r} are a burst of near-duplicate prompts with like labels: its labels"
+        " there are left out"
+        for key, numbers in sorted(bursts.items())
     ]
-    return kept, notes
+    return remaining, notes
 
 
-def _merged(asked: _Asked, pools: tuple[str, ...], clip: float) -> _Merged:
-    by_source: dict[str, dict[str, float]] = defaultdict(dict)
+def _one_label_a_pool(item: _UsableRecord, pools: tuple[str, ...], clip: float) -> _LabelledPrompt:
+    record = item.record
     tokens: dict[str, list[float]] = defaultdict(list)
-    for label in asked.labels:
-        if label.quality is not None:
-            by_source[label.source][label.pool] = label.quality
+    for label in item.labels:
         if label.token_confidence is not None:
             tokens[label.pool].append(label.token_confidence)
-    quality: dict[str, float] = {}
-    told = []
-    for source in sorted(by_source, key=lambda source: (-len(by_source[source]), _rank(source), source)):
-        own = source == FEEDBACK or (source in VERIFIERS and asked.record.reference is not None)
-        for pool, value in by_source[source].items():
-            if pool not in quality:
-                quality[pool] = value
-                told += [pool] if own else []
-    record = asked.record
-    alone = set(quality) == {record.pool} and len(pools) > 1
+    preferred = preferred_labels(item.labels, pools)
+    quality = {pool: label.quality for pool, label in preferred.items() if label.quality is not None}
+    claimed = tuple(pool for pool, label in preferred.items() if is_client_claim(record, label.source))
+    served_alone = set(quality) == {record.pool} and len(pools) > 1
     open_to_all = not record.pools or set(record.pools) >= set(pools)  # else some pool never could have served
-    inverse = min(clip, 1.0 / record.propensity) if alone and record.free and open_to_all else 1.0
-    return _Merged(asked, quality, {pool: float(np.mean(t)) for pool, t in tokens.items()}, tuple(told), inverse)
+    inverse = min(clip, 1.0 / record.propensity) if served_alone and record.free and open_to_all else 1.0
+    return _LabelledPrompt(item, quality, {pool: float(np.mean(t)) for pool, t in tokens.items()}, claimed, inverse)
 
 
-def _joined(group: list[_Merged], pools: tuple[str, ...]) -> list[_Merged]:
-    """Records of one prompt; where they label every pool between them, none stands for what was not served."""
-    whole = {pool for one in group for pool in one.quality} == set(pools)
-    return [replace(one, inverse=1.0) for one in group] if whole else group
+def _unweighted_if_complete(records: list[_LabelledPrompt], pools: tuple[str, ...]) -> list[_LabelledPrompt]:
+    """Records of one prompt; if together they label every pool, none stands for answers that were not served."""
+    complete = {pool for one in records for pool in one.quality} == set(pools)
+    return [replace(one, inverse=1.0) for one in records] if complete else records
 
 
-def _factors(groups: Sequence[Sequence[_Merged]], share: float) -> dict[str, float]:
-    """What each key's own word is multiplied by, so that none makes up more than `share` of the whole before the cap.
+def _claim_factors(prompts: Sequence[Sequence[_LabelledPrompt]], share: float) -> dict[str, float]:
+    """The factor on each key's claims, so that none makes up more than `share` of their weight before the cap.
 
-    Of fewer than 1 / share keys each may make up as much as an equal part; one alone all of it.
+    With fewer than 1 / share keys, each may make up an equal part.
     """
     weight: dict[str, float] = defaultdict(float)
-    for group in groups:
-        for one in group:
-            if one.told:
-                weight[one.asked.record.key] += one.inverse / len(group)
+    for records in prompts:
+        for one in records:
+            if one.claimed:
+                weight[one.key] += one.inverse / len(records)
     cap = max(share, 1 / max(1, len(weight))) * sum(weight.values())
     return {key: min(1.0, cap / own) for key, own in weight.items()}
 
 
-def _conversations(groups: Sequence[Sequence[_Merged]]) -> list[list[int]]:
-    """The numbers of the conversations that each prompt was asked in; a number of its own where none is known."""
-    named = [sorted({one.asked.record.conversation for one in group} - {""}) for group in groups]
+def _conversations(prompts: Sequence[Sequence[_LabelledPrompt]]) -> list[list[int]]:
+    """The numbers of the conversations that each prompt occurred in; a number of its own where none is known."""
+    named = [sorted({one.source.record.conversation for one in records} - {""}) for records in prompts]
     sizes = Counter(name for names in named for name in names)
     numbers = {name: number for number, name in enumerate(sizes)}
-    most = max(2.0, COMMON * len(groups))
+    most = max(2.0, COMMON_OPENING * len(prompts))
     return [
         [numbers[name] for name in names if sizes[name] <= most] or [len(numbers) + own]
         for own, names in enumerate(named)
     ]
 
 
-def _together(
-    groups: Sequence[Sequence[_Merged]], conversations: Sequence[Sequence[int]], near: float
+def _groups(
+    prompts: Sequence[Sequence[_LabelledPrompt]], conversations: Sequence[Sequence[int]], near: float
 ) -> NDArray[np.int64]:
-    """What is held out together (N,): near-same texts, and the turns of a conversation, which tell of one another."""
-    found = clusters([f"{group[0].asked.context}\n{group[0].asked.prompt}" for group in groups], near).tolist()
-    above = list(range(len(groups)))  # a forest; roots stand for their trees
+    """Group numbers (N,): near-duplicates and turns of one conversation, which predict each other, are one group."""
+    texts = [f"{records[0].source.context}\n{records[0].source.prompt}" for records in prompts]
+    clusters = near_duplicate_clusters(texts, near).tolist()
+    parent = list(range(len(prompts)))  # a union-find forest
 
     def root(number: int) -> int:
-        while above[number] != number:
-            above[number] = above[above[number]]
-            number = above[number]
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
         return number
 
     first: dict[int, int] = {}
-    for number, (cluster, told_in) in enumerate(zip(found, conversations, strict=True)):
-        for other in (cluster, *(first.setdefault(name, number) for name in told_in)):
-            above[root(number)] = root(other)
-    return np.array([root(number) for number in range(len(groups))], np.int64)
+    for number, (cluster, numbers) in enumerate(zip(clusters, conversations, strict=True)):
+        for other in (cluster, *(first.setdefault(conversation, number) for conversation in numbers)):
+            parent[root(number)] = root(other)
+    return np.array([root(number) for number in range(len(prompts))], np.int64)
 
 
-def _example(group: Sequence[_Merged], pools: tuple[str, ...], factors: Mapping[str, float]) -> Example:
+def _example(records: Sequence[_LabelledPrompt], pools: tuple[str, ...], factors: Mapping[str, float]) -> Example:
     """One example of the records of one prompt."""
-    weights = [one.inverse * (factors[one.asked.record.key] if one.told else 1.0) for one in group]
-    newest = group[-1].asked
+    weights = [one.inverse * (factors[one.key] if one.claimed else 1.0) for one in records]
+    newest = records[-1].source
     quality, tokens = (
         {
             pool: sum(w * labels[pool] for w, labels in known) / sum(w for w, _ in known)
             for pool in pools
             if (known := [(w, labels) for w, labels in zip(weights, of, strict=True) if pool in labels])
         }
-        for of in ([one.quality for one in group], [one.token_confidence for one in group])
+        for of in ([one.quality for one in records], [one.token_confidence for one in records])
     )
     return Example(newest.prompt, quality, tokens, sum(weights) / len(weights), "", newest.context)

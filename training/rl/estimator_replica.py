@@ -18,7 +18,7 @@ from depo_gateway.training.rl.config import DepoConfig
 STATISTICS_PROMPTS = 1024  # read for the wide part's word rarities and the scale of a frozen encoder's embeddings
 
 
-def new_learner(args: DepoConfig, text: TextConfig, prompts: Sequence[str], accelerator: Accelerator) -> Learner:
+def new_replica(args: DepoConfig, text: TextConfig, prompts: Sequence[str], accelerator: Accelerator) -> Learner:
     """A new estimator and its optimizers on the policy's device; accelerate wraps none of it.
 
     The global random state does not change, so the policy samples the same completions with and without an estimator.

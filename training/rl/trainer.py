@@ -85,7 +85,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         self.prompts = Prompts(self.train_dataset, text)
         self.learner = None
         if args.depo != "off":
-            self.learner = estimator_replica.new_learner(args, text, self.prompts, self.accelerator)
+            self.learner = estimator_replica.new_replica(args, text, self.prompts, self.accelerator)
         self.selector: PromptSelector = selector or Selector(
             self.prompts, args.selection(), self.learner, args.seed, score=self._scores
         )

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from depo_gateway.estimator.records import store as module
 from depo_gateway.estimator.records import tables
 from depo_gateway.estimator.records.store import Feedback, Store, StoreError
+from depo_gateway.estimator.records.tables import LARGEST
 from depo_gateway.estimator.records.types import FEEDBACK, Label, Record
 from tests.postgres import Postgres
 
@@ -74,7 +75,7 @@ def test_text_that_a_database_cannot_hold_is_stored_without_it(store: Store) -> 
     store.append([replace(FULL, answer="a\0b\ud800c", finish_reason="\0", prompt_tokens=2**70, completion_tokens=-1)])
     found = store.logged(1)[0].record
     assert (found.answer, found.finish_reason) == ("a\ufffdb?c", "\ufffd")
-    assert (found.prompt_tokens, found.completion_tokens) == (module.LARGEST, 0)
+    assert (found.prompt_tokens, found.completion_tokens) == (LARGEST, 0)
 
 
 def test_a_batch_that_comes_twice_is_there_once(store: Store) -> None:

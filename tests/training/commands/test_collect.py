@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from depo_gateway.training.commands import collect
+from depo_gateway.training.judging import openai_client
 from depo_gateway.training.outcomes import collection, sampling_client
 from depo_gateway.training.rewards.verifiers import Grader
 
@@ -95,7 +96,7 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling_client, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT_SECONDS", 0.001)
 
 
 def command(*words: object) -> int:

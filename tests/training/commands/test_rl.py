@@ -207,7 +207,7 @@ def test_the_baselines_run_in_the_real_trainer(run: Run, tmp_path: Path, selecto
 def test_every_example_is_taken(example: Path) -> None:
     base = [] if example.parent == EXAMPLES else ["--config", str(EXAMPLES / "depo-faithful.yaml")]
     parser, flags = rl.read_settings([*base, "--config", str(example)])
-    arguments, config, model = rl.parse_settings(parser, [*flags, "--use_cpu=True", "--bf16=False", "--use_vllm=False"])
+    arguments, config, model = rl.parse_flags(parser, [*flags, "--use_cpu=True", "--bf16=False", "--use_vllm=False"])
     assert arguments.dataset
     assert model.model_name_or_path
     assert config.max_steps == 1000
@@ -223,7 +223,7 @@ def test_flags_override_the_file() -> None:
     parser, flags = rl.read_settings(
         ["--config", str(EXAMPLES / "depo-plus.yaml"), "--max_steps", "7", "--depo_explore", "0"]
     )
-    _, config, _ = rl.parse_settings(parser, [*flags, "--use_cpu=True", "--bf16=False", "--use_vllm=False"])
+    _, config, _ = rl.parse_flags(parser, [*flags, "--use_cpu=True", "--bf16=False", "--use_vllm=False"])
     assert config.max_steps == 7
     assert config.selection().explore == 0.0
     assert config.selection().replay > 0  # the mode's

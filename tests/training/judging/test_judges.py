@@ -1,21 +1,23 @@
-"""Judges against a real webhook and a server that plays the model that judges."""
+"""Judges against a real webhook, and a server that plays the judging model."""
 
+import asyncio
 import json
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
 from depo_gateway.estimator.records.types import Record
-from depo_gateway.training.judging import judges, pool_client
-from depo_gateway.training.judging.judges import grades_of, open_judge, scores_of
-from depo_gateway.training.judging.pool_client import AskFailed, PoolClient
+from depo_gateway.training.judging import openai_client
+from depo_gateway.training.judging.judges import JudgeConfig, webhook_scores
+from depo_gateway.training.judging.label_sources import open_judge
+from depo_gateway.training.judging.openai_client import NoAnswerError
+from depo_gateway.training.judging.pool_client import PoolClient
 from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.online.settings import JudgeConfig, JudgeKind
 from tests.training.fake_vllm import Reply, chat, record, says, vllm
 
 ANSWERS = {"large": "It is 42.", "small": "It is 41."}
@@ -23,8 +25,7 @@ ANSWERS = {"large": "It is 42.", "small": "It is 41."}
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judges, "FIRST_WAIT_SECONDS", 0.001)
-    monkeypatch.setattr(pool_client, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT_SECONDS", 0.001)
 
 
 async def judged(
@@ -34,11 +35,11 @@ async def judged(
     pools = {"umpire": PoolBackends("org/umpire", (BackendConfig(url),))}
     async with aiohttp.ClientSession() as session:
         client = PoolClient(session, pools, metrics, 10, 5.0)
-        async with open_judge(config, session, client, metrics) as judge:
+        async with open_judge(config, session, client, metrics.count_verdict) as judge:
             return await judge(asked, answers), metrics
 
 
-async def test_exact_wants_the_reference_and_forgives_form() -> None:
+async def test_exact_requires_the_reference_and_ignores_form() -> None:
     asked = record(1, 0, reference="Paris.")
     answers = {"large": "<think>London?</think>\n paris", "small": "It is Paris"}
     found, metrics = await judged(JudgeConfig("exact"), asked, answers)
@@ -72,7 +73,7 @@ def umpire(grade: Any) -> Reply:
     return reply
 
 
-async def test_a_model_grades_in_both_orders_so_that_a_place_earns_nothing() -> None:
+async def test_a_model_grades_in_both_orders_so_that_position_does_not_count() -> None:
     config = JudgeConfig("model", "umpire")
     by_place = umpire(lambda text, place: 10 - 4 * place)
     with vllm(by_place) as server:
@@ -100,35 +101,12 @@ async def test_an_answer_can_not_end_its_own_quotation() -> None:
     with vllm(reply) as server:
         await judged(config, record(1, 0), {"large": "It is {first} and {mark}", "small": attack}, server.url)
     marks = {re.search(r"carry the mark (\w{16})\.", text)[1] for text in seen}  # type: ignore[index]
-    assert len(marks) == 2  # a new one each time, so nobody can know it beforehand
+    assert len(marks) == 2  # random each time, so no answer can contain it
     for text in seen:
         assert attack in text
         assert "It is {first} and {mark}" in text
         mark = re.search(r"carry the mark (\w{16})\.", text)[1]  # type: ignore[index]
         assert text.count(f"[end second answer {mark}]") == 1
-
-
-@pytest.mark.parametrize(
-    ("said", "grades"),
-    [
-        ('{"first": 7, "second": 2.5}', (7.0, 2.5)),
-        ('<think>{"first": 1, "second": 1}</think>\n```json\n{"second": 0, "first": 10}\n```', (10.0, 0.0)),
-        ('{"first": 11, "second": 2}', None),
-        ('{"first": -1, "second": 2}', None),
-        ('{"first": "7", "second": 2}', None),
-        ('{"first": true, "second": 2}', None),
-        ('{"first": NaN, "second": 2}', None),
-        ('{"first": 7}', None),
-        ('{"first": 7, "second": 2, "why": ""}', None),
-        ('The verdict: {"first": 7, "second": 2}', None),
-        ('{"first": 7, "second": 2} {"first": 0, "second": 10}', None),
-        ("[7, 2]", None),
-        ("", None),
-        ("[" * 100_000, None),
-    ],
-)
-def test_a_verdict_is_read_strictly(said: str, grades: tuple[float, float] | None) -> None:
-    assert grades_of(said) == grades
 
 
 async def test_an_unreadable_order_leaves_the_pair_without_a_label() -> None:
@@ -161,7 +139,7 @@ async def test_a_webhook_gets_the_question_and_gives_scores(monkeypatch: pytest.
             assert (await judged(config, record(1, 0), ANSWERS))[0] == {}
         for status in (503, 401):
             hook.reply = lambda body, status=status: (status, {})  # type: ignore[misc]
-            with pytest.raises(AskFailed, match=rf"judge.url answers {status}"):
+            with pytest.raises(NoAnswerError, match=rf"judge.url answers {status}"):
                 await judged(config, record(1, 0), ANSWERS)
 
 
@@ -172,64 +150,39 @@ async def test_a_webhook_gets_the_question_and_gives_scores(monkeypatch: pytest.
         ('{"large": NaN}', "the score of 'large' is nan"),
         ('{"large": true}', "the score of 'large' is True"),
         ('{"large": "1"}', "the score of 'large' is 1"),
-        ('{"huge": 1}', "scores 'huge', which was not asked about"),
+        ('{"huge": 1}', "scores 'huge', which is none of the pools in the request"),
         ("[1]", "not an object"),
         ("x", "not JSON"),
     ],
 )
 def test_a_webhook_s_mistakes_are_told(said: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        scores_of(said.encode(), ANSWERS)
+        webhook_scores(said.encode(), ANSWERS)
 
 
-async def test_a_judge_that_is_away_is_no_verdict_but_a_failure() -> None:
+async def test_a_judge_that_does_not_answer_is_a_failure_and_no_verdict() -> None:
     with vllm(says("x")) as server:
         server.reply = lambda body: (500, {})
-        with pytest.raises(AskFailed, match=r"pool umpire: .* answers 500"):
+        with pytest.raises(NoAnswerError, match=r"pool umpire: .* answers 500"):
             await judged(JudgeConfig("model", "umpire"), record(1, 0), ANSWERS, server.url)
 
 
-@pytest.mark.parametrize(
-    ("kind", "cause"),
-    [
-        ("exact", "no client sends the header x-depo-reference"),
-        ("math", "no client sends the header x-depo-reference, or every comparison takes longer than judge.timeout_s"),
-        ("model", "the pool umpire does not reply with the JSON object that it is asked for"),
-        ("webhook", "judge.url refuses the records"),
-    ],
-)
-async def test_a_judge_that_says_nothing_is_told_once(
-    caplog: pytest.LogCaptureFixture, kind: JudgeKind, cause: str
-) -> None:
-    caplog.set_level(logging.INFO, "depo_gateway.training.judging.judges")
-    mute = True
+async def test_a_webhook_s_reply_in_pieces_is_read_whole() -> None:
+    async def in_pieces(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for piece in (b'{"large"', b": 0.75}"):
+            await response.write(piece)
+            await asyncio.sleep(0.05)
+        return response
 
-    def reply(body: dict[str, Any]) -> tuple[int, Any]:
-        if kind == "webhook":
-            return 200, {} if mute else {"large": 1}
-        return 200, chat("I like the first." if mute else '{"first": 9, "second": 1}')
-
-    metrics = LearnerMetrics("0")
-    with vllm(reply) as server:
-        config = JudgeConfig(kind, pool="umpire", url=server.url)
-        pools = {"umpire": PoolBackends("org/umpire", (BackendConfig(server.url),))}
-        async with aiohttp.ClientSession() as session:
-            client = PoolClient(session, pools, metrics, 10, 5.0)
-            async with open_judge(config, session, client, metrics) as judge:
-
-                async def judge_some(count: int, reference: str | None = None) -> list[str]:
-                    caplog.clear()
-                    for seq in range(count):
-                        await judge(record(seq, 0, reference=reference), ANSWERS)
-                        await judge(record(seq, 0, reference="42"), {})  # no answers: nothing to judge
-                    return [entry.getMessage() for entry in caplog.records]
-
-                assert await judge_some(judges.SILENT - 1) == []
-                (said,) = await judge_some(1)
-                start = f"the judge (judge.kind: {kind}) had no verdict on 50 records in a row; likely cause: "
-                assert said.startswith(start + cause)
-                assert await judge_some(2 * judges.SILENT) == []
-                mute = False
-                assert await judge_some(2, "42") == [f"the judge (judge.kind: {kind}) has a verdict again"]
-                mute = True
-                assert len(await judge_some(judges.SILENT)) == 1
+    app = web.Application()
+    app.router.add_post("/", in_pieces)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        config = JudgeConfig("webhook", url=f"http://127.0.0.1:{runner.addresses[0][1]}/")
+        assert (await judged(config, record(1, 0), ANSWERS))[0] == {"large": 0.75}
+    finally:
+        await runner.cleanup()

@@ -1,4 +1,4 @@
-"""The joint calibration: what it finds, and that weights hold it."""
+"""The joint calibration: its fit, and its folding into weights."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.online import joint_calibration
-from depo_gateway.training.online.joint_calibration import Rotation
+from depo_gateway.training.online.joint_calibration import LogitTransform
 
 
 def logits(count: int, pools: int = 2, seed: int = 0) -> np.ndarray:
@@ -22,11 +22,11 @@ def logits(count: int, pools: int = 2, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("pools", [2, 3])
 def test_it_finds_how_labels_were_drawn(pools: int) -> None:
     z = logits(20_000, pools)
-    true = Rotation(1.3, 0.4, tuple(0.3 * k - 0.2 for k in range(pools)))
+    true = LogitTransform(1.3, 0.4, tuple(0.3 * k - 0.2 for k in range(pools)))
     drawn = np.random.default_rng(1).uniform(size=(len(z), pools))
     observed = (drawn < sigmoid(true.apply(z)[:, :, 0])).astype(float)
     observed[::3, 0] = np.nan
-    found = joint_calibration.fit(z, observed, np.ones(len(z)))
+    found = joint_calibration.fit_logit_transform(z, observed, np.ones(len(z)))
     assert found.common == pytest.approx(1.3, abs=0.1)
     assert found.difference == pytest.approx(0.4, abs=0.1)
     assert found.offsets == pytest.approx(true.offsets, abs=0.1)
@@ -41,19 +41,21 @@ def test_weights_count_and_too_few_labels_change_nothing() -> None:
     weights = np.ones(400)
     weights[200:] = 0.0
     observed[200:] = 1 - observed[200:]
-    assert joint_calibration.fit(z, observed, weights).difference > 1  # the half that counts is separable
+    assert (
+        joint_calibration.fit_logit_transform(z, observed, weights).difference > 1
+    )  # the half that counts is separable
     observed[15:, 1] = np.nan
-    assert joint_calibration.fit(z, observed, np.ones(400)) == joint_calibration.none(2)
+    assert joint_calibration.fit_logit_transform(z, observed, np.ones(400)) == joint_calibration.identity_transform(2)
 
 
-def test_the_order_of_pools_is_never_turned_round() -> None:
+def test_the_order_of_pools_is_never_reversed() -> None:
     z = logits(2000)
-    found = joint_calibration.fit(z, (z[:, :, 0] < 0).astype(float), np.ones(2000))
+    found = joint_calibration.fit_logit_transform(z, (z[:, :, 0] < 0).astype(float), np.ones(2000))
     assert min(found.common, found.difference) == joint_calibration.LEAST_SLOPE
 
 
 @pytest.mark.parametrize(("wide", "trunk"), [(True, False), (True, True), (False, True), (False, False)])
-def test_folded_weights_answer_with_rotated_logits(tiny_encoder: Path, wide: bool, trunk: bool) -> None:
+def test_folded_weights_give_transformed_logits(tiny_encoder: Path, wide: bool, trunk: bool) -> None:
     config = ModelConfig(("small", "large"), TextConfig(), str(tiny_encoder), 0, wide, trunk)
     estimator, tokenizer = create_model(config)
     generator = torch.Generator().manual_seed(0)
@@ -63,15 +65,17 @@ def test_folded_weights_answer_with_rotated_logits(tiny_encoder: Path, wide: boo
             parameter.normal_(generator=generator)
     items = learner.items([Example(text, {}) for text in ("an easy one", "a hard question", "what is two")])
     before = learner.predict(items)
-    turned = Rotation(1.2, 0.5, (0.1, -0.3))
-    joint_calibration.fold(estimator, turned)
+    transform = LogitTransform(1.2, 0.5, (0.1, -0.3))
+    joint_calibration.fold_into_weights(estimator, transform)
     for stage, was in zip(learner.predict(items), before, strict=True):
-        assert stage == pytest.approx(turned.apply(was), abs=1e-4, rel=1e-4)
+        assert stage == pytest.approx(transform.apply(was), abs=1e-4, rel=1e-4)
     assert np.abs(before[0]).max() > 0.5
 
 
-def test_of_few_labels_that_tell_nothing_the_order_stays() -> None:
+def test_few_uninformative_labels_leave_the_order() -> None:
     generator = np.random.default_rng(3)
     logits = generator.normal(0, 0.3, (120, 2, 2))
-    turned = joint_calibration.fit(logits, (generator.random((120, 2)) < 0.6).astype(float), np.ones(120))
-    assert abs(turned.difference - joint_calibration.DIFFERENCE) < 0.3
+    transform = joint_calibration.fit_logit_transform(
+        logits, (generator.random((120, 2)) < 0.6).astype(float), np.ones(120)
+    )
+    assert abs(transform.difference - joint_calibration.DIFFERENCE) < 0.3

@@ -74,7 +74,7 @@ def test_plain_values_make_the_same_tree_again() -> None:
         ({"pools": {"small": {"model": "m", "backends": [{"url": "http://k@b"}]}}}, "give a key by api_key_env"),
         ({"judge": {"kind": "best"}}, "judge.kind is 'best'; write one of none, exact, math, model, webhook"),
         ({"judge": {"kind": "model", "pool": "huge"}, "pools": POOLS}, "the pools are: small, large"),
-        ({"judge": {"kind": "webhook"}}, "wants judge.url"),
+        ({"judge": {"kind": "webhook"}}, "requires judge.url"),
         ({"judge": {"kind": "exact", "url": "http://x"}}, "judge.url is read by kind: webhook alone"),
         ({"refresh": {"keep": 0}}, "refresh.keep is 0"),
         ({"refresh": {"learn": {"min_label": 5}}}, "did you mean 'min_labels'"),

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +13,23 @@ from typing import Any
 import aiohttp
 import pytest
 
+from depo_gateway.estimator.configuration.shared import BackendConfig, PoolBackends
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Label, Record
-from depo_gateway.training.judging import pool_client
-from depo_gateway.training.judging.judges import open_judge
-from depo_gateway.training.judging.pool_client import PoolClient, body_of, waiting_in
+from depo_gateway.estimator.text import TextConfig
+from depo_gateway.training.evaluation.logged_traffic import traffic_of
+from depo_gateway.training.judging import label_sources, openai_client, pool_client
+from depo_gateway.training.judging.judges import Judge, JudgeConfig
+from depo_gateway.training.judging.label_sources import LabelSource, open_judge
+from depo_gateway.training.judging.pool_client import PoolClient
+from depo_gateway.training.online import settings as learner_settings
 from depo_gateway.training.online import shadowing
 from depo_gateway.training.online.metrics import LearnerMetrics
-from depo_gateway.training.online.settings import (
-    BackendConfig,
-    JudgeConfig,
-    JudgeKind,
-    PoolConfig,
-    ShadowConfig,
-)
-from depo_gateway.training.online.shadowing import Shadow, chosen
+from depo_gateway.training.online.settings import ShadowConfig
+from depo_gateway.training.online.shadowing import Shadow, in_shadow_share
+from depo_gateway.training.outcomes.label_precedence import preferred_qualities
+from depo_gateway.training.outcomes.traffic_config import TrafficConfig
+from depo_gateway.training.outcomes.traffic_examples import examples_of_traffic
 from tests.training.fake_vllm import chat, record, says, vllm
 
 REAL = time.time()
@@ -35,11 +37,11 @@ REAL = time.time()
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_client, "FIRST_WAIT_SECONDS", 0.001)
-    monkeypatch.setattr(pool_client, "WAITING_SECONDS", 0.0)
-    monkeypatch.setattr(shadowing, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(shadowing, "AGAIN_SECONDS", 0.02)
-    monkeypatch.setattr(shadowing, "LONGEST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(pool_client, "QUEUE_LENGTH_SECONDS", 0.0)
+    monkeypatch.setattr(shadowing, "SHADOW_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(shadowing, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(shadowing, "LONGEST_SHADOW_WAIT_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -73,17 +75,19 @@ class Running:
 async def running_shadow(
     store: Store,
     urls: Mapping[str, str],
-    kind: JudgeKind = "exact",
+    kind: str = "exact",
     clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> Any:
     metrics = LearnerMetrics("0")
     costs = {"small": 1.0, "large": 5.0}
-    pools = {name: PoolConfig(f"org/{name}", (BackendConfig(f"{url}/v1/"),), costs[name]) for name, url in urls.items()}
+    pools = {
+        name: PoolBackends(f"org/{name}", (BackendConfig(f"{url}/v1/"),), costs[name]) for name, url in urls.items()
+    }
     async with aiohttp.ClientSession() as session:
         config = ShadowConfig(**{"share": 1.0, **settings})
         client = PoolClient(session, pools, metrics, config.priority, config.timeout_s)
-        async with open_judge(JudgeConfig(kind), session, client, metrics) as judge:
+        async with open_judge(JudgeConfig(kind), session, client, metrics.count_verdict) as judge:
             made = Shadow(store, client, judge, kind, config, metrics, clock=clock)
             running = Running(made, metrics, asyncio.create_task(made.run()))
             try:
@@ -101,7 +105,7 @@ def labels(store: Store) -> dict[str, dict[str, tuple[float | None, float | None
     }
 
 
-async def test_the_pool_not_used_is_asked_as_the_client_asked(store: Store) -> None:
+async def test_the_pool_that_did_not_serve_is_asked_as_the_client_asked(store: Store) -> None:
     parameters = {
         "temperature": 0.3,
         "max_tokens": 4000,
@@ -116,7 +120,7 @@ async def test_the_pool_not_used_is_asked_as_the_client_asked(store: Store) -> N
     with vllm(says("8")) as large, vllm(says("never asked")) as small:
         async with running_shadow(store, {"small": small.url, "large": large.url}, max_tokens=500) as running:
             await running.until(lambda: running.count("shadowed_records_total", outcome="done"))
-            await running.until(lambda: not store.unshadowed(10))
+            await running.until(lambda: running.count("labels_total", source="exact") == 2)
         assert small.bodies == []
         assert large.paths == ["/v1/chat/completions"]
         assert large.bodies == [
@@ -151,7 +155,7 @@ async def test_a_completion_is_asked_as_one(store: Store) -> None:
         body = large.bodies[0]
         assert (body["prompt"], body["logprobs"], body["max_tokens"]) == ("1+0=", 1, 5)
     assert labels(store) == {"id-1": {"large": (None, pytest.approx(math.exp(-0.2)))}}
-    assert running.count("shadow_cost_total") > 0  # estimated where no usage is told
+    assert running.count("shadow_cost_total") > 0  # estimated where the server reports no usage
 
 
 async def test_an_answer_that_our_own_limit_cut_is_not_judged(store: Store) -> None:
@@ -195,9 +199,9 @@ async def test_a_call_of_tools_is_an_answer(store: Store) -> None:
     assert labels(store)["id-1"]["large"][0] == 1.0
 
 
-async def test_the_share_is_kept_by_a_hash_and_the_others_are_passed_over(store: Store) -> None:
+async def test_the_share_is_chosen_by_a_hash_and_other_records_are_skipped(store: Store) -> None:
     store.append([record(number, REAL + number / 1000) for number in range(300)])
-    wanted = {item.id for item in store.unshadowed(1000) if chosen(item, 0.25)}
+    wanted = {item.id for item in store.unshadowed(1000) if in_shadow_share(item, 0.25)}
     assert 45 <= len(wanted) <= 105
     with vllm(says("x")) as large:
         async with running_shadow(store, {"large": large.url}, "none", share=0.25) as running:
@@ -206,7 +210,7 @@ async def test_the_share_is_kept_by_a_hash_and_the_others_are_passed_over(store:
     assert running.count("shadowed_records_total", outcome="passed") == 300 - len(wanted)
 
 
-async def test_old_records_are_left_alone(store: Store) -> None:
+async def test_old_records_are_skipped(store: Store) -> None:
     store.append([record(1, REAL - 7200), record(2, REAL)])
     with vllm(says("x")) as large:
         async with running_shadow(store, {"large": large.url}, "none", max_age_hours=1.0, max_concurrent=1) as running:
@@ -244,7 +248,7 @@ async def test_the_cost_cap_holds_until_the_hour_is_over(store: Store) -> None:
             await running.until(lambda: running.count("shadow_paused", reason="cost") == 1)
 
 
-async def test_busy_pools_are_left_in_peace(store: Store) -> None:
+async def test_shadowing_pauses_while_pools_are_busy(store: Store) -> None:
     store.append([record(1, REAL)])
     with vllm(says("x")) as large, vllm(says("y")) as small:
         large.waiting = 3.0
@@ -256,16 +260,6 @@ async def test_busy_pools_are_left_in_peace(store: Store) -> None:
             large.waiting = 2.0
             await running.until(lambda: store.labelled(1))
             assert running.count("shadow_paused", reason="busy") == 0
-
-
-def test_waiting_requests_are_summed_over_engines_and_absent_ones_are_none() -> None:
-    text = (
-        "# TYPE vllm:num_requests_waiting gauge\n"
-        'vllm:num_requests_waiting{engine="0",model_name="m"} 3.0\nvllm:num_requests_waiting{engine="1"} 2e0\n'
-        'vllm:num_requests_waiting_by_reason{reason="x"} 9.0\nvllm:num_requests_running 7.0\n'
-    )
-    assert waiting_in(text) == 5.0
-    assert waiting_in("llamacpp:requests_deferred 4\n") == 0.0
 
 
 async def test_a_server_that_refuses_priority_or_logprobs_is_asked_without(
@@ -324,7 +318,7 @@ async def test_an_outage_loses_no_record(store: Store) -> None:
     assert running.count("shadowed_records_total", outcome="given_up") == 0
 
 
-async def test_a_record_that_always_fails_is_given_up_while_others_go_well(store: Store) -> None:
+async def test_a_record_that_always_fails_is_given_up_while_others_succeed(store: Store) -> None:
     store.append([record(0, REAL)])
 
     def choking(body: dict[str, Any]) -> tuple[int, Any]:
@@ -343,7 +337,7 @@ async def test_a_record_that_always_fails_is_given_up_while_others_go_well(store
     assert len(labels(store)) == next(numbers) - 1
 
 
-async def test_the_database_may_go_away_and_what_was_paid_for_is_kept(store: Store, tmp_path: Path) -> None:
+async def test_answers_wait_while_the_database_is_down(store: Store, tmp_path: Path) -> None:
     store.append([record(1, REAL, reference="1")])
     aside, place = tmp_path / "aside", tmp_path / "records.db"
 
@@ -383,26 +377,47 @@ async def test_shadowed_twice_is_labelled_once(store: Store) -> None:
     assert len(store.labelled(10)[0].labels) == 2
 
 
-@pytest.mark.parametrize(
-    ("parameters", "wanted"),
-    [
-        ({}, {"max_tokens": 100}),
-        ({"max_tokens": 7}, {"max_tokens": 7}),
-        ({"max_completion_tokens": 700}, {"max_completion_tokens": 100}),
-        ({"max_completion_tokens": 70, "max_tokens": 5000}, {"max_completion_tokens": 70}),
-        ({"max_completion_tokens": None, "max_tokens": 80}, {"max_tokens": 80}),
-    ],
-)
-def test_the_client_s_limit_is_bounded_by_ours(parameters: dict[str, Any], wanted: dict[str, int]) -> None:
-    body = body_of("x", parameters, "m", None, 100)
-    assert {name: body[name] for name in body if name.startswith("max_")} == wanted
-    assert "priority" not in body
-
-
 def test_which_records_are_shadowed_no_client_can_choose() -> None:
     same = [Record("mine", 0.0, seq=number) for number in range(2000)]
-    kept = [item for item in same if chosen(item, 0.1)]
+    kept = [item for item in same if in_shadow_share(item, 0.1)]
     assert 140 <= len(kept) <= 260
-    assert kept == [item for item in same if chosen(item, 0.1)]
-    assert not any(chosen(item, 0.0) for item in same)
-    assert all(chosen(item, 1.0) for item in same)
+    assert kept == [item for item in same if in_shadow_share(item, 0.1)]
+    assert not any(in_shadow_share(item, 0.0) for item in same)
+    assert all(in_shadow_share(item, 1.0) for item in same)
+
+
+@asynccontextmanager
+async def open_toy(config: JudgeConfig, session: aiohttp.ClientSession, pools: PoolClient) -> AsyncIterator[Judge]:
+    async def longer_is_better(record: Record, answers: Mapping[str, str]) -> Mapping[str, float]:
+        longest = max(map(len, answers.values()))
+        return {pool: len(text) / longest for pool, text in answers.items()}
+
+    yield longer_is_better
+
+
+async def test_a_new_judge_is_one_row(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings take its name, shadowing asks it, and its labels count by their rank, for learning and evaluation."""
+    with pytest.raises(ValueError, match=r"judge\.kind is 'toy'"):
+        learner_settings.parse_settings({"records": {"url": "sqlite:////x"}, "judge": {"kind": "toy"}})
+    monkeypatch.setitem(label_sources.SOURCES, "toy", LabelSource("toy", False, 35, open_toy))
+    settings = learner_settings.parse_settings({"records": {"url": "sqlite:////x"}, "judge": {"kind": "toy"}})
+    store.append([record(1, REAL, answer="1234", finish_reason=""), record(2, REAL, asked="why two")])
+    with vllm(says("12345678")) as small, vllm(says("12")) as large:
+        async with running_shadow(store, {"small": small.url, "large": large.url}, settings.judge.kind) as running:
+            await running.until(lambda: running.count("labels_total", source="toy") == 4)
+        assert len(small.bodies) == 1  # the judge needs no reference, so the incomplete answer is asked for again
+    assert running.count("verdicts_total", outcome="labelled") == 2
+    (one,) = [item.record.seq for item in store.logged(10) if item.record.id == "id-1"]
+    pools = ("small", "large")
+    for source, quality in (("model", 1.0), ("webhook", 1.0), ("exact", 0.0)):  # the toy's rank is before these two
+        store.add_labels([Label(one, pool, source, quality) for pool in pools])
+        found = {item.record.seq: item for item in store.labelled(10)}
+        first = {"small": quality, "large": quality} if source == "exact" else {"small": 1.0, "large": 0.25}
+        assert preferred_qualities(found[one].labels, pools) == first
+        traffic = examples_of_traffic(list(found.values()), pools, TextConfig(), TrafficConfig())
+        assert {example.prompt: example.quality for example in traffic.examples} == {
+            "what is 1+0": first,
+            "why two": {"small": 0.5, "large": 1.0},
+        }
+        logs = traffic_of(list(found.values()), pools, TextConfig(), "records")
+        assert logs.observed.tolist() == [[first[pool] for pool in pools], [0.5, 1.0]]

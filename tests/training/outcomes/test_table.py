@@ -125,7 +125,7 @@ def test_a_model_nobody_asked_is_a_mistake(tmp_path: Path) -> None:
         (["small"], "not of the form"),
         (["small="], "not of the form"),
         (["small=a", "small=b"], "given twice"),
-        (["auto=a"], "keeps that name"),
+        (["auto=a"], "reserves that name"),
     ],
 )
 def test_pools_that_make_no_sense(given: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Which labels of served traffic are believed, and how much each counts."""
+"""Which labels of served traffic are used, and how much each counts."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,10 +9,8 @@ import pytest
 
 from depo_gateway.estimator.records.types import FEEDBACK, Label, Labelled, Record
 from depo_gateway.estimator.text import TextConfig
-from depo_gateway.training.online.refresh_config import RefreshConfig, TrafficConfig
-from depo_gateway.training.outcomes.near_duplicates import clusters
-from depo_gateway.training.outcomes.traffic_examples import Told, Traffic, examples_of_traffic, kept_in_bounds
-from depo_gateway.training.outcomes.untrusted_keys import lying_keys
+from depo_gateway.training.outcomes.traffic_config import TrafficConfig
+from depo_gateway.training.outcomes.traffic_examples import Traffic, claim_caps, examples_of_traffic
 
 POOLS = ("small", "large")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -32,8 +30,8 @@ def served(seq: int, labels: Mapping[tuple[str, str], float], asked: str | None 
     return Labelled(Record(**given), found)
 
 
-def read(labelled: list[Labelled], *, distrusted: tuple[str, ...] = (), **settings: Any) -> Traffic:
-    return examples_of_traffic(labelled, POOLS, TextConfig(), TrafficConfig(**settings), distrusted)
+def read(labelled: list[Labelled], *, untrusted: tuple[str, ...] = (), **settings: Any) -> Traffic:
+    return examples_of_traffic(labelled, POOLS, TextConfig(), TrafficConfig(**settings), untrusted)
 
 
 def test_only_records_with_text_an_answer_and_a_quality_of_these_pools_count() -> None:
@@ -69,7 +67,7 @@ def test_a_conversation_is_read_as_the_checkpoint_reads_it() -> None:
         ({(FEEDBACK, "small"): 0.2, ("webhook", "large"): 0.9}, (0.2, 0.9)),
     ],
 )
-def test_one_source_for_all_pools_then_the_most_trusted(
+def test_one_source_for_all_pools_then_the_lowest_rank(
     labels: dict[tuple[str, str], float], quality: tuple[float | None, float | None]
 ) -> None:
     (example,) = read([served(1, labels)]).examples
@@ -99,7 +97,7 @@ def test_duplicates_share_one_weight_and_their_mean() -> None:
     traffic = read(records)
     (example,) = traffic.examples
     assert (example.weight, example.quality) == (1.0, {"small": pytest.approx(0.6)})
-    assert (traffic.records, len(traffic.told)) == ((5,), 5)
+    assert (traffic.records, len(traffic.claims)) == ((5,), 5)
     free = {"reason": "explore", "propensity": 0.1}
     whole = [served(1, {(FEEDBACK, "small"): 1.0}, asked="x", **free)]
     whole.append(served(2, {(FEEDBACK, "large"): 0.0}, asked="x", pool="large", **free))
@@ -107,7 +105,7 @@ def test_duplicates_share_one_weight_and_their_mean() -> None:
     assert (both.weight, both.quality) == (1.0, {"small": 1.0, "large": 0.0})
 
 
-def test_no_key_makes_up_more_than_its_share_of_what_keys_say() -> None:
+def test_no_key_makes_up_more_than_its_share_of_all_claims() -> None:
     records = [served(n, {(FEEDBACK, "small"): 1.0}, key="big" if n <= 90 else f"k{n % 5}") for n in range(1, 101)]
     traffic = read(records, key_share=0.2, burst=1000)
     weight = {
@@ -116,51 +114,53 @@ def test_no_key_makes_up_more_than_its_share_of_what_keys_say() -> None:
     }
     assert weight["big"] == pytest.approx(20)
     assert weight["k1"] == 2
-    assert traffic.notes == ("the word of key 'big' weighs 0.22 of what it did: it made up too much of all feedback",)
+    assert traffic.notes == (
+        "labels claimed by key 'big' are down-weighted to 0.22: they made up too much of all feedback",
+    )
     judged = [
         served(n, {("model", "small"): 1.0, ("model", "large"): 1.0}, key="big" if n <= 90 else "b")
         for n in range(1, 101)
     ]
-    assert {example.weight for example in read(judged).examples} == {1.0}  # not the key's own word
+    assert {example.weight for example in read(judged).examples} == {1.0}  # not the key's claims
     assert {example.weight for example in read(records[:50]).examples} == {1.0}  # one key alone
 
 
-def test_who_brings_a_new_topic_alone_does_not_take_over() -> None:
+def test_a_key_that_alone_brings_a_new_topic_does_not_take_over() -> None:
     old = [served(seq, {(FEEDBACK, "small"): 1.0}, key=f"k{seq % 9}") for seq in range(1, 91)]
     new = [served(seq, {(FEEDBACK, "small"): 0.0}, key="x") for seq in range(101, 111)]
     traffic = read([*old, *new])
-    like = np.where(np.arange(100) < 90, 0.1, 1.0)  # 9 of weight are left of the others', 10 are its own
-    weights = like * kept_in_bounds(traffic, like, 0.2)
+    like = np.where(np.arange(100) < 90, 0.1, 1.0)  # the others have 9 of weight left, the key has 10
+    weights = like * claim_caps(traffic, like, 0.2)
     assert weights[:90] == pytest.approx(0.1)
     assert weights[90:].sum() == pytest.approx(0.2 * 19)
     alone = read([served(seq, {(FEEDBACK, "small"): 1.0}) for seq in range(1, 101)])
-    assert kept_in_bounds(alone, like, 0.2) == pytest.approx(np.ones(100))
+    assert claim_caps(alone, like, 0.2) == pytest.approx(np.ones(100))
     judged = read([served(seq, {("model", "small"): 1.0}) for seq in range(1, 101)])
-    assert kept_in_bounds(judged, like, 0.2) == pytest.approx(np.ones(100))
+    assert claim_caps(judged, like, 0.2) == pytest.approx(np.ones(100))
 
 
-def test_a_verdict_by_the_clients_own_reference_is_the_clients_word() -> None:
+def test_a_verdict_by_the_clients_own_reference_is_the_clients_claim() -> None:
     labels = {("exact", "small"): 0.0, ("exact", "large"): 0.0}
     traffic = read([served(1, labels, reference="42"), served(2, labels)])
-    assert [(told.example, told.pool) for told in traffic.told] == [(0, 0), (0, 1)]
-    assert len(read([served(1, labels, reference="42")], distrusted=("a",)).examples) == 0
+    assert [(claim.example, claim.pool) for claim in traffic.claims] == [(0, 0), (0, 1)]
+    assert len(read([served(1, labels, reference="42")], untrusted=("a",)).examples) == 0
 
 
-def test_a_distrusted_keys_word_is_left_out_and_a_judges_labels_stay() -> None:
+def test_an_untrusted_keys_claims_are_left_out_and_a_judges_labels_stay() -> None:
     records = [served(1, {(FEEDBACK, "small"): 0.0}), served(2, {(FEEDBACK, "small"): 0.0, ("model", "small"): 1.0})]
-    (example,) = read(records, distrusted=("a",)).examples
+    (example,) = read(records, untrusted=("a",)).examples
     assert example.quality == {"small": 1.0}
-    assert len(read(records, distrusted=("b",)).examples) == 2
+    assert len(read(records, untrusted=("b",)).examples) == 2
 
 
-def test_a_burst_of_near_same_prompts_and_labels_is_left_out_with_the_reason() -> None:
+def test_a_burst_of_near_duplicate_prompts_with_like_labels_is_left_out_with_the_reason() -> None:
     text = "please tell me whether the number {} is a prime number and explain in detail why it is one or is not"
     burst = [served(n, {(FEEDBACK, "small"): 0.0}, asked=text.format(n), time=float(n)) for n in range(1, 31)]
     other = served(40, {(FEEDBACK, "small"): 1.0}, key="b")
     traffic = read([*burst, other], burst=20)
     assert traffic.keys == ("b",)
     assert traffic.notes == (
-        "30 records of key 'a' are a burst of near-same prompts and labels: its word there is left out",
+        "30 records of key 'a' are a burst of near-duplicate prompts with like labels: its labels there are left out",
     )
     assert len(read([*burst[:19], other], burst=20).examples) == 20
     slow = [replace(item, record=replace(item.record, time=100.0 * item.record.time)) for item in burst]
@@ -178,64 +178,7 @@ def test_turns_of_a_conversation_are_held_out_together_and_a_common_opening_is_n
     number = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     alone = [turn(20 + i, f"c{i}", " ".join(number[(i + j * (i + 1)) % 9] for j in range(6))) for i in range(9)]
     traffic = read([turn(1, "a", "why one"), turn(2, "b", "how two"), turn(3, "a", "and three"), *alone])
-    assert traffic.together[0] == traffic.together[2] != traffic.together[1]
+    assert traffic.group[0] == traffic.group[2] != traffic.group[1]
     assert traffic.conversation[0] == traffic.conversation[2] != traffic.conversation[1]
     greeted = read([turn(seq, "hello", word) for seq, word in enumerate(number)])
-    assert len(set(greeted.together)) == len(set(greeted.conversation)) == 9
-
-
-def test_arithmetic_is_near_same_with_itself_alone() -> None:
-    assert clusters(["1+2=", "1+2=", "7*3-4="], 0.8).tolist() == [0, 0, 2]
-
-
-def test_near_same_prompts_are_found_by_their_words() -> None:
-    text = "Natalia sold {} clips to her friends in April and half as many in May; how many altogether"
-    found = clusters(
-        [text.format(48), text.format(7).upper(), "something else", text.format("no").replace("half", "a third")], 0.8
-    )
-    assert found[0] == found[1]
-    assert len(set(found.tolist())) == 3
-    assert clusters(["", "  ", "?!"], 0.8)[2] == 2
-
-
-def told(key: str, count: int, honest: bool, generator: np.random.Generator, p: np.ndarray) -> list[Told]:
-    rows = generator.integers(0, len(p), count)
-    truth = generator.uniform(size=count) < p[rows, 0]
-    return [Told(int(row), key, 0, float(t == honest)) for row, t in zip(rows, truth, strict=True)]
-
-
-def test_a_key_that_always_lies_stands_out_and_a_stricter_one_does_not() -> None:
-    generator = np.random.default_rng(0)
-    p = np.clip(generator.normal(0.75, 0.15, (2000, 1)), 0.05, 0.97)
-    honest = [one for name in "abcdef" for one in told(name, 250, True, generator, p)]
-    found, remark = lying_keys([*honest, *told("liar", 80, False, generator, p)], p, 4.0)
-    assert (list(found), remark) == (["liar"], "")
-    assert lying_keys(honest, p, 4.0) == ({}, "")
-    strict = [
-        replace(one, quality=one.quality * float(generator.uniform() < 0.85))
-        for one in told("strict", 80, True, generator, p)
-    ]
-    assert lying_keys([*honest, *strict], p, 4.0) == ({}, "")
-    assert lying_keys(told("liar", 80, False, generator, p), p, 4.0) == ({}, "")  # nobody to compare with
-
-
-def test_where_many_seem_to_lie_nobody_is_left_out() -> None:
-    generator = np.random.default_rng(0)
-    p = np.full((500, 1), 0.9)
-    found, remark = lying_keys([*told("a", 200, True, generator, p), *told("b", 150, False, generator, p)], p, 4.0)
-    assert not found
-    assert remark == "the labels of 'b' contradict the others', but are 43% of all: nobody is left out"
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"clip": 0.5}, "clip is 0.5 and must be at least 1"),
-        ({"key_share": 0.0}, "key_share is 0 and must be between 0.01 and 1"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, float], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        TrafficConfig(**settings)
-    with pytest.raises(ValueError, match="min_labels is 5 and must be at least 20"):
-        RefreshConfig(min_labels=5)
+    assert len(set(greeted.group)) == len(set(greeted.conversation)) == 9

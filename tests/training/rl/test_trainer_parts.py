@@ -78,7 +78,7 @@ def test_an_estimator_with_a_wide_part_knows_its_words_before_the_first_step(
         use_cpu=True, bf16=False,
     )  # fmt: skip
     prompts = ["easy sum", "easy number", "hard sum", "easy please"]
-    learner = estimator_replica.new_learner(
+    learner = estimator_replica.new_replica(
         args, TextConfig(pooling="cls", max_tokens=32), prompts, Accelerator(cpu=True)
     )
     sum_id, please_id = (learner.tokenizer.token_to_id(word) for word in ("sum", "please"))
