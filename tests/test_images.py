@@ -43,7 +43,11 @@ method: str = config.depo
 
 
 def trained(policy: str, prompts: Sequence[str]) -> DepoTrainer:
-    return DepoTrainer(model=policy, reward_funcs=[], args=config, train_dataset=prompts)
+    return DepoTrainer(model=policy, reward_funcs=[reward_function("math")], args=config, train_dataset=prompts)
+
+
+def rolled_out(selector: PromptSelector, rewards: Sequence[float]) -> list[Ticket]:
+    return [ticket for ticket in selector.take(8) if selector.report(ticket, rewards)]
 
 
 def qualities(runtime: Runtime, prompt: str) -> tuple[float, ...]:
@@ -54,7 +58,7 @@ def learned(record: Record) -> Example:
     return Example(record.id, {"small": 1.0})
 """
 WRONG = """
-from depo_gateway import DepoConfig, DepoTrainer, Example, Record, Runtime
+from depo_gateway import DepoConfig, DepoTrainer, Example, PromptSelector, Record, Runtime, Ticket, reward_function
 from depo_gateway import Absent  # wrong
 
 one: int = DepoConfig(output_dir="out").depo  # wrong
@@ -65,6 +69,12 @@ def three(runtime: Runtime, record: Record) -> None:
     runtime.score("prompt").absent  # wrong
     record.absent  # wrong
     Example(1)  # wrong
+
+
+def four(selector: PromptSelector, ticket: Ticket) -> None:
+    selector.take("eight")  # wrong
+    ticket.absent  # wrong
+    reward_function(1)  # wrong
 """
 pytestmark = pytest.mark.slow
 
