@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.container import serving_image, training_image
 from tests.postgres import postgres, postgres_server, records_url
 from tests.stored import stored
 
-__all__ = ["postgres", "postgres_server", "records_url", "serving_image", "training_image"]  # fixtures
+__all__ = ["postgres", "postgres_server", "records_url"]  # fixtures
 
 WORDS = re.findall(
     r"\w+",
@@ -19,16 +18,9 @@ WORDS = re.findall(
 )
 
 
-IMAGES = ("test_images.py", "test_installed.py")  # what they share takes two minutes to build
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: one process runs all tests of a file, one all that use an image, first."""
-    if config.pluginmanager.hasplugin("xdist"):
-        items.sort(key=lambda item: item.path.name not in IMAGES)
-        for item in items:
-            group = "images" if item.path.name in IMAGES else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: else one of two processes (`make test`) ends with them while the other waits."""
+    items.sort(key=lambda item: (item.path.name != "test_images.py", "training" not in item.path.parts))
 
 
 @pytest.fixture(scope="session")

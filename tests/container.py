@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,18 +130,6 @@ def build(dockerfile: Path, work: Path) -> Image:
     assert built.returncode == 0, built.stderr[-4000:]
     (work / "root").mkdir()
     return Image(directory, sbom, recipe.environment, work / "root")
-
-
-@pytest.fixture(scope="session")
-def serving_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    return build(DOCKERFILES["serving"], tmp_path_factory.mktemp("serving"))
-
-
-@pytest.fixture(scope="session")
-def training_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
-    work = tmp_path_factory.mktemp("training")
-    yield build(DOCKERFILES["training"], work)
-    shutil.rmtree(work / "opt")  # 1.7 GB
 
 
 def needs_root() -> None:

@@ -1,15 +1,17 @@
-"""The two images: their Dockerfiles, what docker/install leaves in a clean directory, and that it runs as in a pod."""
+"""What docker/install leaves for the two images: it runs as in a pod, and beside a user's own packages."""
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import tomllib
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,48 +20,75 @@ import aiohttp
 import pytest
 import yaml
 
+import depo_gateway
 from depo_gateway import __version__
 from depo_gateway.estimator import checkpoint
 from tests import container
 from tests.container import DOCKERFILES, ROOT, USER, Image
 from tests.gateway.backend import FakeVllm
+from tests.training.commands.test_fit import write_table
+from tests.training.commands.test_rl import REWARDS, TINY
+from tests.training.rl import policy
 
 BYTES = 250_000_000  # the serving image's own files at most
 CHECKPOINTS, RECORDS = "/var/lib/depo-gateway/checkpoints", "/var/lib/depo-gateway/records"
 CONFIG = "/etc/depo-gateway"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# a program of a user's; with what it does wrong, at the lines that say so
+RIGHT = """
+from collections.abc import Sequence
+from depo_gateway import NAMES
+
+config: DepoConfig = DepoConfig(output_dir="out", depo="plus")
+method: str = config.depo
 
 
-@pytest.mark.parametrize("kind", DOCKERFILES)
-def test_hadolint_has_nothing_to_say(kind: str) -> None:
-    program = Path(sys.executable).parent / "hadolint"
-    linted = subprocess.run([program, DOCKERFILES[kind]], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (linted.returncode, linted.stdout + linted.stderr) == (0, "")
+def trained(policy: str, prompts: Sequence[str]) -> DepoTrainer:
+    return DepoTrainer(model=policy, reward_funcs=[reward_function("math")], args=config, train_dataset=prompts)
 
 
-@pytest.mark.parametrize("kind", DOCKERFILES)
-def test_a_dockerfile_says_what_the_rest_of_the_repository_says(kind: str) -> None:
-    recipe = container.read(DOCKERFILES[kind])
-    (base,) = re.findall(r"^ARG PYTHON_IMAGE=docker\.io/library/python:(\d+\.\d+)\.\d+-slim-\w+$", recipe.text, re.M)
-    assert f"Programming Language :: Python :: {base}" in PROJECT["classifiers"]
-    assert set(re.findall(r"^FROM (\S+)", recipe.text, re.M)) == {"${PYTHON_IMAGE}"}
-    chart = yaml.safe_load((ROOT / "helm/Chart.yaml").read_text())
-    assert re.findall(r"^ARG VERSION=(.+)$", recipe.text, re.M) == [__version__] == [chart["appVersion"]]
-    assert re.findall(r"^USER (.+)$", recipe.text, re.M) == [f"{USER}:{USER}"]  # by number: runAsNonRoot asks for it
-    (entry,) = re.findall(r"^ENTRYPOINT (.+)$", recipe.text, re.M)
-    assert json.loads(entry)[0] in PROJECT["scripts"]
-    assert recipe.install[1] == kind
-    directory, sbom = recipe.install[2:]  # what is installed is what the last stage takes, to the same places
-    taken = re.findall(r"^COPY --from=build (\S+) (\S+)$", recipe.text, re.M)
-    assert set(taken) == {(directory, directory), (str(Path(sbom).parent), str(Path(sbom).parent))}
+def rolled_out(selector: PromptSelector, rewards: Sequence[float]) -> list[Ticket]:
+    return [ticket for ticket in selector.take(8) if selector.report(ticket, rewards)]
 
 
-@pytest.mark.parametrize("kind", DOCKERFILES)
-def test_the_context_holds_what_is_copied_and_no_more(kind: str) -> None:
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
-    assert lines[0] == "*"
-    let_in = {line.removeprefix("!") for line in lines if line.startswith("!")}
-    assert let_in == set(container.read(DOCKERFILES[kind]).copied)
+def qualities(runtime: Runtime, prompt: str) -> tuple[float, ...]:
+    return runtime.score([runtime.prepare(prompt)])[0].quality
+
+
+def learned(record: Record) -> Example:
+    return Example(record.id, {"small": 1.0})
+"""
+WRONG = """
+from depo_gateway import DepoConfig, DepoTrainer, Example, PromptSelector, Record, Runtime, Ticket, reward_function
+from depo_gateway import Absent  # wrong
+
+one: int = DepoConfig(output_dir="out").depo  # wrong
+two = DepoTrainer(model="policy", args="plus")  # wrong
+
+
+def three(runtime: Runtime, record: Record) -> None:
+    runtime.score("prompt").absent  # wrong
+    record.absent  # wrong
+    Example(1)  # wrong
+
+
+def four(selector: PromptSelector, ticket: Ticket) -> None:
+    selector.take("eight")  # wrong
+    ticket.absent  # wrong
+    reward_function(1)  # wrong
+"""
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    return container.build(DOCKERFILES["serving"], tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    work = tmp_path_factory.mktemp("training")
+    yield container.build(DOCKERFILES["training"], work)
+    shutil.rmtree(work / "opt")  # 1.7 GB
 
 
 def installed(image: Image) -> dict[str, str]:
@@ -84,20 +113,16 @@ def bytes_of(directory: Path) -> int:
     return sum(item.lstat().st_size for item in directory.rglob("*") if not item.is_dir())
 
 
-@pytest.mark.slow
-def test_the_serving_image_is_small(serving_image: Image) -> None:
-    total = bytes_of(serving_image.directory)
+def test_the_serving_image_is_small(serving: Image) -> None:
+    total = bytes_of(serving.directory)
     assert 100e6 < total <= BYTES
-    assert not {"torch", "transformers", "aiohttp", "huggingface-hub", "pip", "setuptools"} & set(
-        installed(serving_image)
-    )
-    assert not list(serving_image.directory.rglob("__pycache__"))
+    assert not {"torch", "transformers", "aiohttp", "huggingface-hub", "pip", "setuptools"} & set(installed(serving))
+    assert not list(serving.directory.rglob("__pycache__"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", DOCKERFILES)
 def test_an_image_holds_the_pinned_versions_and_its_bill_lists_them(kind: str, request: pytest.FixtureRequest) -> None:
-    image: Image = request.getfixturevalue(f"{kind}_image")
+    image: Image = request.getfixturevalue(kind)
     found = installed(image)
     assert found.pop("depo-gateway") == version("depo-gateway")
     assert {name: number.partition("+")[0] for name, number in found.items()} == {
@@ -170,37 +195,33 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, said
 
 
-@pytest.mark.slow
-def test_a_pod_may_write_to_its_volumes_alone(serving_image: Image, tmp_path: Path) -> None:
+def test_a_pod_may_write_to_its_volumes_alone(serving: Image, tmp_path: Path) -> None:
     """That the tests below would see a program that writes elsewhere."""
     container.needs_root()
-    serving_image.volumes, serving_image.configs = {}, {}
-    serving_image.volume(tmp_path / "checkpoints", CHECKPOINTS)
-    elsewhere = f"/x /usr/x {serving_image.directory}/x"
+    serving.volumes, serving.configs = {}, {}
+    serving.volume(tmp_path / "checkpoints", CHECKPOINTS)
+    elsewhere = f"/x /usr/x {serving.directory}/x"
     script = f"id -u; cd {CHECKPOINTS} && touch here; grep CapBnd /proc/self/status; touch {elsewhere}"
-    ran = serving_image.run("sh", "-c", script)
+    ran = serving.run("sh", "-c", script)
     assert ran.stdout.split() == [str(USER), "CapBnd:", "0" * 16]
     assert ran.stderr.count("Read-only file system") == 3
     assert (tmp_path / "checkpoints" / "here").stat().st_uid == USER
 
 
-@pytest.mark.slow
-async def test_the_images_work_under_a_read_only_root(
-    serving_image: Image, training_image: Image, tmp_path: Path
-) -> None:
+async def test_the_images_work_under_a_read_only_root(serving: Image, training: Image, tmp_path: Path) -> None:
     """As the chart's pods: seed, serve, learn from what was served; what serves and what follows ends at SIGTERM."""
     container.needs_root()
     checkpoints, records = tmp_path / "checkpoints", tmp_path / "records"
     (tmp_path / "config").mkdir()
-    for image in (serving_image, training_image):
+    for image in (serving, training):
         image.volumes, image.configs = {checkpoints: CHECKPOINTS, records: RECORDS}, {tmp_path / "config": CONFIG}
-    for place, there in list(serving_image.volumes.items()):
-        serving_image.volume(place, there)
-    seeded = serving_image.run("depo-gateway", "seed", CHECKPOINTS, "--pools", "cheap", "dear")
+    for place, there in list(serving.volumes.items()):
+        serving.volume(place, there)
+    seeded = serving.run("depo-gateway", "seed", CHECKPOINTS, "--pools", "cheap", "dear")
     assert seeded.returncode == 0, seeded.stderr
     async with FakeVllm("org/small") as small, FakeVllm("org/large") as large:
         (tmp_path / "config/gateway.yaml").write_text(yaml.safe_dump(config(small, large), sort_keys=False))
-        gateway = serving_image.start("depo-gateway", "serve", "--config", f"{CONFIG}/gateway.yaml")
+        gateway = serving.start("depo-gateway", "serve", "--config", f"{CONFIG}/gateway.yaml")
         try:
             await traffic(*await served(gateway), 120)
         finally:
@@ -215,9 +236,9 @@ async def test_the_images_work_under_a_read_only_root(
     (tmp_path / "config/learner.yaml").write_text(yaml.safe_dump(learner | {"listen": {"port": 0}}))
     words = (f"--config={CONFIG}/learner.yaml", "--base=builtin", f"--out={CHECKPOINTS}")
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    once = await asyncio.to_thread(training_image.run, "depo-train", "refresh", *words, **offline)
+    once = await asyncio.to_thread(training.run, "depo-train", "refresh", *words, **offline)
     assert (once.returncode, "refused, " in once.stderr) in {(0, False), (1, True)}, once.stderr
-    following = training_image.start("depo-train", "refresh", "--follow", *words, **offline)
+    following = training.start("depo-train", "refresh", "--follow", *words, **offline)
     try:
         assert following.stdout is not None
         line = await asyncio.to_thread(following.stdout.readline)
@@ -229,5 +250,74 @@ async def test_the_images_work_under_a_read_only_root(
         code, said = await asyncio.to_thread(ended, following)
     assert (code, "Read-only" in said, "Traceback" in said) == (0, False, False), said
     checkpoint.load_checkpoint(checkpoint.resolve(checkpoints))
-    checked = serving_image.run("depo-gateway", "check", f"{CONFIG}/gateway.yaml")
+    checked = serving.run("depo-gateway", "check", f"{CONFIG}/gateway.yaml")
     assert checked.returncode == 0, checked.stderr
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A user's directory."""
+    for name in ("estimator", "gateway", "training"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    return tmp_path
+
+
+def run(image: Image, project: Path, program: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(project)}
+    return subprocess.run(
+        [image.directory / "bin" / program, *words],
+        cwd=project, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_every_command_has_a_help_text(training: Image, project: Path) -> None:
+    listed = run(training, project, "depo-train", "--help").stdout
+    commands = re.findall(r"^    ([a-z]+)(?:  |$)", listed, re.MULTILINE)
+    assert {"calibrate", "collect", "evaluate", "fit", "refresh", "rl"} <= set(commands)
+    with ThreadPoolExecutor(2) as several:
+        helps = several.map(lambda command: run(training, project, "depo-train", command, "--help"), commands)
+    for command, done in zip(commands, helps, strict=True):
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"usage: depo-train {command} ")
+    version = run(training, project, "depo-train", "--version")
+    assert version.stdout == f"depo-train {depo_gateway.__version__}\n"
+
+
+def test_fit(training: Image, project: Path, tiny_encoder: Path) -> None:
+    write_table(project / "table.jsonl", 80)
+    words = ["--outcomes", "table.jsonl", "--pools", "small=s", "large=l", "--encoder", str(tiny_encoder)]
+    small = ["--layers", "0", "--folds", "2", "--max-epochs", "1", "--max-tokens", "32"]
+    done = run(training, project, "depo-train", "fit", *words, *small, "--out", "fitted")
+    assert done.returncode == 0, done.stderr
+    assert (project / "fitted/model.onnx").exists()
+
+
+def test_rl_on_two_processes(training: Image, project: Path, tiny_encoder: Path) -> None:
+    """accelerate starts `python -m depo_gateway.training`, and reward workers are started from it."""
+    policy.save(project / "policy", chat=True)
+    policy.prompts().to_json(project / "prompts.jsonl")
+    (project / "rewards.py").write_text(REWARDS)
+    settings = f"model_name_or_path: policy\ndataset: prompts.jsonl\noutput_dir: out\n{TINY}\nddp_backend: gloo\n"
+    settings += f"depo: faithful\ndepo_encoder: {tiny_encoder}\ndepo_trunk: false\ndepo_max_tokens: 64\n"
+    (project / "run.yaml").write_text(settings + "reward: [number, 'rewards.py:parity']\n")
+    flags = ("--multi_gpu", "--num_processes", "2")  # as accelerate names several processes, on CPUs too
+    done = run(training, project, "depo-train", "rl", "--config", "run.yaml", "--max_steps=2", "--", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "out: the policy after 2 steps, 32 completions" in done.stdout
+    assert (project / "out/estimator/current").exists()
+
+
+def test_the_public_names_have_types_that_mypy_checks(training: Image, project: Path) -> None:
+    names = ", ".join(name for name in depo_gateway.__all__ if name != "__version__")
+    (project / "right.py").write_text(RIGHT.replace("NAMES", names))
+    (project / "wrong.py").write_text(WRONG)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", f"--python-executable={training.directory}/bin/python",
+         "--cache-dir=cache", "right.py", "wrong.py"],
+        cwd=project, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    expected = {number for number, line in enumerate(WRONG.splitlines(), 1) if line.endswith("# wrong")}
+    errors = re.findall(r"^(\S+):(\d+): error:", done.stdout, re.MULTILINE)
+    assert {(name, int(number)) for name, number in errors} == {("wrong.py", number) for number in expected}, done
