@@ -13,8 +13,8 @@ COPY training training
 RUN docker/install serving /opt/depo-gateway /usr/share/doc/depo-gateway/sbom.cdx.json
 
 FROM ${PYTHON_IMAGE}
-# Nothing is ever installed in a running container: pip goes, and the wheels it could come back from. Nor does anything
-# there become root.
+# A running container installs nothing and becomes root nowhere: pip, the wheels that could restore it and all set-user-id
+# bits are removed.
 RUN groupadd --gid 10001 depo \
   && useradd --uid 10001 --gid depo --home-dir /tmp --no-create-home --shell /usr/sbin/nologin depo \
   && python -m pip uninstall --yes setuptools wheel pip \
@@ -22,7 +22,7 @@ RUN groupadd --gid 10001 depo \
   && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 COPY --from=build /usr/share/doc/depo-gateway /usr/share/doc/depo-gateway
 COPY --from=build /opt/depo-gateway /opt/depo-gateway
-# malloc gives memory back as large bodies come and go: else it keeps their peak for good.
+# malloc returns memory after large bodies; by default it would keep the peak.
 ENV PATH=/opt/depo-gateway/bin:$PATH \
   MALLOC_TRIM_THRESHOLD_=131072 \
   PYTHONDONTWRITEBYTECODE=1 \

@@ -1,4 +1,4 @@
-"""What serves is installed without torch and with its data files; every command has a help text; a gateway serves.
+"""Checks an installation: serving has no torch and all data files, every command has a help text, a gateway serves.
 
 Run by .ci/wheel with the Python that the wheel is installed for, in a directory of packages named as our folders.
 """

@@ -34,7 +34,7 @@ TRAINING = Jobs("training", "Training run", "training_build_info")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Panels under a title. A closed row is for a feature that not everybody uses."""
+    """Panels under a title. A closed row is for an optional feature."""
 
     title: str
     panels: Sequence[Panel]

@@ -1,7 +1,7 @@
-"""docker/sbom.py ENVIRONMENT PYPROJECT FILE: a CycloneDX bill of what an image holds, for scanners and auditors.
+"""docker/sbom.py ENVIRONMENT PYPROJECT FILE: a CycloneDX bill of materials of an image, for scanners and auditors.
 
-The Python packages are cyclonedx-py's, run with this interpreter; the interpreter and Debian's packages are added, for
-the image is more than its Python packages. The build stage's base is the final stage's, so its packages are the same.
+The Python packages are cyclonedx-py's, run with this interpreter; the interpreter and Debian's packages are added,
+because the image has them, too. The build stage's base is the final stage's, so its packages are the same.
 """
 
 import importlib.metadata

@@ -3,8 +3,8 @@
     python -m docs.screenshots [--minutes 6]
 
 Needs Debian's packages chromium, chromium-driver, prometheus and, for a pleasant typeface, fonts-inter. Questions come
-in waves, most for `auto`, some streamed, some for a pool by name or a threshold of their own. Nothing is made up: what
-the pictures show is what happened.
+in waves, most for `auto`, some streamed, some for a pool by name or a threshold of their own. The pictures
+show what really happened.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def _settings(urls: dict[str, str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _program(log: Path, module: str, *arguments: str, addresses: int = 1) -> Iterator[list[str]]:
-    """A program of ours, as a process; yields the addresses that it tells when it is ready."""
+    """A program of ours, as a process; yields the addresses that it prints when it is ready."""
     with log.open("wb") as written:
         process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=written, stderr=written)
     try:

@@ -28,7 +28,7 @@ def fit_logistic(
     """The coefficients (P,) that maximise the weighted likelihood of `targets` (N,), in [0, 1].
 
     A Gaussian prior, in prompts, pulls each coefficient to `prior` (P,) with strength `ridge` (P,). It keeps the fit
-    finite where the labels are separable; the fit begins there. Rows without a target are the caller's to leave out.
+    finite where the labels are separable; the fit begins there. The caller leaves out rows without a target.
 
     Args:
         longest: the most that a coefficient moves in one step; infinity: plain Newton steps.

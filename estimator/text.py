@@ -227,10 +227,10 @@ def prepare(tokenizer: Tokenizer, config: TextConfig, text: str, context: str = 
     """
     room = config.max_tokens - 2
     side = CHARS_PER_TOKEN * config.max_tokens
-    kept = clean(_cut(text, side))
+    shortened = clean(_cut(text, side))
     first, *_, last = tokenizer.encode("").ids  # [CLS] and [SEP], whatever this tokenizer calls them
-    ids = tokenizer.encode(kept, add_special_tokens=False).ids
-    truncated = len(ids) > room or len(kept) < len(text)
+    ids = tokenizer.encode(shortened, add_special_tokens=False).ids
+    truncated = len(ids) > room or len(shortened) < len(text)
     if len(ids) > room:
         ids = ids[: room // 2] + ids[len(ids) - (room - room // 2) :]
     prepared = [first, *ids, last]
@@ -238,7 +238,7 @@ def prepare(tokenizer: Tokenizer, config: TextConfig, text: str, context: str = 
     if context and room > 0:
         earlier = tokenizer.encode(clean(context[-side:]), add_special_tokens=False).ids
         prepared += [*earlier[-room:], last]
-    return Prepared(tuple(prepared), truncated, surface_features(kept, len(text)))
+    return Prepared(tuple(prepared), truncated, surface_features(shortened, len(text)))
 
 
 SURFACE = (

@@ -34,8 +34,8 @@ def narrow_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
         piece = token.removeprefix(prefix)
         return token in used or token in special or (len(piece) == 1 and piece.isascii())
 
-    kept = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1]) if is_needed(token)]
-    ids = {token: index for index, token in enumerate(kept)}
+    pieces = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1]) if is_needed(token)]
+    ids = {token: index for index, token in enumerate(pieces)}
     model["vocab"] = ids
     for token in settings["added_tokens"]:
         token["id"] = ids[token["content"]]
@@ -60,10 +60,10 @@ def renumber(processor: dict[str, Any], ids: Mapping[str, int]) -> None:
             )
 
 
-def narrow_embeddings(encoder: Any, whole: Tokenizer, kept: Tokenizer) -> None:
-    """Leave the encoder only the embeddings of `kept`'s tokens, in its order. `whole` is its own tokenizer."""
+def narrow_embeddings(encoder: Any, whole: Tokenizer, narrowed: Tokenizer) -> None:
+    """Leave the encoder only the embeddings of `narrowed`'s tokens, in its order. `whole` is its own tokenizer."""
     rows = []
-    for token, _ in sorted(kept.get_vocab().items(), key=lambda item: item[1]):
+    for token, _ in sorted(narrowed.get_vocab().items(), key=lambda item: item[1]):
         row = whole.token_to_id(token)
         if row is None:
             raise ValueError(f"the vocabulary holds {token!r}, which the encoder does not know")

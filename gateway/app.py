@@ -91,7 +91,7 @@ async def serve_request(gateway: Gateway, request: RequestState, receive: Receiv
 async def _answer(
     gateway: Gateway, request: RequestState, task: "asyncio.Task[Any]", receive: Receive, send: Send
 ) -> None:
-    """The path of a request that nothing goes wrong with."""
+    """The path of a request without errors."""
     live, notes = request.live, request.notes
     watcher: asyncio.Task[None] | None = None
     exchange: Exchange | None = None
@@ -122,7 +122,7 @@ async def _answer(
 
 
 async def _send_whole(gateway: Gateway, request: RequestState, query: Query, exchange: Exchange, send: Send) -> None:
-    """Sends an answer that is no stream on, byte for byte."""
+    """Forwards an answer that is not a stream, byte for byte."""
     notes, head = request.notes, _answer_head(request, query, exchange)
     answer = json_of(exchange.body) if exchange.status == 200 else None
     if answer is not None and query.api.answer_piece is not None:
@@ -139,7 +139,7 @@ async def _send_whole(gateway: Gateway, request: RequestState, query: Query, exc
 
 
 async def _send_stream(gateway: Gateway, request: RequestState, query: Query, exchange: Exchange, send: Send) -> None:
-    """Sends a stream on as it comes, without the usage chunk that the client did not ask for."""
+    """Forwards a stream as it arrives, without a usage chunk that the client did not request."""
     notes, head = request.notes, _answer_head(request, query, exchange)
     events = UsageFilter(query.api.usage, remove=query.adds_usage)
     copy = notes.stream = gateway.recorder.stream_copy() if gateway.recorder is not None else None
@@ -163,7 +163,7 @@ async def _send_stream(gateway: Gateway, request: RequestState, query: Query, ex
         request.phase = "done"
         await send({"type": "http.response.body", "body": events.end()})
     finally:
-        if head is not None and not head.complete:  # interrupted: clients go on from what they received
+        if head is not None and not head.complete:  # interrupted: clients continue from what they received
             _remember(gateway, request, query, exchange, head)
         _count_tokens(gateway, request, exchange.decision.pool, events.usage)
 
@@ -179,7 +179,7 @@ def _headers(gateway: Gateway, request: RequestState, exchange: Exchange) -> Hea
 
 
 def _answer_head(request: RequestState, query: Query, exchange: Exchange) -> AnswerHead | None:
-    """Gathers by what a follow-up will be recognised; None where it need not be."""
+    """Collects the beginning of the answer, which identifies a follow-up; None where none is recognised."""
     sticky = request.live.config.routing.sticky and exchange.status == 200 and query.messages
     return AnswerHead(query.api.answer_piece) if sticky and query.api.answer_piece is not None else None
 

@@ -36,7 +36,7 @@ def with_keys_file(auth: Auth, directory: Path) -> Auth:
 
 
 def check_keys(auth: Auth) -> None:
-    """There are keys, each complete, within its bounds, and unlike the others."""
+    """Raises ValueError unless there are keys, each complete, within its bounds and unique."""
     if not auth.keys:
         raise ValueError("auth has no keys; add one with depo-gateway keys new NAME, or write auth: none")
     seen: dict[str, str] = {}

@@ -50,7 +50,7 @@ class PoolConfig(PoolBackends):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the threshold is moved to reach. One of the three."""
+    """What the threshold is adjusted to reach: one of the three."""
 
     large_share: float | None = None  # of the routed requests
     quality: float | None = None  # as a fraction of the last pool's, by the checkpoint's calibration
@@ -229,7 +229,7 @@ def _check_pools(pools: Mapping[str, PoolConfig]) -> None:
 
 
 def _check_names(pools: Mapping[str, PoolConfig]) -> None:
-    """Pools' names and models are what requests name: each names one pool, and none asks for routing."""
+    """Checks that each name and model of a pool identifies one pool, and none is a name that requests routing."""
     models: dict[str, str] = {}
     for name, pool in pools.items():
         if name == "auto" or name.startswith("auto-"):

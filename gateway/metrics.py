@@ -12,7 +12,7 @@ NONE = "none"  # the label of a request that never reached a pool
 
 
 class Metrics:
-    """One gateway's metrics on a registry of its own, so that two gateways in one process don't add up."""
+    """One gateway's metrics on its own registry, so that two gateways in one process don't add up."""
 
     def __init__(self, version: str) -> None:
         self.registry = registry = CollectorRegistry()

@@ -10,7 +10,7 @@ AUTO = "auto"
 
 
 def served_names(pools: Mapping[str, PoolConfig]) -> dict[str, str]:
-    """The pool that each name stands for: a pool's name, or its model's id."""
+    """The pool that each name refers to: a pool's name, or its model's id."""
     return {name: name for name in pools} | {pool.model: name for name, pool in pools.items()}
 
 

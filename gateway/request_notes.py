@@ -74,7 +74,7 @@ def record_of(notes: RequestNotes, prompts: str, hash_key: bytes) -> Record:
     query, decision, scored = notes.query, notes.decision, notes.scored
     usage = notes.usage or {}
     answer, finish_reason = _answer(notes)
-    key, asked = notes.key or "", (query.prompt or None) if query is not None else None
+    key, prompt = notes.key or "", (query.prompt or None) if query is not None else None
     full = prompts == "full"
     fields = query.fields if full and query is not None else {}
     return Record(
@@ -82,7 +82,7 @@ def record_of(notes: RequestNotes, prompts: str, hash_key: bytes) -> Record:
         time=notes.time,
         key=key,
         endpoint=notes.api.name,
-        conversation=_hmac(hash_key, "conversation", key, _first_turn(asked)) if asked is not None else "",
+        conversation=_hmac(hash_key, "conversation", key, _first_turn(prompt)) if prompt is not None else "",
         pool=decision.pool if decision is not None and notes.served else "",
         reason=decision.reason.value if decision is not None else "",
         confidence=decision.confidence if decision is not None else None,
@@ -98,8 +98,8 @@ def record_of(notes: RequestNotes, prompts: str, hash_key: bytes) -> Record:
         first_token_seconds=notes.first_token_seconds,
         total_seconds=notes.total_seconds,
         finish_reason=finish_reason,
-        prompt_hash=_hmac(hash_key, "prompt", "", asked) if prompts == "hash" and asked is not None else "",
-        asked=asked if full else None,
+        prompt_hash=_hmac(hash_key, "prompt", "", prompt) if prompts == "hash" and prompt is not None else "",
+        asked=prompt if full else None,
         parameters={
             name: value
             for name, value in fields.items()
@@ -115,11 +115,11 @@ def reference_text(value: bytes) -> str:
     return unquote_to_bytes(value).decode(errors="replace")
 
 
-def _first_turn(asked: Prompt) -> Any:
+def _first_turn(prompt: Prompt) -> Any:
     """How all turns of a conversation begin; without system text, because applications put the time of day there."""
-    if isinstance(asked, str):
-        return asked
-    turns = [message for message in asked if message.get("role") not in ("system", "developer")]
+    if isinstance(prompt, str):
+        return prompt
+    turns = [message for message in prompt if message.get("role") not in ("system", "developer")]
     return turns[0].get("content") if turns else None
 
 

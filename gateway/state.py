@@ -66,7 +66,7 @@ class Gateway:
 
 @dataclass(slots=True, eq=False)
 class RequestState:
-    """How far one request has come."""
+    """The progress of one request."""
 
     api: Api
     live: Live

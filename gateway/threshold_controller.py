@@ -29,7 +29,7 @@ SHARE_WINDOW = 2000  # decisions: of the bound, of the confidences compared with
 REACH = 12.0  # decisions; a longer one costs less quality and leaves less room for late corrections
 LIMIT = 19.5  # decisions; twice that is a little less than the two points of a window
 TOKENS_SMOOTHING = 0.005  # of the moving mean of an answer's tokens, by which costs are weighted
-PRIOR = 200  # confidences that stand for the calibration; each live one counts as one
+PRIOR = 200  # confidences that represent the calibration; each live one counts as one
 ABOVE_ALL = math.nextafter(1.0, 2.0)  # a threshold that no confidence reaches
 
 

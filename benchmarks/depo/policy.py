@@ -101,8 +101,8 @@ class Policy:
                 break
             if left < len(rows):
                 rows, drawn, starts, bias = rows[running], drawn[running], starts[running], bias[running]
-                kept = running.nonzero()[:, 0]
-                caches = [(k.index_select(0, kept), v.index_select(0, kept)) for k, v in caches]
+                remaining = running.nonzero()[:, 0]
+                caches = [(k.index_select(0, remaining), v.index_select(0, remaining)) for k, v in caches]
             here = longest + step
             x = embedding(drawn, self.model.model.embed_tokens.weight)[:, None]
             cosines = self.cosines[here - starts][:, None, None]

@@ -23,7 +23,7 @@ def rows(task: str, split: str, count: int, seed: int = 0) -> list[Row]:
 
 
 def sums(split: str, count: int, seed: int) -> list[Row]:
-    """All grades are equally frequent, as far as there are enough sums: of small ones there are only some hundred."""
+    """All grades are equally frequent, as far as there are enough sums: there are only a few hundred small ones."""
     rng = random.Random(f"sums {split} {seed}")
     found: dict[str, Row] = {}
     while len(found) < count:

@@ -24,7 +24,7 @@ def check_secret(variable: str | None, where: str) -> None:
 
 def check_http(url: str, where: str, query: bool = False) -> None:
     """An http or https address without a key in it; `query` allows `?…`."""
-    if "@" in url:  # not shown: it would also stand in metrics and logs
+    if "@" in url:  # not shown, because it may hold a secret
         raise ValueError(f"{where} holds an '@'; give a key by api_key_env, not in the address")
     try:
         parts = urlsplit(url)

@@ -1,7 +1,7 @@
 """Decision reasons: one table for both programs.
 
-It stands below the gateway and training because both classify decisions by reason: the gateway when it counts shares
-and follows a target, training when it decides which records off-policy evaluation may weigh.
+It is in the estimator package because gateway and training both classify decisions by reason: the gateway when it
+counts shares and follows a target, training when it decides which records off-policy evaluation may weigh.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Reason(StrEnum):
     # fmt: off
     #             name         free   in_shares  obeys_threshold  random
     CONFIDENT = ("confident", True,  True,      True,            False)  # the cheapest pool's confidence is enough
-    UNSURE    = ("unsure",    True,  True,      True,            False)  # it is not: a dearer pool serves
+    UNSURE    = ("unsure",    True,  True,      True,            False)  # it is not: a more expensive pool serves
     PINNED    = ("pinned",    False, False,     False,           False)  # the client named the pool
     STICKY    = ("sticky",    False, False,     False,           False)  # the conversation keeps its pool
     EXPLORE   = ("explore",   True,  True,      False,           True)   # drawn at random

@@ -1,6 +1,6 @@
 """One llama.cpp server on one GGUF file, `python -m depo_gateway.gateway.demo.llama_server --model FILE --port N`.
 
-It is llama.cpp's OpenAI server from the xllamacpp wheel, in a process of its own so that it can be killed like a real
+It is llama.cpp's OpenAI server from the xllamacpp wheel, in its own process so that it can be killed like a real
 backend. It ends when its parent ends. Port 0 takes a free one; the line it prints when ready names the address.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def start(model: Path, port: int, alias: str, slots: int, threads: int, context: int) -> Any:
-    """The running server, on threads of its own. Keep the reference: dropping it stops the server."""
+    """The running server, on its own threads. Keep the reference: dropping it stops the server."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

@@ -1,4 +1,4 @@
-"""Replaces values in JSON text without touching another byte of it."""
+"""Replaces values in JSON text without changing any other byte."""
 
 import re
 from collections.abc import Iterable

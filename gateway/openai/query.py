@@ -27,7 +27,7 @@ class Query:
     model: str
     stream: bool
     usage_requested: bool  # the client itself asked for the stream's usage chunk
-    prompt: Prompt | None  # what is scored, and how much of it the checkpoint says; None: it can't be routed
+    prompt: Prompt | None  # what is scored, as far as the checkpoint reads it; None: it can't be routed
     continued_answer: str  # the id of an earlier answer that it goes on from; ""
     modalities: frozenset[str]  # beyond text
     prompt_tokens: int  # an estimate; the backend's tokenizer decides
@@ -36,12 +36,12 @@ class Query:
 
     @property
     def adds_usage(self) -> bool:
-        """Whether the gateway asks for a usage chunk that the client did not ask for."""
+        """Whether the gateway requests a usage chunk that the client did not request."""
         return self.stream and self.api.usage_on_request and not self.usage_requested
 
     @property
     def messages(self) -> Messages:
-        """The turns of a conversation; empty where the prompt is none."""
+        """The turns of a conversation; empty if the prompt is not one."""
         return self.prompt if isinstance(self.prompt, list) else []
 
 

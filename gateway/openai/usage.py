@@ -17,10 +17,10 @@ def usage_field(answer: Any) -> Usage | None:
 
 
 class UsageFilter:
-    """Reads a stream's usage as it passes, and removes the chunk that the gateway itself asked for.
+    """Reads a stream's usage as it passes, and removes the chunk that only the gateway requested.
 
     Whole events pass at once. The beginning of a torn event waits for its rest, so that an error which follows a broken
-    connection is an event of its own.
+    connection is a separate event.
 
     Args:
         read: the usage of one event's JSON, None where it has none.

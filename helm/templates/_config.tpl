@@ -1,6 +1,6 @@
 {{/* What the values mean: backends with their defaults, and the two files that the programs read. */}}
 
-{{/* The second map over the first, as YAML: (list BELOW ABOVE). Unlike sprig's merge false and 0 count; null takes away. */}}
+{{/* The second map over the first, as YAML: (list BELOW ABOVE). Unlike sprig's merge false and 0 count; null removes. */}}
 {{- define "depo-gateway.merged" -}}
 {{- $result := deepCopy (index . 0) }}
 {{- range $key, $value := index . 1 }}
@@ -50,7 +50,7 @@
 {{- toJson $names }}
 {{- end }}
 
-{{/* What the backend calls the model, and clients may: (dict "root" $ "pool" "small"). */}}
+{{/* The backend's name for the model, which clients may use, too: (dict "root" $ "pool" "small"). */}}
 {{- define "depo-gateway.servedModel" -}}
 {{- $backend := include "depo-gateway.backend" . | fromYaml }}
 {{- dig "model" "" (get .root.Values.config.pools .pool) | default $backend.model }}

@@ -17,7 +17,7 @@
 
 {{/*
 The full name with a suffix: (dict "root" $ "suffix" "admin"), at most 63 characters as a Service's is, or "most". The
-volumes' names have room and are never cut, for two releases may share their beginning.
+volumes' names have room and are never cut, because two releases may share their beginning.
 */}}
 {{- define "depo-gateway.named" -}}
 {{- $room := sub (default 63 .most | int) (len .suffix) | add -1 | int }}
@@ -38,7 +38,7 @@ volumes' names have room and are never cut, for two releases may share their beg
 
 {{/*
 A volume's claim: (list NAME SECTION), where SECTION has existingClaim and accessMode. A claim's access mode can never
-change, so each mode has a claim of its own: switching makes a new volume instead of failing the upgrade.
+change, so each mode has its own claim: switching makes a new volume instead of failing the upgrade.
 */}}
 {{- define "depo-gateway.claimName" -}}
 {{- $section := index . 1 }}

@@ -3,7 +3,7 @@ What all pods have in common. SECTION is a part of the values with the pod keys:
 "depo-gateway.backend" gives it.
 */}}
 
-{{/* (dict "image" SECTION.image "tag" what an empty tag means). A digest pins, and the tag stays to be read. */}}
+{{/* (dict "image" SECTION.image "tag" what an empty tag means). A digest pins the image; then the tag is only informative. */}}
 {{- define "depo-gateway.image" -}}
 {{- $tag := default .tag .image.tag }}
 {{- .image.repository }}{{ with $tag }}:{{ . }}{{ end }}{{ with .image.digest }}@{{ . }}{{ end }}
@@ -11,7 +11,7 @@ What all pods have in common. SECTION is a part of the values with the pod keys:
 
 {{/*
 A pod template's metadata: (dict "root" $ "component" COMPONENT "section" SECTION); if wanted "pool", "annotations".
-Without the chart's version: an upgrade that changes nothing in a pod must not start it anew.
+Without the chart's version: an upgrade that changes nothing in a pod must not restart it.
 */}}
 {{- define "depo-gateway.podMetadata" -}}
 {{- $own := include "depo-gateway.selectorLabels" . | fromYaml }}
@@ -92,7 +92,7 @@ runtimeClassName: {{ . }}
 {{- end }}
 
 {{/*
-The section's affinity. "together" adds that gateway and learner share a node, which a volume that one node mounts wants;
+The section's affinity. "together" adds that gateway and learner share a node, because only one node can mount the volume;
 since each pod satisfies the term itself, whichever comes first is placed anywhere.
 */}}
 {{- define "depo-gateway.affinity" -}}

@@ -1,28 +1,28 @@
-{{/* What the schema can't see: values that contradict each other. One sentence each, with the remedy. */}}
+{{/* Values that the schema can't refuse, because they contradict each other. One sentence each, with the remedy. */}}
 
 {{- define "depo-gateway.refuse" -}}
 {{- $parts := list "misplaced" "addresses" "names" "pools" "backends" "routing" "gateway" "records" "estimator" "learner" "monitoring" "resources" }}
-{{- $said := list }}
+{{- $refusals := list }}
 {{- range $parts }}
 {{- range include (printf "depo-gateway.refusals.%s" .) $ | splitList "\n" }}
-{{- with trim . }}{{ $said = append $said . }}{{ end }}
+{{- with trim . }}{{ $refusals = append $refusals . }}{{ end }}
 {{- end }}
 {{- end }}
-{{- if $said }}
-{{- fail (printf "\n%s" (join "\n" $said)) }}
+{{- if $refusals }}
+{{- fail (printf "\n%s" (join "\n" $refusals)) }}
 {{- end }}
 {{- end }}
 
-{{/* What the values have another place for. A secret's text is never repeated. */}}
+{{/* Values that belong elsewhere. A secret's text is never repeated. */}}
 {{- define "depo-gateway.refusals.misplaced" -}}
 {{- $places := dict }}
 {{- $_ := set $places "huggingFace.token" "is a secret: name an existing Secret that holds it in huggingFace.existingSecret" }}
 {{- $_ := set $places "records.postgresql.url" "is a secret: name an existing Secret that holds it in records.postgresql.existingSecret" }}
-{{- $_ := set $places "config.records.url" "is the chart's to write: set records.kind, and for postgresql name an existing Secret in records.postgresql.existingSecret" }}
-{{- $_ := set $places "config.auth.keys_file" "is the chart's to write: name a Secret that holds the file in auth.existingSecret" }}
-{{- $_ := set $places "auth.keys" "has another place: write config.auth.keys, or name a Secret that holds a keys file in auth.existingSecret" }}
+{{- $_ := set $places "config.records.url" "is written by the chart: set records.kind, and for postgresql name an existing Secret in records.postgresql.existingSecret" }}
+{{- $_ := set $places "config.auth.keys_file" "is written by the chart: name a Secret that holds the file in auth.existingSecret" }}
+{{- $_ := set $places "auth.keys" "belongs elsewhere: write config.auth.keys, or name a Secret that holds a keys file in auth.existingSecret" }}
 {{- range $pool := keys .Values.config.pools | sortAlpha }}
-{{- $_ := set $places (printf "config.pools.%s.backends" $pool) (printf "is the chart's to write: set backends.%s.url with backends.%s.deploy: false" $pool $pool) }}
+{{- $_ := set $places (printf "config.pools.%s.backends" $pool) (printf "is written by the chart: set backends.%s.url with backends.%s.deploy: false" $pool $pool) }}
 {{- end }}
 {{- range $path, $remedy := $places }}
 {{- $found := $.Values }}
@@ -44,27 +44,27 @@
 {{- range $where, $address := $addresses }}
 {{- if regexMatch "^(https?://[^@\\s/]+[^@\\s]*)?$" $address }}
 {{- else if contains "@" $address }}
-{{ $where }} has credentials in it: take them out (a backend's key is named in its apiKey.existingSecret).
+{{ $where }} has credentials in it: remove them (a backend's key is named in its apiKey.existingSecret).
 {{- else if regexMatch "://|\\s|^/" $address }}
-{{ $where }} is no address that can be asked: write http://HOST:PORT, or https.
+{{ $where }} is not an address: write http://HOST:PORT, or https.
 {{- else }}
 {{ $where }} is {{ $address }}, without its scheme: write http://{{ $address }}, or https.
 {{- end }}
 {{- end }}
 {{- end }}
 
-{{/* Pools name objects, and clients may name them as a model. A name that is wrong twice is told once. */}}
+{{/* Pools name objects, and clients may name them as a model. A name with two mistakes is reported once. */}}
 {{- define "depo-gateway.refusals.names" -}}
 {{- range $pool := concat (keys .Values.config.pools) (keys .Values.backends) | uniq | sortAlpha }}
 {{- $where := ternary "config.pools" "backends" (hasKey $.Values.config.pools $pool) }}
 {{- if not (regexMatch "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$" $pool) }}
 {{ $where }}.{{ $pool }} can't name objects of Kubernetes: call the pool something of up to 30 lower-case letters, digits and "-", a letter first.
 {{- else if regexMatch "^auto(-.*)?$" $pool }}
-{{ $where }}.{{ $pool }} is the model that asks for routing: give the pool another name.
+{{ $where }}.{{ $pool }} is the model that requests routing: give the pool another name.
 {{- else if regexMatch "^(admin|learner|checkpoints|records|test|.*-shared|.*-single)$" $pool }}
-{{ $where }}.{{ $pool }} is a name that the chart has objects of its own by: give the pool another.
+{{ $where }}.{{ $pool }} is a name that the chart uses for its own objects: give the pool another.
 {{- else if regexMatch "^(true|false|yes|no|on|off|y|n|null)$" $pool }}
-{{ $where }}.{{ $pool }} is no name to YAML, which reads a word such as n, no or off as false: give the pool another.
+{{ $where }}.{{ $pool }} is not a name in YAML, which reads a word such as n, no or off as false: give the pool another.
 {{- end }}
 {{- end }}
 {{- end }}
@@ -76,25 +76,25 @@ config.pools has {{ len $pools }} and routing needs two or more: add one there a
 {{- end }}
 {{- range $pools }}
 {{- if not (hasKey $.Values.backends .) }}
-config.pools.{{ . }} has no backend: add backends.{{ . }}, or take the pool away with config.pools.{{ . }}: null.
+config.pools.{{ . }} has no backend: add backends.{{ . }}, or remove the pool with config.pools.{{ . }}: null.
 {{- end }}
 {{- end }}
 {{- range keys .Values.backends | sortAlpha }}
 {{- if not (hasKey $.Values.config.pools .) }}
-backends.{{ . }} is no pool: add config.pools.{{ . }}, or take the backend away with backends.{{ . }}: null.
+backends.{{ . }} is not a pool: add config.pools.{{ . }}, or remove the backend with backends.{{ . }}: null.
 {{- end }}
 {{- end }}
 {{- $models := dict }}
 {{- range $pools }}
 {{- $model := include "depo-gateway.servedModel" (dict "root" $ "pool" .) }}
 {{- if not $model }}
-backends.{{ . }}.model is empty: name a model of Hugging Face's, or with deploy: false what the server calls it.
+backends.{{ . }}.model is empty: name a Hugging Face model, or with deploy: false the server's name for it.
 {{- else if hasKey $models $model }}
-backends.{{ . }} serves {{ $model }} as {{ get $models $model }} does: tell them apart by config.pools.{{ . }}.model.
+backends.{{ . }} serves {{ $model }} as {{ get $models $model }} does: give it another name in config.pools.{{ . }}.model.
 {{- else if and (ne $model .) (has $model $pools) }}
 backends.{{ . }} serves {{ $model }}, which is another pool's name: call it something else in config.pools.{{ . }}.model.
 {{- else if regexMatch "^auto(-[0-9.]+)?$" $model }}
-backends.{{ . }} serves {{ $model }}, the name that asks for routing: call it something else in config.pools.{{ . }}.model.
+backends.{{ . }} serves {{ $model }}, the name that requests routing: call it something else in config.pools.{{ . }}.model.
 {{- end }}
 {{- $_ := set $models $model . }}
 {{- end }}
@@ -118,13 +118,13 @@ backends.{{ $pool }} may run {{ $most }} replicas, which can't share a {{ $weigh
 backends.{{ $pool }}.strategy.rollingUpdate has 0 for both maxSurge and maxUnavailable, so no pod could ever be replaced: set one of them to 1.
 {{- end }}
 {{- range $argument := ternary $backend.args list $backend.deploy }}
-{{- $own := dict "port" "the gateway asks 8000" "host" "the gateway asks the pod" "scheduling-policy" "the learner's questions come last" }}
+{{- $own := dict "port" "the gateway connects to 8000" "host" "the gateway connects to the pod" "scheduling-policy" "it puts the learner's requests last" }}
 {{- $_ := set $own "served-model-name" (printf "set config.pools.%s.model" $pool) }}
 {{- $_ := set $own "shutdown-timeout" (printf "set backends.%s.shutdownSeconds" $pool) }}
 {{- $_ := set $own "api-key" (printf "name its Secret in backends.%s.apiKey.existingSecret" $pool) }}
 {{- $flag := regexFind "^--[^= ]+" $argument | trimPrefix "--" | replace "_" "-" }}
 {{- with get $own $flag }}
-backends.{{ $pool }}.args has --{{ $flag }}, which is the chart's: take it out ({{ . }}).
+backends.{{ $pool }}.args has --{{ $flag }}, which the chart sets: remove it ({{ . }}).
 {{- end }}
 {{- end }}
 {{- if and $backend.keda.enabled (gt (int $backend.keda.minReplicas) (int $backend.keda.maxReplicas)) }}
@@ -201,7 +201,7 @@ config.routing.on_overload is {{ . }}: set share or a pool's name ({{ join ", " 
 records.kind is postgresql without an address: name the Secret that holds it in records.postgresql.existingSecret.
 {{- end }}
 {{- if and (ne $records.kind "postgresql") $records.postgresql.existingSecret }}
-records.postgresql.existingSecret is named while records.kind is {{ $records.kind }}, which reads no address: set records.kind: postgresql, or take the Secret's name away.
+records.postgresql.existingSecret is named while records.kind is {{ $records.kind }}, which uses no address: set records.kind: postgresql, or remove the Secret's name.
 {{- end }}
 {{- if and (eq (default "none" .Values.config.records.prompts) "hash") (not $records.hashKey.existingSecret) }}
 config.records.prompts is hash without a key for it: name the Secret that holds one in records.hashKey.existingSecret.
@@ -231,13 +231,13 @@ config.pools has {{ $pools }} and the shipped estimator scores two: set config.e
 learner.enabled needs the prompts: set config.records.prompts: full, or learner.enabled: false.
 {{- end }}
 {{- if not (include "depo-gateway.usesVolume" .) }}
-learner.enabled has nowhere to publish with checkpoints.kind: image: set checkpoints.kind: pvc, or learner.enabled: false.
+learner.enabled has no place to publish to with checkpoints.kind: image: set checkpoints.kind: pvc, or learner.enabled: false.
 {{- end }}
 {{- if and (include "depo-gateway.usesVolume" .) (eq .Values.checkpoints.accessMode "ReadWriteOncePod") }}
-checkpoints.accessMode is ReadWriteOncePod, which shuts the learner out: set ReadWriteOnce, or learner.enabled: false.
+checkpoints.accessMode is ReadWriteOncePod, which excludes the learner: set ReadWriteOnce, or learner.enabled: false.
 {{- end }}
 {{- if and (include "depo-gateway.usesSqlite" .) (eq .Values.records.sqlite.accessMode "ReadWriteOncePod") }}
-records.sqlite.accessMode is ReadWriteOncePod, which shuts the learner out: set ReadWriteOnce, or learner.enabled: false.
+records.sqlite.accessMode is ReadWriteOncePod, which excludes the learner: set ReadWriteOnce, or learner.enabled: false.
 {{- end }}
 {{- if and (gt (len .Values.config.pools) 2) (eq $learner.base "builtin") }}
 learner.base is builtin, which scores two pools of {{ len .Values.config.pools }}: set learner.base to a checkpoint of yours.
@@ -249,7 +249,7 @@ learner.config.judge is a webhook without an address: set learner.config.judge.u
 {{- end }}
 {{- range $name, $of := dict "pool" "model" "url" "webhook" "api_key_env" "webhook" }}
 {{- if and (get $judge $name) (ne $kind $of) }}
-learner.config.judge.{{ $name }} is read by kind: {{ $of }} alone, and learner.config.judge.kind is {{ $kind }}: take one away.
+learner.config.judge.{{ $name }} is read by kind: {{ $of }} alone, and learner.config.judge.kind is {{ $kind }}: remove one.
 {{- end }}
 {{- end }}
 {{- if and $judge.pool (not (hasKey .Values.config.pools $judge.pool)) }}
@@ -261,12 +261,12 @@ learner.config.judge.pool is {{ $judge.pool }}, which config.pools does not have
 {{- define "depo-gateway.refusals.monitoring" -}}
 {{- $monitoring := .Values.monitoring }}
 {{- if and .Values.gateway.keda.enabled (eq (toString $monitoring.serviceMonitor.enabled) "false") }}
-gateway.keda asks for metrics of the ServiceMonitor, which is off: set monitoring.serviceMonitor.enabled: auto, or gateway.keda.enabled: false.
+gateway.keda needs metrics of the ServiceMonitor, which is off: set monitoring.serviceMonitor.enabled: auto, or gateway.keda.enabled: false.
 {{- end }}
 {{- range $pool := include "depo-gateway.deployedPools" . | fromJsonArray }}
 {{- $backend := include "depo-gateway.backend" (dict "root" $ "pool" $pool) | fromYaml }}
 {{- if and $backend.keda.enabled (eq (toString $monitoring.podMonitor.enabled) "false") }}
-backends.{{ $pool }}.keda asks for metrics of the PodMonitor, which is off: set monitoring.podMonitor.enabled: auto, or backends.{{ $pool }}.keda.enabled: false.
+backends.{{ $pool }}.keda needs metrics of the PodMonitor, which is off: set monitoring.podMonitor.enabled: auto, or backends.{{ $pool }}.keda.enabled: false.
 {{- end }}
 {{- end }}
 {{- end }}
@@ -285,9 +285,9 @@ backends.{{ $pool }}.keda asks for metrics of the PodMonitor, which is off: set 
 {{- range $part, $amounts := dict "requests" $requests "limits" $limits }}
 {{- range $name, $amount := $amounts }}
 {{- if not (regexMatch "^(cpu|memory|ephemeral-storage|hugepages-.+|.+/.+)$" $name) }}
-{{ $where }}.resources.{{ $part }}.{{ $name }} is no resource of Kubernetes: write cpu, memory, or a device's with its domain (nvidia.com/gpu).
+{{ $where }}.resources.{{ $part }}.{{ $name }} is not a resource of Kubernetes: write cpu, memory, or a device's with its domain (nvidia.com/gpu).
 {{- else if not (regexMatch "^[0-9]+([.][0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?$" (toString (default 0 $amount))) }}
-{{ $where }}.resources.{{ $part }}.{{ $name }} is {{ $amount }}, which is no quantity of Kubernetes: write it like 500m, 2, 512Mi or 16Gi.
+{{ $where }}.resources.{{ $part }}.{{ $name }} is {{ $amount }}, which is not a quantity of Kubernetes: write it like 500m, 2, 512Mi or 16Gi.
 {{- $_ := unset $amounts $name }}
 {{- end }}
 {{- end }}

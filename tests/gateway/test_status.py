@@ -1,4 +1,4 @@
-"""What /admin/status tells, the page's headers, and the metric of the keys' budgets. The page: test_status_page.py."""
+"""/admin/status, the headers of the page, and the metric of the keys' budgets. The page itself: test_status_page.py."""
 
 import asyncio
 import base64
@@ -26,7 +26,7 @@ LARGE = Decision("large", Reason.UNSURE, 0.3, 0.85, "v1")
 CURVE = Curve((0.0, 0.5, 0.9), ((1.0, 0.0), (0.75, 0.25), (0.4, 0.6)), (0.5, 0.7, 0.85), 0.9)
 
 
-async def told(gateway: Running) -> dict[str, Any]:
+async def status_of(gateway: Running) -> dict[str, Any]:
     async with gateway.session.get(f"{gateway.admin}/admin/status") as answer:
         assert answer.status == 200
         return await answer.json()  # type: ignore[no-any-return]
@@ -86,7 +86,7 @@ def test_a_clock_that_is_set_back_loses_nothing_new() -> None:
     assert [dict(item.decisions) for item in recent.slices(705.0)] == [{("small", "confident"): 1}]
 
 
-# What is told.
+# The content of /admin/status.
 
 
 async def test_counts_and_costs_are_those_of_the_metrics(start: StartGateway) -> None:
@@ -96,7 +96,7 @@ async def test_counts_and_costs_are_those_of_the_metrics(start: StartGateway) ->
         await gateway.chat("easy", "nobody")
         small.script = large.script = Script(status=503)
         assert (await gateway.chat("easy", "small")).status == 503
-        state = await told(gateway)
+        state = await status_of(gateway)
         for kind in ("since_start", "lately"):
             found = state[kind]
             assert found["decisions"] == {"small": {"confident": 2}, "large": {"unsure": 1, "pinned": 1}}, kind
@@ -114,7 +114,7 @@ async def test_counts_and_costs_are_those_of_the_metrics(start: StartGateway) ->
 
 async def test_a_gateway_without_traffic_claims_nothing(start: StartGateway) -> None:
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
-        state = await told(gateway)
+        state = await status_of(gateway)
     assert state["since_start"]["decisions"] == state["lately"]["decisions"] == {}
     assert state["since_start"]["cost"]["saved"] is None
     assert state["recent"] == []
@@ -131,7 +131,7 @@ async def test_recent_decisions_tell_who_served_and_why_but_nothing_private(star
             del gateway.session.headers["x-request-id"]
             await (await gateway.chat("hard " * 9 + "the-prompt")).read()
             await gateway.chat("easy", "auto-2")  # 404: nothing was decided
-            state = await told(gateway)
+            state = await status_of(gateway)
     second, first = state["recent"]
     assert (first["id"], first["endpoint"], first["pool"], first["reason"]) == ("mine-1", "chat", "small", "confident")
     assert first["confidence"] >= first["threshold"] == 0.85
@@ -154,7 +154,7 @@ async def test_recent_decisions_that_nobody_answered_say_so(start: StartGateway)
         assert await gateway.settles("gateway_client_disconnects_total", 1)
         large.script = Script(status=503)
         await gateway.chat("easy", "large")
-        second, first = (await told(gateway))["recent"]
+        second, first = (await status_of(gateway))["recent"]
     assert (first["status"], first["answered"], first["pool"]) == (499, False, "small")
     assert (second["status"], second["answered"], second["reason"]) == (503, False, "pinned")
 
@@ -163,7 +163,7 @@ async def test_a_fallback_is_told_as_what_it_became(start: StartGateway) -> None
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
         small.script = Script(status=503)
         await (await gateway.chat("easy")).read()
-        state = await told(gateway)
+        state = await status_of(gateway)
     assert [(item["pool"], item["reason"]) for item in state["recent"]] == [("large", "fallback")]
     assert state["lately"]["decisions"] == {"large": {"fallback": 1}}
 
@@ -176,7 +176,7 @@ async def test_the_curve_is_the_loaded_checkpoints_and_moves_with_it(tiny_checkp
     async with FakeVllm() as small, FakeVllm() as large:
         raw = settings([small], [large], tmp_path / "one", routing={"threshold": 0.6})
         async with running(raw) as gateway:
-            curve = (await told(gateway))["curve"]
+            curve = (await status_of(gateway))["curve"]
             assert curve["thresholds"] == [0.0, 0.5, 0.9]
             assert curve["large_share"] == [0.0, 0.25, 0.6]
             assert curve["quality"] == [0.5, 0.7, 0.85]
@@ -186,18 +186,18 @@ async def test_the_curve_is_the_loaded_checkpoints_and_moves_with_it(tiny_checkp
             assert curve["now"] == {"threshold": 0.6, "large_share": 0.6, "cost": pytest.approx(0.68), "quality": 0.85}
         raw["routing"]["threshold"] = 0.95
         async with running(raw) as gateway:
-            now = (await told(gateway))["curve"]["now"]
+            now = (await status_of(gateway))["curve"]["now"]
             assert now == {"threshold": 0.95, "large_share": 1.0, "cost": 1.0, "quality": 0.9}
         raw["routing"]["rule"] = "difficulty"
         async with running(raw) as gateway:
-            assert (await told(gateway))["curve"] is None
+            assert (await status_of(gateway))["curve"] is None
 
 
 async def test_a_policys_curve_has_no_quality(tiny_policy_checkpoint: Path) -> None:
     async with FakeVllm() as small, FakeVllm() as large:
         raw = settings([small], [large], tiny_policy_checkpoint, routing={"rule": "difficulty", "threshold": 0.5})
         async with running(raw) as gateway:
-            curve = (await told(gateway))["curve"]
+            curve = (await status_of(gateway))["curve"]
     assert curve["quality"] is curve["all_large"] is None
     assert curve["cost"] == pytest.approx([0.2 + 0.8 * share for share in curve["large_share"]], abs=1e-5)
     assert 0.0 <= curve["now"]["large_share"] <= 1.0

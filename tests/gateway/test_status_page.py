@@ -147,13 +147,13 @@ async def test_the_curve_shows_where_the_threshold_stands_and_what_another_would
 ) -> None:
     async with FakeVllm() as small, FakeVllm() as large:
         async with page(chromium, settings([small], [large], curved, routing={"threshold": 0.5})) as (shown, _):
-            assert await shown.text("told") == (
+            assert await shown.text("trial-effect") == (
                 "In force, 0.50: 40% to large, 52% of the cost, quality 83.8% (87.2% of large's)."
             )
             rows = await shown.rows("curve-table")
             assert rows[10] == ["0.50", "40.0%", "52.0%", "83.8%"]
             assert len(rows) == 21
-            # What is drawn is what is told: the point in force lies on the line, at its own place.
+            # The drawing agrees with the text: the point in force lies on the line, at its own place.
             place = await shown.run(
                 "const points = document.querySelector('#curve .curve').getAttribute('points').split(' ');"
                 "const here = document.querySelector('#curve .here');"
@@ -164,12 +164,12 @@ async def test_the_curve_shows_where_the_threshold_stands_and_what_another_would
             assert not chromium.find_element(By.ID, "back").is_enabled()
             for _ in range(50):  # by keyboard, in steps of .005
                 await asyncio.to_thread(slider.send_keys, Keys.ARROW_RIGHT)
-            assert await shown.text("told") == (
+            assert await shown.text("trial-effect") == (
                 "With 0.75: 60% to large, 68% of the cost, quality 92.2% (96.0% of large's)."
             )
             assert await shown.run("return document.querySelectorAll('#curve .trial').length") == 1
             await asyncio.to_thread(chromium.find_element(By.ID, "back").click)
-            assert (await shown.text("told")).startswith("In force, 0.50")
+            assert (await shown.text("trial-effect")).startswith("In force, 0.50")
             assert await shown.run("return document.querySelectorAll('#curve .trial').length") == 0
 
 
@@ -180,7 +180,7 @@ async def test_without_labels_the_curve_is_of_shares_and_without_a_curve_it_says
         routing = {"rule": "difficulty", "threshold": 0.5}
         async with page(chromium, settings([small], [large], tiny_policy_checkpoint, routing=routing)) as (shown, _):
             assert await shown.text("curve-title") == "What the loaded estimator's thresholds do"
-            assert re.fullmatch(r"In force, 0.50: \d+% to large, \d+% of the cost\.", await shown.text("told"))
+            assert re.fullmatch(r"In force, 0.50: \d+% to large, \d+% of the cost\.", await shown.text("trial-effect"))
             assert "quality" not in await shown.text("curve-all")
             assert await shown.complaints() == []
         async with page(chromium, settings([small], [large], tiny_checkpoint)) as (shown, _):
@@ -190,7 +190,7 @@ async def test_without_labels_the_curve_is_of_shares_and_without_a_curve_it_says
         curved = tiny_checkpoint.parent / "alike"
         checkpoints.version(tiny_checkpoint, curved, 0.0, {"gain": CURVE})
         async with page(chromium, settings([small], [large], curved, **alike)) as (shown, gateway):
-            assert await shown.text("told") == "In force, 0.85: 68% to large, quality 94.0% (97.9% of large's)."
+            assert await shown.text("trial-effect") == "In force, 0.85: 68% to large, quality 94.0% (97.9% of large's)."
             assert "share of large" in await shown.text("curve")
             await (await gateway.chat("easy")).read()
             await shown.shows("saved-of", "pools.*.cost is the same for all pools")
@@ -244,7 +244,7 @@ async def test_an_answer_of_another_version_is_told(chromium: webdriver.Chrome, 
         async with page(chromium, settings([small], [large], curved)) as (shown, _):
             await shown.run(
                 "const asked = window.fetch; window.fetch = async (...what) => {"
-                "const told = await (await asked(...what)).json(); delete told.lately; return Response.json(told); }"
+                "const text = await (await asked(...what)).json(); delete text.lately; return Response.json(text); }"
             )
             await shown.shows("lost", "its answer is of another version than this page")
             assert await shown.text("state") == "No answer"
@@ -264,11 +264,11 @@ async def test_a_gateway_that_is_gone_is_told_with_the_time_and_found_again(
             await (await gateway.chat("easy")).read()
             await shown.shows("share-of", "of 1 decision ")
             assert not chromium.find_element(By.ID, "lost").is_displayed()
-        told = await shown.shows("lost", "has not answered since")
+        text = await shown.shows("lost", "has not answered since")
         assert re.fullmatch(
             r"The gateway has not answered since (\d\d:\d\d:\d\d) \(no connection\)\. "
             r"The page shows the state of that moment; it keeps trying\.",
-            told,
+            text,
         )
         assert await shown.text("state") == "No answer"
         assert "as of" in await shown.text("updated")
@@ -276,7 +276,7 @@ async def test_a_gateway_that_is_gone_is_told_with_the_time_and_found_again(
         assert "of 1 decision " in await shown.text("share-of")  # the last known, dimmed
         assert await shown.run("return getComputedStyle(document.querySelector('main')).opacity") == "0.5"
         await asyncio.sleep(2.5)
-        assert await shown.text("lost") == told  # the moment stays
+        assert await shown.text("lost") == text  # the moment stays
         async with running(raw):
             await shown.shows("state", "Ready")
             assert not chromium.find_element(By.ID, "lost").is_displayed()
@@ -319,15 +319,15 @@ async def test_the_target_s_own_words_stand_where_others_count(chromium: webdriv
         routing = {"target": {"large_share": 0.3}}
         async with page(chromium, settings([small], [large], curved, routing=routing)) as (shown, gateway):
             await (await gateway.chat("easy", "large")).read()
-            told = await shown.shows("share-of", "of 1 decision ")
-            assert told.endswith(", pinned ones too; the target leaves them out")
+            text = await shown.shows("share-of", "of 1 decision ")
+            assert text.endswith(", pinned ones too; the target leaves them out")
             assert "follows a target of 0.3, now at – (without pinned requests)" in await shown.text("facts")
-            told = await shown.text("told")
-            assert told.startswith("In force, ")
-            assert "calibration" not in told
+            text = await shown.text("trial-effect")
+            assert text.startswith("In force, ")
+            assert "calibration" not in text
             await small.kill()
-            told = await shown.shows("told", "calibration")
-            assert told.endswith("). This is by the calibration; at present small has no backend that answers.")
+            text = await shown.shows("trial-effect", "calibration")
+            assert text.endswith("). This is by the calibration; at present small has no backend that answers.")
             label = await shown.run("return document.querySelector('#curve svg').getAttribute('aria-label')")
             assert label.endswith("now small has no backend that answers.")
         async with page(chromium, settings([large], [large], curved)) as (shown, gateway):

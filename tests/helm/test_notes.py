@@ -28,15 +28,15 @@ def notes(chart: Path, tmp_path: Path, values: dict[str, Any], release: str = "d
     about = ("--namespace=models", f"--values={tmp_path / 'values.yaml'}", "--show-only=templates/notes.yaml")
     done = helm("template", release, chart, *about)
     assert done.returncode == 0, done.stderr
-    said: str = yaml.safe_load(done.stdout)["notes"]
-    return said
+    printed: str = yaml.safe_load(done.stdout)["notes"]
+    return printed
 
 
 def test_the_curl_line_is_one(copy: Path, tmp_path: Path) -> None:
-    said = notes(copy, tmp_path, {})
-    assert "port-forward svc/depo-depo-gateway 8000:80 &" in said
-    begin = said.index("curl -i localhost")
-    line = said[begin : said.index("'\n", begin) + 1]
+    printed = notes(copy, tmp_path, {})
+    assert "port-forward svc/depo-depo-gateway 8000:80 &" in printed
+    begin = printed.index("curl -i localhost")
+    line = printed[begin : printed.index("'\n", begin) + 1]
     words = subprocess.run(
         ["sh", "-c", f'curl() {{ printf "%s\\n" "$@"; }}; {line}'], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -45,34 +45,34 @@ def test_the_curl_line_is_one(copy: Path, tmp_path: Path) -> None:
     assert not any("Authorization" in word for word in words)
 
 
-def test_an_open_gateway_and_kept_prompts_are_told_aloud(copy: Path, tmp_path: Path) -> None:
-    said = notes(copy, tmp_path, {})
-    assert "WARNING: no keys are configured" in said
-    assert "auth.existingSecret=depo-keys" in said
-    assert "PRIVACY: prompts and answers are kept for 30 days in the volume depo-depo-gateway-records" in said
-    assert "config.records.prompts=none,learner.enabled=false" in said
+def test_warns_of_an_open_gateway_and_of_stored_prompts(copy: Path, tmp_path: Path) -> None:
+    printed = notes(copy, tmp_path, {})
+    assert "WARNING: no keys are configured" in printed
+    assert "auth.existingSecret=depo-keys" in printed
+    assert "PRIVACY: prompts and answers are stored for 30 days in the volume depo-depo-gateway-records" in printed
+    assert "config.records.prompts=none,learner.enabled=false" in printed
 
 
-def test_what_is_not_so_is_not_told(copy: Path, tmp_path: Path) -> None:
+def test_warns_only_where_it_applies(copy: Path, tmp_path: Path) -> None:
     values = {"auth": {"existingSecret": "keys"}, "config": {"records": None}, "learner": {"enabled": False}}
-    said = notes(copy, tmp_path, values)
-    assert "WARNING" not in said
-    assert "PRIVACY" not in said
-    assert '-H "Authorization: Bearer $KEY"' in said
-    said = notes(copy, tmp_path, {"config": {"records": {"retention_days": 7}}})
-    assert "kept for 7 days" in said
+    printed = notes(copy, tmp_path, values)
+    assert "WARNING" not in printed
+    assert "PRIVACY" not in printed
+    assert '-H "Authorization: Bearer $KEY"' in printed
+    printed = notes(copy, tmp_path, {"config": {"records": {"retention_days": 7}}})
+    assert "stored for 7 days" in printed
 
 
 def test_the_test_is_offered_where_it_can_pass(copy: Path, tmp_path: Path) -> None:
     assert "/v1\n\nTest it:\n\n  helm -n models test depo --logs\n\n" in notes(copy, tmp_path, {})
     keys: dict[str, Any] = {"auth": {"existingSecret": "keys"}}
-    said = notes(copy, tmp_path, keys)
-    assert "test depo --logs" not in said
-    assert "--set test.apiKey.existingSecret=depo-test" in said
-    assert '--from-literal=api-key="$KEY"' in said
-    said = notes(copy, tmp_path, keys | {"test": {"apiKey": {"existingSecret": "a"}}})
-    assert "test depo --logs" in said
-    assert "depo-test" not in said
+    printed = notes(copy, tmp_path, keys)
+    assert "test depo --logs" not in printed
+    assert "--set test.apiKey.existingSecret=depo-test" in printed
+    assert '--from-literal=api-key="$KEY"' in printed
+    printed = notes(copy, tmp_path, keys | {"test": {"apiKey": {"existingSecret": "a"}}})
+    assert "test depo --logs" in printed
+    assert "depo-test" not in printed
     assert "helm test" not in notes(copy, tmp_path, keys | {"test": {"enabled": False}})
 
 
@@ -102,15 +102,15 @@ def test_the_volumes_that_stay_are_named(copy: Path, tmp_path: Path) -> None:
 def test_the_ingress_is_where_to_ask(copy: Path, tmp_path: Path) -> None:
     ingress = {"enabled": True, "host": "llm.example.com", "tls": [{"secretName": "tls", "hosts": ["llm.example.com"]}]}
     for path in ("/", "/v1"):
-        said = notes(copy, tmp_path, {"ingress": ingress | {"path": path}})
-        assert "curl -i https://llm.example.com/v1/chat/completions" in said
-    said = notes(copy, tmp_path, {"ingress": ingress})
-    assert "curl -i https://llm.example.com/v1/chat/completions" in said
-    assert "8000:80" not in said
+        printed = notes(copy, tmp_path, {"ingress": ingress | {"path": path}})
+        assert "curl -i https://llm.example.com/v1/chat/completions" in printed
+    printed = notes(copy, tmp_path, {"ingress": ingress})
+    assert "curl -i https://llm.example.com/v1/chat/completions" in printed
+    assert "8000:80" not in printed
 
 
 def test_names_are_those_of_the_release(copy: Path, tmp_path: Path) -> None:
-    said = notes(copy, tmp_path, {"gateway": {"service": {"port": 8080}}}, release="my-depo-gateway")
-    assert "rollout status deploy/my-depo-gateway " in said
-    assert "http://my-depo-gateway.models:8080/v1" in said
-    assert "svc/my-depo-gateway-admin 9000" in said
+    printed = notes(copy, tmp_path, {"gateway": {"service": {"port": 8080}}}, release="my-depo-gateway")
+    assert "rollout status deploy/my-depo-gateway " in printed
+    assert "http://my-depo-gateway.models:8080/v1" in printed
+    assert "svc/my-depo-gateway-admin 9000" in printed

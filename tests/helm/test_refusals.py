@@ -14,7 +14,7 @@ TWO = {"gateway": {"replicas": 2}}
 IMAGE = {"checkpoints": {"kind": "image"}}
 NO_LEARNER = {"learner": {"enabled": False}}
 OPENED = {"config": {"pools": {"huge": {"cost": 50}}}}
-MISPLACED = [  # a key that has another place, what is written, the remedy
+MISPLACED = [  # a key that belongs elsewhere, what is written, the remedy
     ("huggingFace.token", "hf_x", "existing Secret that holds it in huggingFace.existingSecret"),
     (
         "records.postgresql.url",
@@ -117,12 +117,12 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
             ("mid.size", "lower-case letters"),
             ("3b", "a letter first"),
             ("x" * 31, "up to 30"),
-            ("auto", "asks for routing"),
-            ("auto-fast", "asks for routing"),
-            *((word, "objects of its own") for word in ("admin", "learner", "checkpoints", "records", "test")),
-            ("small-shared", "objects of its own"),
-            ("small-single", "objects of its own"),
-            *((word, "no name to YAML") for word in ("on", "no", "off", "null")),  # true, false: in a label
+            ("auto", "requests routing"),
+            ("auto-fast", "requests routing"),
+            *((word, "its own objects") for word in ("admin", "learner", "checkpoints", "records", "test")),
+            ("small-shared", "its own objects"),
+            ("small-single", "its own objects"),
+            *((word, "not a name in YAML") for word in ("on", "no", "off", "null")),  # true, false: in a label
         )
     ),
     ("no keys", nested("config.auth", {}), ["config.auth is absent or empty", "auth.existingSecret"]),
@@ -155,7 +155,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
         ["config.pools.small.model", "large"],
     ),
     (
-        "a model that asks for routing",
+        "a model that requests routing",
         nested("config.pools.small.model", "auto"),
         ["config.pools.small.model", "auto"],
     ),
@@ -229,7 +229,11 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
         ["backends.large.keda", "monitoring.podMonitor.enabled: auto"],
     ),
     *(
-        (f"the chart's {argument}", nested("backends.small.args", [argument]), ["is the chart's: take it out", remedy])
+        (
+            f"the chart's {argument}",
+            nested("backends.small.args", [argument]),
+            ["which the chart sets: remove it", remedy],
+        )
         for argument, remedy in (
             ("--port=9000", "--port"),
             ("--host", "--host"),

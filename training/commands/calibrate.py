@@ -124,7 +124,7 @@ def _write(place: Path, out: Path, calibrated: Calibration, count: int, guarante
 def _guarantees(
     quality_NK: Array, observed_NK: Array, split: GuaranteeSplit, losses: Sequence[float], delta: float
 ) -> dict[str, dict[str, Guarantee]]:
-    """Guarantees by target and rule. Each holds by itself: choose rule and loss before looking at the others."""
+    """Guarantees by target and rule. Each holds alone, not together: choose rule and loss beforehand."""
     tested = split.testing
     return {
         loss_target_name(epsilon, delta): {

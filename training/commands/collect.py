@@ -159,7 +159,7 @@ async def _write_rows(
 
 
 def _report_losses(verifier: str, grader: Grader, tally: _Tally, prompts: int) -> None:
-    """Says on stderr which prompts were refused and which completions could not be graded."""
+    """Reports on stderr which prompts were refused and which completions could not be graded."""
     for name, messages in tally.refusals.items():
         some = f"{len(messages)} of {prompts} prompts, for instance"
         print(f"{name} refused {some if tally.counts.get(name) else 'every prompt'}: {messages[0]}", file=sys.stderr)

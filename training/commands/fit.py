@@ -142,7 +142,7 @@ def _fit_config(args: argparse.Namespace) -> FitConfig:
 def _create_model(
     args: argparse.Namespace, pools: tuple[str, ...], examples: Sequence[Example]
 ) -> tuple[Estimator, Tokenizer]:
-    """The untrained model, its vocabulary narrow_tokenizer to the examples' if --vocabulary says so."""
+    """The untrained model, its vocabulary narrowed to the examples' if --vocabulary is `used`."""
     text = TextConfig(pooling=args.pooling, max_tokens=args.max_tokens)
     config = ModelConfig(pools, text, args.encoder, args.layers, trunk=args.trunk)
     rounded = args.train_layers != WHOLE

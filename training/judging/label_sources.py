@@ -136,7 +136,7 @@ def source_rank(name: str) -> int:
 
 
 def is_client_claim(record: Record, source: str) -> bool:
-    """Whether a label from this source rests on what the client itself said: its feedback, or its reference."""
+    """Whether a label from this source is the client's claim: its feedback, or a verdict by its reference."""
     known = SOURCES.get(source)
     return source == FEEDBACK or (known is not None and known.needs_reference and record.reference is not None)
 

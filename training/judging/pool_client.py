@@ -75,7 +75,7 @@ class PoolClient:
     """Asks pools by name.
 
     Args:
-        session: without a time limit of its own.
+        session: without its own time limit.
         priority: vLLM's; None: the servers' default.
         timeout_s: seconds for one call.
     """

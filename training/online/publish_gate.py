@@ -88,7 +88,7 @@ def assess(newest: Holdout, reference: Holdout | None, config: GateConfig, seed:
 
 def _too_few_labels(newest: Holdout, labelled: int, config: GateConfig) -> str:
     if labelled < config.least:
-        return f"{labelled} newest prompts have labels, and {config.least} are required to tell harm from noise"
+        return f"{labelled} newest prompts have labels, and {config.least} are required to distinguish harm from noise"
     for k, pool in enumerate(newest.pools):
         if (~np.isnan(newest.observed[:, k])).sum() < MIN_LABELS:
             return f"pool {pool!r} has fewer than {MIN_LABELS} labels on the newest prompts"
@@ -283,5 +283,5 @@ def chance_error(predicted: Array, observed: Array, bins: int = CALIBRATION_BINS
 
 
 def _mean_labels(holdout: Holdout) -> Array:
-    """The predictions that stand for random routing: each pool's mean label."""
+    """The predictions that represent random routing: each pool's mean label."""
     return np.tile(np.nanmean(holdout.observed, 0), (len(holdout.observed), 1))

@@ -34,7 +34,7 @@ class RefreshConfig:
     min_labels: int = 100  # labelled prompts, without duplicates and untrusted labels; with fewer nothing is learned
     newest: int = 20_000  # records at most, the newest
     held_out: float = 0.3  # the newest share of the examples, on which a candidate is judged
-    held_out_least: int = 1000  # examples at least, or all there are: fewer don't tell harm from noise
+    held_out_least: int = 1000  # examples at least, or all there are: with fewer, harm looks like noise
     recent: int = 300  # newest examples; calibrated on them or on the newest 1,500, whichever fits them better
     folds: int = 5
     # Fixed: with few labels a held-out loss is too noisy for early stopping, and weight decay keeps long fits in check

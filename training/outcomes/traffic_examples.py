@@ -2,7 +2,7 @@
 
 Where several sources labelled one record, label_precedence.py says which label of each pool counts.
 
-Weights. If only the served pool has a label, and scores or random routing chose it, the label stands for all prompts
+Weights. If only the served pool has a label, and scores or random routing chose it, the label represents all prompts
 that could have been served there: it weighs 1 / propensity, clipped. Labels of every pool (shadowing) and labels on
 decisions that were not free (sticky, fallback, budget, pinned) weigh 1. Records of the same prompt share one weight,
 and their labels are averaged by it. Client claims (feedback, and verdicts by a reference that the client gave) are
@@ -224,7 +224,7 @@ def _one_label_a_pool(item: _UsableRecord, pools: tuple[str, ...], clip: float) 
 
 
 def _unweighted_if_complete(records: list[_LabelledPrompt], pools: tuple[str, ...]) -> list[_LabelledPrompt]:
-    """Records of one prompt; if together they label every pool, none stands for answers that were not served."""
+    """Records of one prompt; if together they label every pool, none is weighted by inverse propensity."""
     complete = {pool for one in records for pool in one.quality} == set(pools)
     return [replace(one, inverse=1.0) for one in records] if complete else records
 

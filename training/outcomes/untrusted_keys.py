@@ -2,8 +2,8 @@
 
 A label's disagreement is its log-loss under a prediction that was not fitted on it, less the expected log-loss of a
 truthful label. A key's mean is compared with the mean of the others' labels, in units of chance and of how much honest
-keys differ. A key that always lies stands out where predictions are certain. Where they are not, its labels can't be
-told from noise, and do little harm.
+keys differ. A key that always labels falsely is detected where predictions are certain. Where they are not, its labels
+are indistinguishable from noise, and do little harm.
 
 Shapes: L claims.
 """

@@ -113,7 +113,7 @@ def test_a_near_constant_router_is_refused() -> None:
 def test_too_few_labels_are_a_refusal() -> None:
     truth, observed = prompts(40)
     assert assess(holdout(truth, None, observed), None, CONFIG).reasons == (
-        "40 newest prompts have labels, and 50 are required to tell harm from noise",
+        "40 newest prompts have labels, and 50 are required to distinguish harm from noise",
     )
     truth, observed = prompts(100)
     observed[15:, 1] = np.nan
