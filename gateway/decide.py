@@ -28,7 +28,7 @@ async def decide(gateway: Gateway, request: RequestState, query: Query, key: str
     prompt, candidates = _routable(live.config, query)
     request.phase = "scoring"
     scored = request.notes.scored = await live.scorer.score(prompt)
-    sticky = live.config.routing.sticky and query.messages
+    sticky = live.config.routing.sticky and (query.messages or query.continued_answer)
     served_by = gateway.conversations.find(key, query.messages, query.continued_answer) if sticky else None
     decision = _choose(gateway, request, candidates, scored, explore=served_by is None)
     if served_by is not None:

@@ -11,10 +11,10 @@ from depo_gateway.estimator.text import prompt_of_messages
 from depo_gateway.gateway.openai.api import Api, Fields, Messages, Prompt
 from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.openai.json_splice import STRING, replaced, top_level_spans
+from depo_gateway.gateway.openai.media import MEDIA
 
 # A token of JSON text is seldom shorter than four bytes of English.
 BYTES_PER_TOKEN = 4
-MEDIA = frozenset(("image", "audio"))
 # Quotes inside a JSON string are escaped, so this can match only a key; a single match is then the top level's.
 _MODEL = re.compile(rb'(?<!\\)"model"\s*:\s*(' + STRING + rb")")
 
