@@ -24,6 +24,7 @@ from depo_gateway.gateway.asgi import (
     read_body,
     request_id,
 )
+from depo_gateway.gateway.config import last_pool
 from depo_gateway.gateway.conversations import AnswerHead
 from depo_gateway.gateway.decide import decide
 from depo_gateway.gateway.dispatch import Exchange, obtain
@@ -239,7 +240,7 @@ def _count_tokens(gateway: Gateway, request: RequestState, pool: str, usage: Usa
             metrics.tokens.labels(pool, kind).inc(tokens)
             total += tokens
     request.tokens = total
-    dearest = next(reversed(list(pools.values())))
+    dearest = pools[last_pool(request.live.config.pools)]
     metrics.cost.labels(pool).inc(total / 1000 * pools[pool].cost)
     metrics.cost_all_large.inc(total / 1000 * dearest.cost)
 

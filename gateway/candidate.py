@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Offer:
     """One prompt and where it was routed."""
 
-    asked: str | Sequence[Mapping[str, object]]
+    prompt: str | Sequence[Mapping[str, object]]
     candidates: Eligible
     threshold: float
     pool: str | None  # chosen by the live scores; None: they did not decide
@@ -92,7 +92,7 @@ class Candidate:
                 self._metrics.candidate_agreement.labels("yes" if pool == offer.pool else "no").inc()
 
     def _decide(self, offer: Offer) -> str:
-        prepared = self._runtime.prepare(*extract_text(self._runtime.manifest.text, offer.asked))
+        prepared = self._runtime.prepare(*extract_text(self._runtime.manifest.text, offer.prompt))
         scores = self._runtime.score([prepared])[0]
         quality = {name: scores.quality[column] for name, column in self._columns.items()}
         confidence = routing.confidences(quality, self._rule, offer.candidates)

@@ -87,14 +87,14 @@ class Scorer:
         for thread in self._threads:
             thread.start()
 
-    async def score(self, asked: str | Sequence[Mapping[str, object]]) -> Scored | None:
+    async def score(self, prompt: str | Sequence[Mapping[str, object]]) -> Scored | None:
         """Scores of a prompt, or of a conversation's messages, read as the checkpoint's manifest says.
 
         Takes at most the deadline plus the cheap stage. None if the cheap stage fails as well, or does not exist.
         """
         started = time.perf_counter()
         try:
-            text, context = extract_text(self.runtime.manifest.text, asked)
+            text, context = extract_text(self.runtime.manifest.text, prompt)
             name = hashlib.blake2b(f"{len(text)}\0{text}{context}".encode(), digest_size=16).digest()
             known = self._cache.get(name)
             if known is not None:

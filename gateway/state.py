@@ -38,7 +38,7 @@ class Gateway:
     live: Live
     metrics: Metrics
     upstream: Upstream
-    budget: RetryBudget
+    retry_budget: RetryBudget
     control: Control
     conversations: Conversations = field(default_factory=Conversations)
     recorder: Recorder | None = None  # None: nothing is recorded

@@ -30,7 +30,7 @@ class Query:
     prompt: Prompt | None  # what is scored, and how much of it the checkpoint says; None: it can't be routed
     continued_answer: str  # the id of an earlier answer that it goes on from; ""
     modalities: frozenset[str]  # beyond text
-    prompt_tokens: int  # an estimate; the backend's tokenizer decides
+    context_needed: int  # tokens of prompt and reserved completion, an estimate
     fields: Fields
     body: bytes
 
@@ -90,7 +90,7 @@ def query_of(api: Api, fields: Fields, body: bytes) -> Query:
         prompt=prompt,
         continued_answer=api.continued_answer(fields),
         modalities=modalities,
-        prompt_tokens=_prompt_tokens(api, fields, body, prompt, modalities),
+        context_needed=_context_needed(api, fields, body, prompt, modalities),
         fields=fields,
         body=body,
     )
@@ -131,7 +131,7 @@ def _including_usage(options: bytes) -> bytes:
     return b'{"include_usage":true' + separator + options[1:]
 
 
-def _prompt_tokens(api: Api, fields: Fields, body: bytes, prompt: Prompt | None, modalities: frozenset[str]) -> int:
+def _context_needed(api: Api, fields: Fields, body: bytes, prompt: Prompt | None, modalities: frozenset[str]) -> int:
     """Prompt and reserved completion, estimated. Media travel as base64, so beside them only the text counts."""
     size = len(body)
     if isinstance(prompt, list) and modalities & MEDIA:
