@@ -5,8 +5,10 @@ The endpoints that serve models (gateway/openai/apis.py) go through one plain AS
 """
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from depo_gateway.gateway.asgi import (
@@ -22,6 +24,7 @@ from depo_gateway.gateway.asgi import (
     read_body,
     request_id,
 )
+from depo_gateway.gateway.config import last_pool
 from depo_gateway.gateway.conversations import AnswerHead
 from depo_gateway.gateway.decide import decide
 from depo_gateway.gateway.dispatch import Exchange, obtain
@@ -96,7 +99,7 @@ async def _answer(
     watcher: asyncio.Task[None] | None = None
     exchange: Exchange | None = None
     try:
-        key = authenticate(live, request.api.api_key(request.headers))
+        key = authenticate(live, request.api.api_key(request.headers), request.api.key_header)
         gateway.control.admit(key)
         notes.key, notes.reference = key, request.headers.get(REFERENCE_HEADER, b"")
         body = await read_body(receive, request.headers, live.config)
@@ -127,10 +130,12 @@ async def _send_whole(gateway: Gateway, request: RequestState, query: Query, exc
     answer = json_of(exchange.body) if exchange.status == 200 else None
     if answer is not None and query.api.answer_piece is not None:
         notes.whole, notes.whole_bytes = answer, len(exchange.body)
-    _count_tokens(gateway, request, exchange.decision.pool, query.api.usage(answer))
+    with _reading_answer(request):
+        _count_tokens(gateway, request, exchange.decision.pool, query.api.usage(answer))
     if head is not None:
-        head.whole(answer)
-        _remember(gateway, request, query, exchange, head)
+        with _reading_answer(request):
+            head.whole(answer)
+            _remember(gateway, request, query, exchange, head)
     headers = [*_headers(gateway, request, exchange), (b"content-length", b"%d" % len(exchange.body))]
     request.code = exchange.status
     request.answered, request.phase = True, "done"
@@ -141,7 +146,14 @@ async def _send_whole(gateway: Gateway, request: RequestState, query: Query, exc
 async def _send_stream(gateway: Gateway, request: RequestState, query: Query, exchange: Exchange, send: Send) -> None:
     """Forwards a stream as it arrives, without a usage chunk that the client did not request."""
     notes, head = request.notes, _answer_head(request, query, exchange)
-    events = UsageFilter(query.api.usage, remove=query.adds_usage)
+
+    def usage_of(event: Any) -> Usage | None:
+        usage = None
+        with _reading_answer(request):
+            usage = query.api.usage(event)
+        return usage
+
+    events = UsageFilter(usage_of, remove=query.adds_usage)
     copy = notes.stream = gateway.recorder.stream_copy() if gateway.recorder is not None else None
     data = exchange.body
     idle_s = request.live.config.timeouts.idle_s
@@ -156,16 +168,30 @@ async def _send_stream(gateway: Gateway, request: RequestState, query: Query, ex
                 if copy is not None:
                     copy.add(out)
                 # Before the client has it, because its follow-up may come at once.
-                if head is not None and not head.complete and head.feed(out):
-                    _remember(gateway, request, query, exchange, head)
+                if head is not None and not head.complete:
+                    with _reading_answer(request):
+                        if head.feed(out):
+                            _remember(gateway, request, query, exchange, head)
                 await send({"type": "http.response.body", "body": out, "more_body": True})
             data = await exchange.next_chunk(idle_s)
         request.phase = "done"
         await send({"type": "http.response.body", "body": events.end()})
     finally:
         if head is not None and not head.complete:  # interrupted: clients continue from what they received
-            _remember(gateway, request, query, exchange, head)
+            with _reading_answer(request):
+                _remember(gateway, request, query, exchange, head)
         _count_tokens(gateway, request, exchange.decision.pool, events.usage)
+
+
+@contextlib.contextmanager
+def _reading_answer(request: RequestState) -> Iterator[None]:
+    """Reads an answer for counts and follow-ups. Whatever it holds, the client gets it."""
+    try:
+        yield
+    except Exception:  # boundary: the log gets the traceback, once a request
+        if not request.unreadable:
+            log.exception("request %s: the answer can't be read as %s's", request.id, request.api.name)
+        request.unreadable = True
 
 
 def _new_request(gateway: Gateway, api: Api, scope: Scope) -> RequestState:
@@ -180,8 +206,9 @@ def _headers(gateway: Gateway, request: RequestState, exchange: Exchange) -> Hea
 
 def _answer_head(request: RequestState, query: Query, exchange: Exchange) -> AnswerHead | None:
     """Collects the beginning of the answer, which identifies a follow-up; None where none is recognised."""
-    sticky = request.live.config.routing.sticky and exchange.status == 200 and query.messages
-    return AnswerHead(query.api.answer_piece) if sticky and query.api.answer_piece is not None else None
+    sticky = request.live.config.routing.sticky and exchange.status == 200
+    recognisable = query.messages or query.api.continues_answers
+    return AnswerHead(read) if (read := query.api.answer_piece) is not None and sticky and recognisable else None
 
 
 def _remember(gateway: Gateway, request: RequestState, query: Query, exchange: Exchange, head: AnswerHead) -> None:
@@ -213,7 +240,7 @@ def _count_tokens(gateway: Gateway, request: RequestState, pool: str, usage: Usa
             metrics.tokens.labels(pool, kind).inc(tokens)
             total += tokens
     request.tokens = total
-    dearest = next(reversed(list(pools.values())))
+    dearest = pools[last_pool(request.live.config.pools)]
     metrics.cost.labels(pool).inc(total / 1000 * pools[pool].cost)
     metrics.cost_all_large.inc(total / 1000 * dearest.cost)
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from depo_gateway.gateway.config import Config, key_digest
+from depo_gateway.gateway.openai.authorization import BEARER_HEADER
 from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.routing import Decision
 from depo_gateway.gateway.state import Gateway, Live, RequestState
@@ -21,8 +22,11 @@ HeaderList = list[tuple[bytes, bytes]]
 CLIENT_GONE = 499  # nginx's status for a client that hung up; no client ever sees it
 
 
-def authenticate(live: Live, api_key: str) -> str:
+def authenticate(live: Live, api_key: str, key_header: str = BEARER_HEADER) -> str:
     """The name of an API key; "" where the gateway is open.
+
+    Args:
+        key_header: how the client should have sent it.
 
     Raises:
         ApiError: 401 for a missing or unknown key.
@@ -30,7 +34,7 @@ def authenticate(live: Live, api_key: str) -> str:
     if not live.keys:
         return ""
     if not api_key:
-        raise ApiError(401, "No API key: send it as 'Authorization: Bearer KEY'.", "missing_api_key")
+        raise ApiError(401, f"No API key: send it as '{key_header}'.", "missing_api_key")
     name = live.keys.get(key_digest(api_key))
     if name is None:
         raise ApiError(401, "The API key is not known here.", "invalid_api_key")

@@ -88,7 +88,7 @@ class CheckpointWatcher:
         log.info("the estimator is now %s", scorer.version)
 
     async def _check_candidate(self) -> None:
-        """The same for the candidate."""
+        """Loads a new checkpoint of the candidate and swaps. Raises ValueError or OSError for a bad one."""
         gateway = self._gateway
         settings, old = gateway.live.config, gateway.control.candidate
         path = settings.estimator.candidate

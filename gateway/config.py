@@ -1,7 +1,8 @@
 """Every setting of the gateway, as one frozen tree read from gateway.yaml.
 
 The tree is closed: an unknown key stops start-up with a message that names it and the nearest known key. Scalars are
-checked too: `threshold: "0.6"` is an error. Settings that the learner has as well are in configuration/shared.py.
+checked too: `threshold: "0.6"` is an error. Settings that the learner has as well are in
+estimator/configuration/shared.py.
 """
 
 import dataclasses
@@ -139,7 +140,7 @@ def load_config(path: Path) -> Config:
 
 
 def parse_config(raw: Mapping[str, Any], directory: Path = Path()) -> Config:
-    """A checked tree from plain YAML values; see `load`."""
+    """A checked tree from plain YAML values; see `load_config`."""
     values = dict(raw)
     if "version" not in values:
         raise ValueError("'version' is missing; write version: 1")
@@ -189,6 +190,11 @@ def resolved_yaml(config: Config) -> str:
 def key_digest(key: str) -> str:
     """The sha256 of an API key in hex, as configs hold it. It needs no salt: keys are 256 random bits."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def last_pool(pools: Mapping[str, object]) -> str:
+    """The most expensive pool, as pools are listed cheapest first."""
+    return next(reversed(list(pools)))
 
 
 def shown_url(records: Records) -> str | None:
@@ -266,7 +272,7 @@ def _check_routing(routing: Routing, pools: Mapping[str, PoolConfig]) -> None:
 
 def _check_cost(wanted: float, pools: Mapping[str, PoolConfig]) -> None:
     prices = {name: pool.cost for name, pool in pools.items()}
-    last = next(reversed(list(prices)))
+    last = last_pool(prices)
     if prices[last] <= 0:
         raise ValueError("routing.target.cost needs a cost above 0 for the last pool")
     first = next(iter(prices))

@@ -16,13 +16,13 @@ from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.standing import Standing
 from depo_gateway.gateway.budgets import Account, Budgets
 from depo_gateway.gateway.candidate import Candidate, Offer
-from depo_gateway.gateway.config import Config
+from depo_gateway.gateway.config import Config, last_pool
 from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.routing import Decision, Eligible
 from depo_gateway.gateway.score_drift import ScoreDrift
 from depo_gateway.gateway.scoring import Scored
 from depo_gateway.gateway.threshold_controller import Step, ThresholdController
-from depo_gateway.gateway.thresholds import controller_of, curve_of, fixed_threshold, last_pool, spent_in
+from depo_gateway.gateway.thresholds import controller_of, curve_of, fixed_threshold, spent_in
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Accounting:
     """One request: what its decision was based on, and what has to be corrected if it ends otherwise."""
 
     requested_threshold: float | None = None  # the one in auto-0.85
-    decisive_confidence: float | None = None  # compared with the threshold for the last pool; None: nothing is
+    decisive_confidence: float | None = None  # the highest among the cheaper eligible pools; None: none has one
     typical: bool = False  # scored by the full stage, among all pools, as calibrations are
     version: str = ""
     # The objects that counted the request: a reload replaces them, and corrections must reach the same ones.
@@ -50,7 +50,7 @@ class Accounting:
         self.typical = scored.stage != "cheap" and len(candidates.pools) == pools
 
     def pay(self) -> bool:
-        """Whether the last pool may answer after all, where another one was chosen."""
+        """Pays for a call of the last pool that was not chosen at first; False if the key's share is used up."""
         if self.account is not None and not self.paid:
             self.paid = self.account.pay()
             return self.paid
@@ -147,7 +147,9 @@ class Control:
                 *(standing.version, standing.advantage, standing.low, standing.high, standing.labels),
             )
         elif not worse and self._floor is not None:
-            log.warning("labels no longer speak against the estimator %s: its scores decide again", self._version)
+            log.warning(
+                "labels no longer show the estimator %s to be worse than random: its scores decide again", self._version
+            )
         self._floor = standing if worse else None
 
     def replace_candidate(self, fresh: Candidate | None) -> Candidate | None:
@@ -172,8 +174,7 @@ class Control:
     def random_shares(self, shares: Mapping[str, float]) -> dict[str, float] | None:
         """Each pool's probability while the floor is in force; None while the scores decide.
 
-        The last pool's is the target's, or the share that the scores used to send there; the others divide the rest as
-        usual.
+        The last pool's is the target's, or its usual share under the scores; the others divide the rest as usual.
         """
         if self._floor is None or self._config is None:
             return None
@@ -186,12 +187,12 @@ class Control:
         return weights | {last: large}
 
     def commit(
-        self, accounting: Accounting, key: str, asked: Any, candidates: Eligible, decision: Decision
+        self, accounting: Accounting, key: str, prompt: Any, candidates: Eligible, decision: Decision
     ) -> Decision:
         """Counts a decision; the one returned is within the key's budget.
 
         Args:
-            asked: what was scored, or would have been.
+            prompt: what was scored, or would have been.
 
         Raises:
             ApiError: 429, only the last pool can serve the request, and the key has used up its share of it.
@@ -204,13 +205,13 @@ class Control:
         decisive = accounting.decisive_confidence
         if self._controller is not None:
             accounting.controller = self._controller
-            obeys = self._obeys(accounting, decision, last_pool(config))
+            obeys = self._obeys(accounting, decision, last_pool(config.pools))
             accounting.step = self._controller.count(spent_in(config, decision.pool), decisive if obeys else None)
         if decisive is not None and accounting.typical and accounting.version == self._version:
             self._drift.observe(decisive)
         if self._candidate is not None and decisive is not None:
             live = decision.pool if decision.reason.obeys_threshold else None
-            self._candidate.offer(Offer(asked, candidates, decision.threshold or 0.0, live))
+            self._candidate.offer(Offer(prompt, candidates, decision.threshold or 0.0, live))
         return decision
 
     def conclude(self, accounting: Accounting, pool: str | None, tokens: int, answered: bool = True) -> None:
@@ -224,7 +225,7 @@ class Control:
         config, account, controller = accounting.config, accounting.account, accounting.controller
         if config is None:
             return
-        served_last = pool == last_pool(config)
+        served_last = pool == last_pool(config.pools)
         if account is not None and accounting.paid and not served_last:
             account.refund()
         if account is not None and pool is not None and answered and not (accounting.paid and served_last):
@@ -246,7 +247,7 @@ class Control:
     def _within_budget(self, accounting: Accounting, key: str, candidates: Eligible, decision: Decision) -> Decision:
         assert self._config is not None
         account = accounting.account = self._budgets.account(key)
-        last = last_pool(self._config)
+        last = last_pool(self._config.pools)
         if account is None or account.key.large_share is None or decision.pool != last:
             return decision
         accounting.paid = account.pay()

@@ -61,7 +61,7 @@ class Conversations:
         now = time.monotonic() if now is None else now
         if answer.id:
             self._store(_digest_of_id(key, answer.id), pool, now)
-        if answer.head:
+        if answer.head and messages:
             digest = _new_digest(key)
             for message in messages:
                 _add(digest, message)

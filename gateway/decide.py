@@ -28,7 +28,7 @@ async def decide(gateway: Gateway, request: RequestState, query: Query, key: str
     prompt, candidates = _routable(live.config, query)
     request.phase = "scoring"
     scored = request.notes.scored = await live.scorer.score(prompt)
-    sticky = live.config.routing.sticky and query.messages
+    sticky = live.config.routing.sticky and (query.messages or query.continued_answer)
     served_by = gateway.conversations.find(key, query.messages, query.continued_answer) if sticky else None
     decision = _choose(gateway, request, candidates, scored, explore=served_by is None)
     if served_by is not None:
@@ -41,7 +41,7 @@ def _routable(config: Config, query: Query) -> tuple[Prompt, Eligible]:
     """The prompt to score, and the pools that can take the query."""
     if query.prompt is None:
         raise query.api.unroutable(tuple(config.pools))
-    candidates = routing.eligible(config.pools, query.modalities, query.prompt_tokens)
+    candidates = routing.eligible(config.pools, query.modalities, query.context_needed)
     if not candidates.pools:
         message = f"No pool accepts {' and '.join(sorted(query.modalities))}."
         raise ApiError(400, message, "modality_not_accepted", query.api.prompt_field)
@@ -51,14 +51,14 @@ def _routable(config: Config, query: Query) -> tuple[Prompt, Eligible]:
 def _choose(
     gateway: Gateway, request: RequestState, candidates: Eligible, scored: Scored | None, explore: bool
 ) -> Decision:
-    """The pool by the scores; at random where there are none, or where labels show them to be worth nothing."""
-    rules, asked, draw = request.live.config.routing, request.accounting.requested_threshold, random.random()
-    threshold = gateway.control.threshold if asked is None else asked
+    """The pool by the scores; at random where there are none, or where labels show them to be no better."""
+    rules, requested, draw = request.live.config.routing, request.accounting.requested_threshold, random.random()
+    threshold = gateway.control.threshold if requested is None else requested
     if scored is None:
         return routing.without_scores(candidates, rules.on_overload, gateway.shares, threshold, draw)
     confidence = routing.confidences(scored.quality, rules.rule, candidates)
     request.accounting.note_scores(confidence, candidates, len(request.live.config.pools), scored)
-    shares = gateway.control.random_shares(gateway.shares) if asked is None else None
+    shares = gateway.control.random_shares(gateway.shares) if requested is None else None
     if shares is not None:
         return routing.by_share(confidence, candidates, shares, threshold, scored.version, draw)
     share = rules.explore if explore else 0.0

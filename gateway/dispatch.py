@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 
 from depo_gateway.estimator.records.reasons import Reason
+from depo_gateway.gateway.config import last_pool
 from depo_gateway.gateway.control import share_used_up
 from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.openai.query import Query, forwarded_body
@@ -88,7 +89,7 @@ async def obtain(
         ApiError: 503 when no backend answered, 504 when a stream's first token did not come in time, 429 when the
             prompt is too long for all but the last pool and the key's share of that one is used up.
     """
-    gateway.budget.deposit()
+    gateway.retry_budget.deposit()
     search = _Search(gateway, request, query, decision, _order(decision, candidates))
     for name in search.order:
         exchange = await search.ask_pool(name)
@@ -104,7 +105,7 @@ class _Search:
     gateway: Gateway
     request: RequestState
     query: Query
-    decision: Decision  # another one once a backend has found the prompt too long
+    decision: Decision  # replaced after a backend reports that the prompt is too long
     order: list[str]
     failure: str = "none of its backends is up"  # the last one, for the error's message
     cause: str = "down"  # the same as a label of metrics
@@ -164,17 +165,19 @@ class _Search:
     def _pay_for_retry(self) -> None:
         """Counts an attempt; every one but the first takes from the budget of retries."""
         if self.attempts:
-            if not self.gateway.budget.withdraw():
+            if not self.gateway.retry_budget.withdraw():
                 raise self.unavailable(f"{self.failure}; retries are bounded by the retries section of the config")
             self.gateway.metrics.retries.labels(self.cause).inc()
         self.attempts += 1
 
     def _within_budget(self, name: str) -> bool:
         """Whether the key's share lets this pool answer, where it is the last one and was not the first choice."""
-        accounting, last = self.request.accounting, list(self.request.live.pools)[-1]
+        accounting, last = self.request.accounting, last_pool(self.request.live.config.pools)
         if name != last or name == self.order[0] or accounting.pay():
             return True
-        if name == self.decision.pool and accounting.account is not None:  # needed for its context, not for an outage
+        if (
+            name == self.decision.pool and accounting.account is not None
+        ):  # reason CONTEXT: no other pool is long enough
             raise share_used_up(accounting.account, last)
         self.failure, self.cause = "the key's share of the last pool is used up", "budget"
         return False

@@ -1,4 +1,4 @@
-"""The endpoints that serve no model: the list of models, the decision alone, feedback, health; and the admin port."""
+"""The endpoints that serve no model: models, /v1/route, feedback, health, the admin port. Others: gateway/openai/."""
 
 import hmac
 import logging

@@ -17,7 +17,7 @@ class Metrics:
     def __init__(self, version: str) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "gateway_requests_total", "Answered requests", ["endpoint", "pool", "code"], registry=registry
+            "gateway_requests_total", "Requests, by how they ended", ["endpoint", "pool", "code"], registry=registry
         )
         self.request_duration = Histogram(
             "gateway_request_duration_seconds",

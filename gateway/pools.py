@@ -21,6 +21,7 @@ FAILURES_TO_OPEN = 3  # consecutive
 OPEN_SECONDS = 2.0  # doubled with every failed trial, up to:
 LONGEST_OPEN_SECONDS = 30.0
 RETRY_WINDOW_SECONDS = 10.0
+BUSY_RATE = 100  # requests a second, up to which RetryBudget saves its share of them
 CLOSED, HALF_OPEN, OPEN = 0, 1, 2
 
 
@@ -42,7 +43,7 @@ class Backend:
     up: bool = True
     failures: int = 0
     missed: int = 0  # consecutive health checks without an answer
-    opened: int = 0  # consecutive trials that failed
+    opened: int = 0  # consecutive openings, up to 10
     open_until: float = 0.0
     state: int = CLOSED
 
@@ -88,7 +89,10 @@ class Backend:
     def _enter(self, state: int) -> None:
         if state != self.state:
             if state == OPEN and self.state == CLOSED:
-                log.warning("backend %s is left alone for a while: %d failures in a row", self.url, self.failures)
+                seconds = self.open_until - time.monotonic()
+                log.warning(
+                    "circuit of backend %s is open for %.0f s after %d failures", self.url, seconds, self.failures
+                )
             elif state == CLOSED:
                 log.info("backend %s answers again", self.url)
             self.state = state
@@ -156,7 +160,7 @@ class RetryBudget:
     """Limits second attempts to a share of the requests, so that retries can't multiply an outage.
 
     A token bucket as in Finagle's RetryBudget: every request adds `share`, every retry takes 1, and `per_second` are
-    added besides. It holds what ten seconds add.
+    added besides. It holds what ten seconds add, of up to BUSY_RATE requests a second.
     """
 
     def __init__(self, share: float, per_second: float) -> None:
@@ -165,7 +169,7 @@ class RetryBudget:
         self._tokens, self._then = self._most, time.monotonic()
 
     def deposit(self) -> None:
-        self._tokens = min(self._most + RETRY_WINDOW_SECONDS * 100 * self._share, self._tokens + self._share)
+        self._tokens = min(self._most + RETRY_WINDOW_SECONDS * BUSY_RATE * self._share, self._tokens + self._share)
 
     def withdraw(self) -> bool:
         now = time.monotonic()

@@ -86,7 +86,7 @@ class Recorder:
         self._finished = self._finished_bytes = 0
         self._dropping = False
         self._closing = threading.Event()
-        self._give_up = 0.0
+        self._flush_until = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True, name="records")
         # The thread's own:
         self._records: deque[tuple[Record, int]] = deque()
@@ -140,7 +140,7 @@ class Recorder:
 
     def close(self, seconds: float = FLUSH_SECONDS) -> None:
         """Writes what is queued, for `seconds` at most, and closes the database. Blocks: call it in a thread."""
-        self._give_up = time.monotonic() + seconds
+        self._flush_until = time.monotonic() + seconds
         self._closing.set()
         self._inbox.put(None)
         self._thread.join(seconds + 1.0)
@@ -156,7 +156,7 @@ class Recorder:
         while True:  # until all is written or the time is over
             self._gather(0.0)
             self._write()
-            left = self._give_up - time.monotonic()
+            left = self._flush_until - time.monotonic()
             if not self._records or left <= 0:
                 break
             time.sleep(max(0.0, min(left, self._outage.until - time.monotonic())))
@@ -200,7 +200,7 @@ class Recorder:
     def _write(self) -> None:
         if time.monotonic() >= self._outage.until:
             try:
-                self._reach()
+                self._ensure_schema()
                 self._append()
                 self._acknowledge()
                 self._delete()
@@ -213,7 +213,7 @@ class Recorder:
         self._feedback = []
         self._metrics.records_waiting.set(self.waiting)
 
-    def _reach(self) -> None:
+    def _ensure_schema(self) -> None:
         if not self._created:
             try:
                 self.store.create()

@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 import orjson
 
 from depo_gateway.estimator.records.types import Record
-from depo_gateway.gateway.openai.api import Api, Prompt
+from depo_gateway.gateway.openai.api import AnswerPiece, Api, Prompt
 from depo_gateway.gateway.openai.query import Query
 from depo_gateway.gateway.openai.server_sent_events import data_lines, json_of
 from depo_gateway.gateway.openai.usage import Usage
@@ -137,12 +137,19 @@ def _answer(notes: RequestNotes) -> tuple[str | None, str]:
     if read is None:
         return None, ""
     if notes.stream is None:
-        piece = read(notes.whole, False)
+        piece = _checked(read(notes.whole, False))
         return (None, "") if piece is None else (piece.text, piece.finish_reason)
     text, finish_reason = [], ""
     for data in data_lines(b"".join(notes.stream.chunks)):
-        piece = read(json_of(data), True)
+        piece = _checked(read(json_of(data), True))
         if piece is not None:
             text.append(piece.text)
             finish_reason = piece.finish_reason or finish_reason
     return "".join(text) if notes.stream.whole else None, finish_reason
+
+
+def _checked(piece: AnswerPiece | None) -> AnswerPiece | None:
+    """The piece. Raises TypeError where a reader took something else for text, which no database would store."""
+    if piece is not None and not (isinstance(piece.text, str) and isinstance(piece.finish_reason, str)):
+        raise TypeError(f"the answer's text or finish reason is no string: {piece.text!r}, {piece.finish_reason!r}")
+    return piece

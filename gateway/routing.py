@@ -27,16 +27,16 @@ class Eligible:
     excluded: Reason | None = None  # CONTEXT or ACCEPTS
 
 
-def eligible(pools: Mapping[str, PoolConfig], modalities: frozenset[str], prompt_tokens: int) -> Eligible:
+def eligible(pools: Mapping[str, PoolConfig], modalities: frozenset[str], context_needed: int) -> Eligible:
     """The pools that accept a request's modalities and whose context is long enough for it.
 
-    A prompt too long for every context leaves the longest ones: the count is an estimate, and the backends decide.
+    A request too long for every context leaves the longest ones: `context_needed` is an estimate, the backends decide.
     An empty `pools` means that no pool accepts the modalities.
     """
     accepting = [name for name, pool in pools.items() if modalities <= set(pool.accepts)]
     if not accepting:
         return Eligible((), Reason.ACCEPTS)
-    fitting = [name for name in accepting if (limit := pools[name].context_tokens) is None or prompt_tokens <= limit]
+    fitting = [name for name in accepting if (limit := pools[name].context_tokens) is None or context_needed <= limit]
     if not fitting:
         longest = max(pools[name].context_tokens or 0 for name in accepting)
         fitting = [name for name in accepting if pools[name].context_tokens == longest]
@@ -50,7 +50,7 @@ def eligible(pools: Mapping[str, PoolConfig], modalities: frozenset[str], prompt
 
 
 def confidences(quality: Mapping[str, float], rule: Rule, candidates: Eligible) -> dict[str, float]:
-    """How little is lost by serving from each eligible pool, in [0, 1]; a pool that can't serve is no loss.
+    """How little is lost by serving from each eligible pool, in [0, 1]. Ineligible pools are not compared.
 
     `gain`: 1 - max(0, best predicted quality - the pool's own). `difficulty`: the pool's own predicted quality, the
     rule of DEPO (arXiv 2602.06375, section on routing).
@@ -106,7 +106,7 @@ def by_share(
     estimator: str,
     draw: float,
 ) -> Decision:
-    """A random pool at the shares given, whatever the scores say, because labels show the scores to be useless."""
+    """A random pool at the shares given, whatever the scores say, because labels show the scores to be no better."""
     pool, propensity = _drawn(candidates.pools, shares, draw)
     reason = Reason.EXPLORE if len(candidates.pools) > 1 else _reason(pool, candidates)
     return Decision(pool, reason, confidence.get(candidates.pools[0]), threshold, estimator, propensity)

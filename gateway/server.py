@@ -157,11 +157,11 @@ class _Reload:
 
     def __init__(self, path: Path, gateway: Gateway, watcher: CheckpointWatcher, tasks: "_Tasks") -> None:
         self._path, self._gateway, self._watcher, self._tasks = path, gateway, watcher, tasks
-        self._one = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def __call__(self) -> str:
         """The version of the estimator then in service. Raises ValueError or OSError; the old config then stays."""
-        async with self._one:  # of two reloads the later file applies, and neither closes the other's recorder
+        async with self._lock:  # of two reloads the later file applies, and neither closes the other's recorder
             settings = await asyncio.to_thread(config.load_config, self._path)
             self._check_addresses(settings)
             live, recorder = await self._open(settings)
@@ -192,7 +192,7 @@ class _Reload:
         replace_live(gateway, live)
         await self._watcher.first_standing()
         gateway.upstream.set_connect_seconds(settings.timeouts.connect_s)
-        gateway.budget = pools.RetryBudget(settings.retries.budget, settings.retries.per_second)
+        gateway.retry_budget = pools.RetryBudget(settings.retries.budget, settings.retries.per_second)
         old, gateway.recorder = gateway.recorder, recorder
         if old is not None and old is not recorder:
             await asyncio.to_thread(old.close)

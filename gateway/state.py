@@ -38,7 +38,7 @@ class Gateway:
     live: Live
     metrics: Metrics
     upstream: Upstream
-    budget: RetryBudget
+    retry_budget: RetryBudget
     control: Control
     conversations: Conversations = field(default_factory=Conversations)
     recorder: Recorder | None = None  # None: nothing is recorded
@@ -85,6 +85,7 @@ class RequestState:
     code: int = 500
     answered: bool = False  # the answer's head has gone to the client
     gone: bool = False  # the client hung up
+    unreadable: bool = False  # a reader of the endpoint's answers failed
 
     def __post_init__(self) -> None:
         self.notes = RequestNotes(self.api, self.id)

@@ -2,7 +2,7 @@
 
 from depo_gateway.estimator.calibration import Curve
 from depo_gateway.estimator.runtime import Runtime
-from depo_gateway.gateway.config import Config
+from depo_gateway.gateway.config import Config, last_pool
 from depo_gateway.gateway.threshold_controller import ThresholdController
 
 
@@ -66,15 +66,11 @@ def controller_of(config: Config, curve: Curve | None) -> ThresholdController | 
 
 
 def spent_in(config: Config, pool: str) -> float:
-    """What a request in this pool counts for: its price, relative to the last pool's, or whether it is the last."""
-    pools, target, last = config.pools, config.routing.target, last_pool(config)
+    """With a cost target the pool's price relative to the last pool's; otherwise 1 for the last pool, 0 for others."""
+    pools, target, last = config.pools, config.routing.target, last_pool(config.pools)
     if target is not None and target.cost is not None and pool in pools:  # a reload may have removed it
         return pools[pool].cost / pools[last].cost
     return float(pool == last)
-
-
-def last_pool(config: Config) -> str:
-    return next(reversed(list(config.pools)))
 
 
 def _initial_share(config: Config) -> float:

@@ -31,7 +31,7 @@ from depo_gateway.estimator.records.tables import (
     row_of,
     storable_text,
 )
-from depo_gateway.estimator.records.types import FEEDBACK, Label, Labelled, Record
+from depo_gateway.estimator.records.types import FEEDBACK, REPEATABLE_ENDPOINTS, Label, Labelled, Record
 
 WAIT_SECONDS = 5  # for another writer's lock, or a connection
 READ_SECONDS = 300  # the learner's longest query
@@ -186,10 +186,11 @@ class Store:
         return found
 
     def unshadowed(self, limit: int, since: float = 0.0) -> list[Record]:
-        """Answered records with their prompt, not yet marked as shadowed, oldest first."""
+        """Answered records of repeatable endpoints, with their prompt, not yet marked as shadowed, oldest first."""
         query = (
             sa.select(RECORDS)
             .where(RECORDS.c.asked.is_not(None), RECORDS.c.status == 200, RECORDS.c.pool != "")
+            .where(RECORDS.c.endpoint.in_(REPEATABLE_ENDPOINTS))
             .where(RECORDS.c.time >= since, ~sa.exists().where(SHADOWED.c.record == RECORDS.c.seq))
             .order_by(RECORDS.c.time, RECORDS.c.seq)
             .limit(limit)

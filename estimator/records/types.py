@@ -10,6 +10,7 @@ from typing import Any
 
 from depo_gateway.estimator.records.reasons import reason_named
 
+REPEATABLE_ENDPOINTS = ("chat", "completions")  # `Record.endpoint` of the requests that the learner can send again
 FEEDBACK = "feedback"  # the source of an application's own labels; a judge's name is the source of others
 
 

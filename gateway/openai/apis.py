@@ -22,5 +22,5 @@ APIS: Apis = by_path(
 
 
 def api_of_body(apis: Apis, fields: Fields) -> Api:
-    """The endpoint that a body without a path is for: the first whose prompt it has; otherwise completions."""
+    """The endpoint of a body that comes without a path: the first whose `prompt_field` is in it, else completions."""
     return next((api for api in apis.values() if api.prompt_field in fields), COMPLETIONS)

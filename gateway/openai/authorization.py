@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+BEARER_HEADER = "Authorization: Bearer KEY"
+
 
 def bearer_key(headers: Mapping[bytes, bytes]) -> str:
     """The key in `Authorization: Bearer KEY`; "" without one."""

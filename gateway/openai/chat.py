@@ -3,6 +3,7 @@
 from depo_gateway.gateway.openai.api import Api, Fields, Messages
 from depo_gateway.gateway.openai.choices import first_choice
 from depo_gateway.gateway.openai.errors import ApiError
+from depo_gateway.gateway.openai.media import media_of_content
 
 
 def messages_field(fields: Fields) -> Messages:
@@ -15,12 +16,8 @@ def messages_field(fields: Fields) -> Messages:
 def chat_modalities(fields: Fields) -> frozenset[str]:
     """Tools, and the media in the messages' parts."""
     found = {"tools"} if fields.get("tools") or fields.get("functions") else set()
-    for message in fields["messages"]:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind != "text":
-                found.update(modality for modality in ("image", "audio") if modality in kind)
+    for message in fields["messages"]:  # a list of objects, or messages_field would have refused it
+        found |= media_of_content(message.get("content"))
     return frozenset(found)
 
 

@@ -11,10 +11,10 @@ from depo_gateway.estimator.text import prompt_of_messages
 from depo_gateway.gateway.openai.api import Api, Fields, Messages, Prompt
 from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.openai.json_splice import STRING, replaced, top_level_spans
+from depo_gateway.gateway.openai.media import MEDIA
 
 # A token of JSON text is seldom shorter than four bytes of English.
 BYTES_PER_TOKEN = 4
-MEDIA = frozenset(("image", "audio"))
 # Quotes inside a JSON string are escaped, so this can match only a key; a single match is then the top level's.
 _MODEL = re.compile(rb'(?<!\\)"model"\s*:\s*(' + STRING + rb")")
 
@@ -30,7 +30,7 @@ class Query:
     prompt: Prompt | None  # what is scored, as far as the checkpoint reads it; None: it can't be routed
     continued_answer: str  # the id of an earlier answer that it goes on from; ""
     modalities: frozenset[str]  # beyond text
-    prompt_tokens: int  # an estimate; the backend's tokenizer decides
+    context_needed: int  # tokens of prompt and reserved completion, an estimate
     fields: Fields
     body: bytes
 
@@ -90,7 +90,7 @@ def query_of(api: Api, fields: Fields, body: bytes) -> Query:
         prompt=prompt,
         continued_answer=api.continued_answer(fields),
         modalities=modalities,
-        prompt_tokens=_prompt_tokens(api, fields, body, prompt, modalities),
+        context_needed=_context_needed(api, fields, body, prompt, modalities),
         fields=fields,
         body=body,
     )
@@ -131,7 +131,7 @@ def _including_usage(options: bytes) -> bytes:
     return b'{"include_usage":true' + separator + options[1:]
 
 
-def _prompt_tokens(api: Api, fields: Fields, body: bytes, prompt: Prompt | None, modalities: frozenset[str]) -> int:
+def _context_needed(api: Api, fields: Fields, body: bytes, prompt: Prompt | None, modalities: frozenset[str]) -> int:
     """Prompt and reserved completion, estimated. Media travel as base64, so beside them only the text counts."""
     size = len(body)
     if isinstance(prompt, list) and modalities & MEDIA:

@@ -59,6 +59,7 @@ class UsageFilter:
         return rest
 
     def _only_usage(self, event: bytes) -> bool:
+        """Adds the event's usage to `usage`; returns whether the event carries nothing else."""
         if b'"usage"' not in event:
             return False
         chunk = json_of(b"".join(data_lines(event)))

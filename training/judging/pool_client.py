@@ -49,7 +49,7 @@ LEFT_OUT = {
 _WAITING = re.compile(r"^vllm:num_requests_waiting(?:\{[^}]*\})?\s+([0-9.eE+-]+)", re.MULTILINE)
 log = logging.getLogger(__name__)
 
-Query = str | Sequence[Mapping[str, Any]]  # a prompt, or a conversation's messages
+Query = str | Sequence[Mapping[str, Any]]  # a completion's prompt, or a chat's messages (REPEATABLE_ENDPOINTS)
 
 
 class CallMetrics(Protocol):

@@ -1,7 +1,9 @@
 """The table of endpoints: a new one is one `Api` and one line, and nothing else knows of it."""
 
+import logging
 import re
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +61,16 @@ TOY = Api(
     continued_answer=lambda fields: fields.get("continue", ""),
     text_fields=frozenset(("question",)),
     api_key=own_key,
+    key_header="x-toy-key: KEY",
     forwarded_headers=(b"toy-version",),
     answer_piece=reply,
     usage=counts,
     error_body=fault,
     error_event=lambda error: b"event: fault\ndata: " + fault(error) + b"\n\n",
 )
+
+# The same with a prompt that is no conversation, so that a follow-up is recognised by the answer's id alone.
+TEXT_TOY = replace(TOY, name="text-toy", path="/v1/text-toy", prompt=lambda fields: fields["question"])
 
 WHOLE = b'{ "id":"toy-1", "reply":"four", "usage":{"input":7,"output":5} }'
 EVENTS = (
@@ -86,13 +92,15 @@ async def gateway(tiny_checkpoint: Path, records_url: str) -> AsyncIterator[tupl
     }
     async with FakeVllm(script=BACKEND) as small, FakeVllm(script=BACKEND) as large:
         raw = settings([small], [large], tiny_checkpoint, **sections)
-        async with running(raw, apis=by_path(*APIS.values(), TOY)) as served:
+        async with running(raw, apis=by_path(*APIS.values(), TOY, TEXT_TOY)) as served:
             yield served, small, large
 
 
-async def ask(gateway: Running, text: Any = "easy", headers: Mapping[str, str] = KEY, **fields: Any) -> Any:
+async def ask(
+    gateway: Running, text: Any = "easy", headers: Mapping[str, str] = KEY, path: str = TOY.path, **fields: Any
+) -> Any:
     body = {"question": text, "model": "auto", **fields}
-    return await gateway.session.post(f"{gateway.url}/v1/toy", json=body, headers=headers)
+    return await gateway.session.post(f"{gateway.url}{path}", json=body, headers=headers)
 
 
 def decided(answer: aiohttp.ClientResponse) -> tuple[int, str, str]:
@@ -141,20 +149,45 @@ async def test_its_errors_have_their_own_shape(gateway: tuple[Running, FakeVllm,
 
     assert await refused(await ask(served, 7), 400) == "invalid_question"
     assert await refused(await ask(served, model="nonsense"), 404) == "model_not_found"
-    assert await refused(await ask(served, headers={"authorization": "Bearer team-a-key"}), 401) == "missing_api_key"
+    keyless = await ask(served, headers={"authorization": "Bearer team-a-key"})
+    assert await refused(keyless, 401) == "missing_api_key"
+    assert "'x-toy-key: KEY'" in await keyless.text()
     assert await refused(await served.session.get(f"{served.url}/v1/toy"), 405) == "method_not_allowed"
     small.script = Script(raw_events=EVENTS, reset_after_events=2)
     body = await (await ask(served, stream=True)).read()
     assert body.startswith(b"".join(EVENTS[:2]) + b'event: fault\ndata: {"fault":{"because":"The backend broke off')
 
 
-async def test_its_conversations_keep_their_pool(gateway: tuple[Running, FakeVllm, FakeVllm]) -> None:
+@pytest.mark.parametrize("path", [TOY.path, TEXT_TOY.path])
+async def test_its_conversations_keep_their_pool(gateway: tuple[Running, FakeVllm, FakeVllm], path: str) -> None:
     served = gateway[0]
-    assert decided(await ask(served, "hard " * 9)) == (200, "large", "unsure")
-    assert decided(await ask(served, "easy", **{"continue": "toy-1"})) == (200, "large", "sticky")
-    await (await ask(served, "hard " * 9, stream=True)).read()
-    assert decided(await ask(served, "easy", **{"continue": "toy-2"})) == (200, "large", "sticky")
-    assert decided(await ask(served, "easy", **{"continue": "toy-3"})) == (200, "small", "confident")
+    assert decided(await ask(served, "hard " * 9, path=path)) == (200, "large", "unsure")
+    assert decided(await ask(served, "easy", path=path, **{"continue": "toy-1"})) == (200, "large", "sticky")
+    await (await ask(served, "hard " * 9, path=path, stream=True)).read()
+    assert decided(await ask(served, "easy", path=path, **{"continue": "toy-2"})) == (200, "large", "sticky")
+    assert decided(await ask(served, "easy", path=path, **{"continue": "toy-3"})) == (200, "small", "confident")
+
+
+@pytest.mark.parametrize("odd", ['{"reply":7,"usage":{"input":7}}', '{"reply":"four","usage":{"new":1}}'])
+async def test_an_answer_that_its_readers_fail_on_is_sent_on(
+    gateway: tuple[Running, FakeVllm, FakeVllm], caplog: pytest.LogCaptureFixture, odd: str
+) -> None:
+    served, small, _ = gateway
+    events = (f"data: {odd}\n\n".encode(),) * 2 + (EVENTS[-1],)
+    small.script = Script(body=odd.encode(), raw_events=events)
+    for stream, body in ((False, odd.encode()), (True, b"".join(events))):
+        caplog.clear()
+        answer = await ask(served, stream=stream)
+        assert decided(answer) == (200, "small", "confident")
+        assert await answer.read() == body
+        (entry,) = [entry for entry in caplog.records if entry.levelno >= logging.ERROR and "answer" in entry.msg]
+        assert entry.getMessage().endswith("the answer can't be read as toy's")
+    await ask(served, "hard")
+    text_is_odd = '"reply":7' in odd
+    assert await served.settles("gateway_records_total", 1 if text_is_odd else 3, outcome="written")
+    assert await served.metric("gateway_records_total", outcome="rejected") == 2 * text_is_odd
+    if "new" in odd:
+        assert await served.metric("gateway_tokens_total", pool="small", type="completion") == 5
 
 
 async def test_route_recognises_its_bodies(gateway: tuple[Running, FakeVllm, FakeVllm]) -> None:
@@ -175,7 +208,7 @@ async def test_route_recognises_its_bodies(gateway: tuple[Running, FakeVllm, Fak
         ({"prompt": ""}, COMPLETIONS),
         ({"prompt": "", "messages": []}, CHAT),
         ({}, COMPLETIONS),
-        ({"input": "text"}, COMPLETIONS),
+        ({"other": "text"}, COMPLETIONS),
     ],
 )
 def test_a_body_without_a_path_is_recognised_by_its_prompt(fields: dict[str, Any], api: Api) -> None:
@@ -183,12 +216,18 @@ def test_a_body_without_a_path_is_recognised_by_its_prompt(fields: dict[str, Any
 
 
 def test_paths_and_names_are_unique() -> None:
-    assert len({api.name for api in APIS.values()}) == len(APIS) == 3
+    assert len({api.name for api in APIS.values()}) == len(APIS)
     assert all(path == api.path for path, api in APIS.items())
 
 
+def test_every_path_is_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs/operations/api.md").read_text()
+    assert [path for path in APIS if f"`{path}`" not in page] == []
+
+
 def test_nothing_but_the_table_knows_an_endpoint() -> None:
-    endpoints = {"chat", "completions", "embeddings"}
+    endpoints = {api.name for api in APIS.values()}
+    assert {"chat", "completions", "embeddings"} <= endpoints
     for path in sorted((Path(app.__file__).parent).rglob("*.py")):
         if path.name != "apis.py":
             named = re.findall(r"depo_gateway\.gateway\.openai\.(\w+) import", path.read_text())

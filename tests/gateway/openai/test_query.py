@@ -198,10 +198,10 @@ def test_depth_up_to_1024_passes() -> None:
     assert forwarded_body(parsed(body), "a") == body
 
 
-def test_prompt_tokens_count_the_answers_room_but_not_a_picture() -> None:
+def test_context_needed_counts_the_answers_room_but_not_a_picture() -> None:
     def tokens(content: Any, **fields: Any) -> int:
         body = {"model": "auto", "messages": [{"role": "user", "content": content}], **fields}
-        return parsed(orjson.dumps(body)).prompt_tokens
+        return parsed(orjson.dumps(body)).context_needed
 
     assert 1000 <= tokens("abcd" * 1000) <= 1050
     assert tokens("x", max_tokens=500) - tokens("x") in range(500, 510)
