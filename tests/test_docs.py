@@ -24,7 +24,8 @@ PLACES = (
     *("gateway", "estimator", "training", "depo_gateway", "benchmarks", "dashboards"),
     *("tests", "helm", "docs", "docker", "examples"),
 )
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for place in PLACES for path in (ROOT / place).rglob("*.md"))])
+FOUND = [*ROOT.glob("*.md"), *(path for place in PLACES for path in (ROOT / place).rglob("*.md"))]
+DOCUMENTS = sorted(path for path in FOUND if "node_modules" not in path.parts)  # installed by a test of the chart
 
 
 def relative(path: Path) -> str:
