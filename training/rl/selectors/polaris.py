@@ -41,8 +41,8 @@ class Polaris(SelectionRule):
 
     def learn(self, labels: Sequence[GroupLabel]) -> Mapping[str, float]:
         for label in labels:
-            passed, count = self.outcomes.get(label.index, (0.0, 0))
-            self.outcomes[label.index] = (passed + label.quality * label.count, count + label.count)
+            passed, count = self.outcomes.get(label.row, (0.0, 0))
+            self.outcomes[label.row] = (passed + label.quality * label.count, count + label.count)
         self.steps += 1
         if self.steps % self.stage_steps == 0:
             self.drop({row: passed / count for row, (passed, count) in self.outcomes.items()})
