@@ -27,6 +27,12 @@ PLACES = (
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for place in PLACES for path in (ROOT / place).rglob("*.md"))])
 
 
+def test_the_loop_of_depo_md_runs() -> None:
+    (section,) = re.findall(r"^## In a loop of your own$(.*?)^## ", (ROOT / "docs/depo.md").read_text(), re.M | re.S)
+    (block,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    exec(compile(block, "docs/depo.md", "exec"), {})
+
+
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 

@@ -40,7 +40,7 @@ class FitConfig:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutLogits:
-    """HeldOutLogits-out logits of every example, (N, K, H) each, at the chosen epoch."""
+    """Held-out logits of every example, (N, K, H) each, at the chosen epoch."""
 
     full: Array
     cheap: Array

@@ -251,8 +251,8 @@ class Selector:
     def _explore(self, rejects: Sequence[int], most: int) -> tuple[list[int], float]:
         """(rejects to roll out nevertheless, the probability of each). At most `most` rejects.
 
-        If there are many, the probability is lowered. It is the same for all of them, whatever their rank, so that what is
-        seen of them is true of all rejects.
+        If there are many, the probability is lowered. It is the same for all of them, whatever their rank, so that what
+        is seen of them is true of all rejects.
         """
         if not rejects or not self.config.explore:
             return [], 1.0

@@ -15,7 +15,7 @@ class Polaris(SelectionRule):
     """At the end of each stage, drops for good the prompts that passed more than `above` of the stage's rollouts.
 
     Args:
-        stage_steps: policy steps a stage; Polaris has three stages a run.
+        stage_steps: generations a stage; Polaris has three stages a run.
         above: the pass rate above which a prompt is dropped.
         pass_rates: of the starting policy, where they were measured: prompts above `above` are dropped at once.
     """
