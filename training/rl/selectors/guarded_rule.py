@@ -42,10 +42,11 @@ class GuardedRule:
             selection = self.rule.select(need, candidates)
             if not isinstance(selection, Selection):
                 raise self._error(f"select() must return a Selection, not {type(selection).__name__}")
-            accepted, rejected = _distinct(selection.accepted), _distinct(selection.rejected)
+            accepted = _distinct(selection.accepted)
+            rejected = [row for row in _distinct(selection.rejected) if row not in accepted]
         if foreign := {*accepted, *rejected} - candidates.offered.keys():
             raise self._error(f"select() chose row {min(foreign)}, which is no candidate")
-        return Selection(accepted, [row for row in rejected if row not in set(accepted)], selection.scored)
+        return Selection([*accepted], rejected, selection.scored)
 
     def predicted(self, rows: Sequence[int]) -> list[float]:
         with self._raising("predicted"):
@@ -95,8 +96,8 @@ class GuardedRule:
             raise self._error(f"{method}() raised {message}") from error
 
 
-def _distinct(rows: Iterable[int]) -> list[int]:
-    return list(dict.fromkeys(operator.index(row) for row in rows))  # of numpy's integers, too
+def _distinct(rows: Iterable[int]) -> dict[int, None]:
+    return dict.fromkeys(operator.index(row) for row in rows)  # of numpy's integers, too
 
 
 def _not_json(value: Any, place: str = "") -> Iterator[str]:

@@ -79,17 +79,17 @@ def test_a_state_that_json_would_change_is_refused_before_the_run_and_at_each_sa
 
 def test_a_row_that_is_accepted_and_rejected_or_named_twice_gets_one_ticket() -> None:
     def select(self: SelectionRule, need: int, candidates: Any) -> Selection:
-        a, b, c, d, e, f = candidates.draw(6)
-        return Selection([a, a, b, c], [b, a, d, e, d, f])
+        a, b, c, d = candidates.draw(4)
+        return Selection([a, a, b, c, d], [a, b, b, a])
 
-    made = selector(select=select)
-    tickets = made.take(5)
-    assert len({ticket.row for ticket in tickets}) == 5
-    few = Selector(
-        ["text"] * 32, SelectionConfig("mine", group_size=2), rule=type("Mine", (Plain,), {"select": select})()
-    )
+    def made(explore: float) -> Selector:
+        config = SelectionConfig("mine", group_size=2, explore=explore)
+        return Selector(["text"] * 32, config, rule=type("Mine", (Plain,), {"select": select})())
+
+    assert len({ticket.row for ticket in made(explore=1.0).take(3)}) == 3
+    few = made(explore=0.0)
     few.take(2)
-    assert len(few.state_dict()["carried"]) == 1  # c
+    assert len(few.state_dict()["carried"]) == 2  # c, d
 
 
 def test_numpys_integers_are_rows() -> None:
