@@ -28,6 +28,12 @@ FOUND = [*ROOT.glob("*.md"), *(path for place in PLACES for path in (ROOT / plac
 DOCUMENTS = sorted(path for path in FOUND if "node_modules" not in path.parts)  # installed by a test of the chart
 
 
+def test_the_loop_of_depo_md_runs() -> None:
+    (section,) = re.findall(r"^## In a loop of your own$(.*?)^## ", (ROOT / "docs/depo.md").read_text(), re.M | re.S)
+    (block,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    exec(compile(block, "docs/depo.md", "exec"), {})
+
+
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 

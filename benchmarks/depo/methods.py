@@ -92,7 +92,7 @@ class PolarisMethod(Method):
     def prepare(self, counted: RollOut, free: RollOut) -> None:
         assert isinstance(self.selector.rule, Polaris)
         groups = counted(range(len(self.selector.prompts)))
-        self.selector.rule.drop({group.index: float(np.mean(group.rewards)) for group in groups})
+        self.selector.rule.drop({group.row: float(np.mean(group.rewards)) for group in groups})
 
 
 class OracleMethod(Method):
@@ -108,5 +108,5 @@ class OracleMethod(Method):
 
     def _pass_rates(self) -> list[float]:
         assert self._free is not None
-        rates = {group.index: float(np.mean(group.rewards)) for group in self._free(range(len(self.selector.prompts)))}
+        rates = {group.row: float(np.mean(group.rewards)) for group in self._free(range(len(self.selector.prompts)))}
         return [rates[row] for row in range(len(rates))]

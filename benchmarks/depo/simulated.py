@@ -106,7 +106,7 @@ class Run:
             new = self.roll_out([ticket.row for ticket in tickets])
             for group, ticket in zip(new, tickets, strict=True):
                 self.chosen.append(
-                    (ticket.predicted, float(len(self.train.questions[group.index])), is_informative(group))
+                    (ticket.predicted, float(len(self.train.questions[group.row])), is_informative(group))
                 )
             groups += new
             informative = sum(map(is_informative, groups))

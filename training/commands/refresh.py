@@ -116,7 +116,7 @@ def published_text(result: RefreshResult) -> str:
 def compare_text(figures: Mapping[str, Any]) -> str:
     """One line that compares candidate and champion."""
     point, low, high = figures["area_difference"]
-    text = f"quality averaged over all shares {point:+.4f} [{low:+.4f}, {high:+.4f}] against the champion"
+    text = f"mean quality {point:+.4f} [{low:+.4f}, {high:+.4f}] against the champion"
     if "apgr" in figures:
         text = f"APGR {figures['apgr']:.3f}, the champion's {figures['rival_apgr']:.3f}; {text}"
     return text

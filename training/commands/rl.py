@@ -40,6 +40,7 @@ from depo_gateway.training.rewards.worker_pool import RewardError
 from depo_gateway.training.rl import dataset, run_state
 from depo_gateway.training.rl import metrics as run_metrics
 from depo_gateway.training.rl.config import DepoConfig
+from depo_gateway.training.rl.selectors.guarded_rule import SelectionRuleError
 from depo_gateway.training.rl.trainer import DepoTrainer
 
 PROCESSES_VARIABLE = "DEPO_PROCESSES"  # tells each process how many were requested
@@ -232,7 +233,7 @@ def train_policy(arguments: RlArguments, config: DepoConfig, model: ModelConfig)
                 trainer.train(resume_from_checkpoint=arguments.resume or None)
             if not trainer.stopped:
                 trainer.save_model(str(output))
-        except RewardError as error:
+        except (RewardError, SelectionRuleError) as error:
             return report_failure(f"{error}; {resume_hint(output)}", 2)
         except (OSError, SafetensorError, torch.OutOfMemoryError) as error:
             return report_failure(str(error), 1)
@@ -307,7 +308,7 @@ def interruptible(trainer: DepoTrainer) -> Iterator[None]:
         if trainer.stopping and time.monotonic() - first > REPEAT_SECONDS:
             raise KeyboardInterrupt
         if not trainer.stopping and trainer.accelerator.is_main_process:
-            sys.stderr.write("depo-train rl: stopping after this step; repeat to stop at once\n")
+            sys.stderr.write("depo-train rl: stopping at the end of this generation; repeat to stop at once\n")
         first, trainer.stopping = min(first, time.monotonic()), True
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -348,4 +349,4 @@ def large_shares(place: Path) -> str:
     """The large share that thresholds give on the prompts last rolled out, by the checkpoint's own curve."""
     curve = calibration.loads((checkpoint.resolve(place) / checkpoint.CALIBRATION).read_bytes())
     shares = ", ".join(f"{at}: {curve.large_share('difficulty', at):.0%}" for at in (0.3, 0.5, 0.7, 0.85))
-    return f"share of the prompts last rolled out that the dearer pool would serve, by threshold: {shares}"
+    return f"share of the prompts last rolled out that the large pool would serve, by threshold: {shares}"

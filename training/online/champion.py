@@ -133,6 +133,6 @@ def carried_targets(
 
 
 def models_of(champion: LoadedCheckpoint | None, pools: tuple[str, ...]) -> dict[str, Any]:
-    """The models whose outcomes represent each pool: as in the champion's manifest, else the pool's own name."""
+    """The models whose outcomes are used as each pool's: as in the champion's manifest, else the pool's own name."""
     known = champion.manifest.metrics.get("models", {}) if champion else {}
     return {pool: known.get(pool, [pool]) for pool in pools}

@@ -1,8 +1,8 @@
 """Importance weights for covariate shift: down-weights old examples unlike the newest traffic.
 
-If the newest prompts are indistinguishable from older ones, all weights are 1. Otherwise an older example weighs by the
-density ratio that a classifier of embeddings gives (Shimodaira, 2000), times the mean ratio of the old traffic, and
-never less than LEAST_WEIGHT: a change of traffic also changes what similar prompts mean.
+If the newest prompts can't be distinguished from the older ones, all weights are 1. Otherwise an older example weighs
+by the density ratio that a classifier of embeddings gives (Shimodaira, 2000), times the mean ratio of the old traffic,
+and never less than LEAST_WEIGHT: a change of traffic also changes what similar prompts mean.
 
 Shapes: N examples in order of time, D encoder width, F folds.
 """

@@ -27,6 +27,7 @@ from depo_gateway.training.judging.label_sources import open_judge
 from depo_gateway.training.judging.pool_client import PoolClient
 from depo_gateway.training.online import checkpoint_retention
 from depo_gateway.training.online import settings as learner_settings
+from depo_gateway.training.online.champion_path import champion_path
 from depo_gateway.training.online.daemon_state import DaemonState, read_state, write_state
 from depo_gateway.training.online.metrics import Heartbeats, LearnerMetrics, MetricsServer
 from depo_gateway.training.online.reference_set import reference_rows
@@ -76,11 +77,6 @@ def run_daemon(args: argparse.Namespace) -> int:
             log.info("metrics and livez on http://%s:%d", settings.listen.host, server.port)
             asyncio.run(_run_until_signal(daemon))
     return 0
-
-
-def champion_path(base: Path, out: Path) -> Path:
-    """The checkpoint that a refresh has to beat: what `current` names, else the base."""
-    return checkpoint.resolve(out) if (out / "current").exists() else base
 
 
 def check_pools(settings: LearnerSettings, place: Path, cold: bool) -> None:

@@ -38,13 +38,13 @@ def exclude_untrusted_keys(data: RefreshData) -> RefreshData:
     """
     assert data.fit is not None
     predicted = calibrated_quality(data.fit.logits.full, data.observed, data.weights)
-    untrusted, remark = untrusted_keys(data.traffic.claims, predicted, data.inputs.config.traffic.lying)
+    untrusted, note = untrusted_keys(data.traffic.claims, predicted, data.inputs.config.traffic.lying)
     notes = [
         f"the labels claimed by key {key!r} contradict the predictions fitted on the other labels (z = {z:.1f}); they"
         " are left out"
         for key, z in sorted(untrusted.items())
     ]
-    notes += [remark] if remark else []
+    notes += [note] if note else []
     if untrusted:
         try:
             data = cross_fit_examples(weigh_examples(select_examples(data.inputs, untrusted)))

@@ -104,8 +104,8 @@ def _routing_reasons(newest: Holdout, config: GateConfig, seed: int, figures: di
         reasons.append(f"it routes the newest prompts worse than {rival}: {_of_quality(area)}")
     elif area.point <= 0 and loss.high >= 0:
         reasons.append(
-            f"it is no better than {rival} on the newest prompts: {area.point:+.4f} of quality, averaged over all"
-            f" shares, and {loss.point:+.4f} of held-out loss"
+            f"it is no better than {rival} on the newest prompts: mean quality {area.point:+.4f}, held-out loss"
+            f" {loss.point:+.4f}"
         )
     own, _, _ = compare(replace(newest, champion=None, new=None), config, seed, RANDOM_LEVEL)
     figures["over_coin"] = [own.point, own.low, own.high]
@@ -149,7 +149,7 @@ def _rival(holdout: Holdout) -> str:
 
 
 def _of_quality(area: Interval) -> str:
-    return f"{area.point:+.4f} [{area.low:+.4f}, {area.high:+.4f}] of quality, averaged over all shares"
+    return f"mean quality {area.point:+.4f} [{area.low:+.4f}, {area.high:+.4f}]"
 
 
 def compare(
@@ -283,5 +283,5 @@ def chance_error(predicted: Array, observed: Array, bins: int = CALIBRATION_BINS
 
 
 def _mean_labels(holdout: Holdout) -> Array:
-    """The predictions that represent random routing: each pool's mean label."""
+    """The predictions that are used as random routing: each pool's mean label."""
     return np.tile(np.nanmean(holdout.observed, 0), (len(holdout.observed), 1))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from depo_gateway.estimator import checkpoint
+from depo_gateway.training.online.champion_path import champion_path
 from depo_gateway.training.online.settings import LearnerSettings
 from depo_gateway.training.outcomes import table
 
@@ -17,7 +18,7 @@ def reference_rows(settings: LearnerSettings, base: Path, out: Path) -> list[tab
     """
     if settings.reference is None:
         return []
-    manifest = checkpoint.load_manifest(checkpoint.resolve(out if (out / "current").exists() else base))
+    manifest = checkpoint.load_manifest(checkpoint.resolve(champion_path(base, out)))
     fitted = manifest.metrics.get("models", {})
     names = {model: pool for pool in manifest.pools for model in fitted.get(pool, ())}
     names |= {pool: pool for pool in (*manifest.pools, *settings.pools)}

@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """Pools cheapest first, each with the models whose outcomes represent it."""
+    """Pools cheapest first, each with the models whose outcomes are used as its."""
 
     names: tuple[str, ...]
     models: tuple[tuple[str, ...], ...]

@@ -36,7 +36,7 @@ def disagreement(claims: Sequence[Claim], quality_NK: NDArray[np.float64]) -> ND
 def untrusted_keys(
     claims: Sequence[Claim], quality_NK: NDArray[np.float64], threshold: float
 ) -> tuple[Mapping[str, float], str]:
-    """(key -> z-score, of the keys beyond the threshold; a remark, or "")."""
+    """(key -> z-score, of the keys beyond the threshold; a note, or "")."""
     untrusted: dict[str, float] = {}
     rows: dict[str, list[int]] = defaultdict(list)
     for number, claim in enumerate(claims):

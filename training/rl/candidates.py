@@ -18,7 +18,7 @@ from depo_gateway.training.rl.selection_config import SelectionConfig
 class Candidates:
     """The prompts of one choice, by row: none that has a ticket, none twice.
 
-    `prompts`: their texts. `step`: policy steps learned from. `rng`: random numbers that a resumed run continues.
+    `prompts`: their texts. `step`: generations learned from. `rng`: random numbers that a resumed run continues.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class Candidates:
 
     def logits(self, rows: Sequence[int]) -> Array:
         """The estimator's scores (P, 2): of the mean reward, and of its spread (NaN without such a head)."""
+        if not self._estimates.heads:
+            raise ValueError('scores need an estimator: the class must name its heads, such as heads = ("policy",)')
         self.scored.update(rows)
         return self._estimates.score(rows)
 

@@ -1,6 +1,7 @@
 """DepoConfig: TRL's GRPOConfig with the selection of prompts and its estimator."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,8 +41,13 @@ LEARNER = {
     "depo_distillation_weight": "distillation_weight",
 }
 ESTIMATOR = ("depo_encoder", "depo_layers", "depo_max_tokens", "depo_trunk", "depo_wide")
-# the settings that a selector without an estimator has
-WITHOUT_ESTIMATOR = ("depo_warmup", "depo_low", "depo_high", "depo_explore", "depo_candidates", "depo_refill_cap")
+# the settings that a rule without an estimator may read
+WITHOUT_ESTIMATOR = (
+    "depo_warmup", "depo_low", "depo_high", "depo_explore", "depo_candidates", "depo_refill_cap", "depo_reward_low",
+    "depo_reward_high",
+)  # fmt: skip
+# field of SelectionConfig in an error message -> the setting that the user knows
+SETTING_OF = {name: ours for ours, name in SELECTION.items()} | {"group_size": "num_generations"}
 ENCODER_SHARE = 0.2  # of the trunk's learning rate, as in the paper
 
 
@@ -54,19 +60,23 @@ class DepoConfig(GRPOConfig):  # type: ignore[misc]  # no string annotations: Tr
     """GRPOConfig's fields and ours. None: the value of the mode `depo` (SelectionConfig.faithful and .plus)."""
 
     depo: str = _option("off", "Estimator that selects prompts before the rollout: off, faithful (the paper) or plus.")
-    selector: str | None = _option(
+    selection_rule: str | None = _option(
         None,
         "Selection rule instead of the mode's: band or informative (with depo faithful or plus); greso, mopps, polaris "
         "or oracle (with depo off); or a class of yours: module:Class, file.py:Class.",
     )
-    selector_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of the selector's class: a mapping in YAML, JSON in a flag."}
+    selection_rule_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the rule's class: a mapping in YAML, JSON in a flag."}
     )
     depo_rule: str | None = _option(None, "Selection rule instead of the mode's: band or informative.")
     depo_warmup: int | None = _option(None, "Generations that keep every prompt and train the estimator.")
     depo_low: float | None = _option(None, "Lower end of the band, inclusive.")
     depo_high: float | None = _option(None, "Upper end of the band, inclusive.")
-    depo_explore: float | None = _option(None, "Share of rejected prompts that are rolled out nevertheless; 0: none.")
+    depo_explore: float | None = _option(
+        None,
+        "Share of the rejected prompts that are rolled out nevertheless, at most half a generation's prompts; they "
+        "replace accepted ones; 0: none.",
+    )
     depo_candidates: float | None = _option(None, "Rule informative: ranks so many times the prompts needed.")
     depo_refill_cap: float | None = _option(
         None,
@@ -99,7 +109,7 @@ class DepoConfig(GRPOConfig):  # type: ignore[misc]  # no string annotations: Tr
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("depo", "selector"):
+        for name in ("depo", "selection_rule"):
             if str(getattr(self, name)) == "False":  # what YAML makes of a bare off
                 setattr(self, name, "off")
         if self.depo not in MODES:
@@ -109,50 +119,60 @@ class DepoConfig(GRPOConfig):  # type: ignore[misc]  # no string annotations: Tr
         if not self.shuffle_dataset:
             raise ValueError("shuffle_dataset is false, but prompts are chosen from a shuffled stream; remove it")
         self._read_options()
-        self._check_selector()
+        self._check_rule()
         self._refuse_unused()
         rule_of(self.selection())  # raises ValueError for settings that do not fit together
         self.learner()
 
     def _read_options(self) -> None:
-        """Raises ValueError for selector_options that are no mapping."""
-        given = self.selector_options
+        """Raises ValueError for selection_rule_options that are no mapping."""
+        given = self.selection_rule_options
         if isinstance(given, str):
             try:
-                self.selector_options = given = json.loads(given)
+                self.selection_rule_options = given = json.loads(given)
             except json.JSONDecodeError as error:
-                raise ValueError(f"selector_options is not JSON: {error}") from None
+                raise ValueError(f"selection_rule_options is not JSON: {error}") from None
         if given is not None and not isinstance(given, dict):
-            raise ValueError(f"selector_options is {given!r}; it must be a mapping of the selector's arguments")
+            raise ValueError(f"selection_rule_options is {given!r}; it must be a mapping of the rule's arguments")
 
-    def _check_selector(self) -> None:
-        """Raises ValueError for a selector that does not fit the mode."""
-        if self.selector is None:
-            if self.selector_options:
-                raise ValueError("selector_options is set, but no selector is named")
+    def _check_rule(self) -> None:
+        """Raises ValueError for a rule that does not fit the mode."""
+        if self.selection_rule is None:
+            if self.selection_rule_options:
+                raise ValueError("selection_rule_options is set, but no selection_rule is named")
             if self.depo_rule not in (None, "off") and not rule_class(self.depo_rule).heads:
-                raise ValueError(f"depo_rule is {self.depo_rule}, which uses no estimator; use selector with depo off")
+                raise ValueError(
+                    f"depo_rule is {self.depo_rule}, which uses no estimator; use selection_rule with depo off"
+                )
             return
         if self.depo_rule is not None:
-            raise ValueError(f"selector is {self.selector} and depo_rule is {self.depo_rule}; set only one of them")
-        scores = bool(rule_class(self.selector).heads)
+            raise ValueError(
+                f"selection_rule is {self.selection_rule} and depo_rule is {self.depo_rule}; set only one of them"
+            )
+        scores = bool(rule_class(self.selection_rule).heads)
         if scores and self.depo == "off":
-            raise ValueError(f"selector is {self.selector}, which needs an estimator; set depo to faithful or plus")
+            raise ValueError(
+                f"selection_rule is {self.selection_rule}, which needs an estimator; set depo to faithful or plus"
+            )
         if not scores and self.depo != "off":
             raise ValueError(
-                f"selector is {self.selector}, which uses no estimator, but depo is {self.depo}; set depo to off"
+                f"selection_rule is {self.selection_rule}, which uses no estimator, but depo is {self.depo}; set depo "
+                "to off"
             )
 
     def _refuse_unused(self) -> None:
         """Raises ValueError for a setting that nothing would read."""
         off, rule = self.depo == "off", self._rule()
-        read = rule_class(rule).settings
-        choosing = [ours for ours, name in SELECTION.items() if not name.startswith("reward_")]
-        plain = off and self.selector in (None, "off")
-        idle = (*choosing, *LEARNER, *ESTIMATOR) if plain else [n for n in choosing if n not in WITHOUT_ESTIMATOR]
+        kind = rule_class(rule)
+        read = {*kind.settings, *kind.reads}
+        plain = off and self.selection_rule in (None, "off")
+        idle = (*SELECTION, *LEARNER, *ESTIMATOR) if plain else [n for n in SELECTION if n not in WITHOUT_ESTIMATOR]
+        unread = f"the rule is {rule}; a class that reads it names it in `reads`"
         for unused, names, why in (
             (plain, idle, "depo is off; set depo to faithful or plus"),
-            (off, (*idle, *LEARNER, *ESTIMATOR), f"the selector {self.selector} has no estimator"),
+            ("explore" not in read, ("depo_explore",), unread),
+            ("refill_cap" not in read, ("depo_refill_cap",), unread),
+            (off, (*idle, *LEARNER, *ESTIMATOR), f"the selection rule {self.selection_rule} has no estimator"),
             (self.depo_rule == "off", ("depo_rule",), f"depo is {self.depo}; for no selection set depo to off"),
             ("low" not in read, ("depo_low", "depo_high"), f"the rule is {rule}; they are the rule band's"),
             ("candidates" not in read, ("depo_candidates",), f"the rule is {rule}; it is the rule informative's"),
@@ -163,7 +183,7 @@ class DepoConfig(GRPOConfig):  # type: ignore[misc]  # no string annotations: Tr
                 raise ValueError(f"{given[0]} is {getattr(self, given[0])}, but {why}")
 
     def _rule(self) -> str:
-        return self.selector or self.depo_rule or MODES[self.depo](self.num_generations).rule
+        return self.selection_rule or self.depo_rule or MODES[self.depo](self.num_generations).rule
 
     @property
     def prompts_per_generation(self) -> int:
@@ -178,11 +198,15 @@ class DepoConfig(GRPOConfig):  # type: ignore[misc]  # no string annotations: Tr
     def selection(self) -> SelectionConfig:
         """How prompts are chosen. Raises ValueError for values out of range."""
         given = {name: getattr(self, ours) for ours, name in SELECTION.items() if getattr(self, ours) is not None}
-        if self.selector is not None:
-            given |= {"rule": self.selector, "options": self.selector_options or {}}
+        if self.selection_rule is not None:
+            given |= {"rule": self.selection_rule, "options": self.selection_rule_options or {}}
             if self.depo == "off":
                 given.setdefault("warmup_steps", 0)  # there is no estimator to train first
-        return replace(MODES[self.depo](self.num_generations), **given)
+        try:
+            return replace(MODES[self.depo](self.num_generations), **given)
+        except ValueError as error:
+            named = re.sub(r"[a-z]\w*", lambda word: SETTING_OF.get(word[0], word[0]), str(error))
+            raise ValueError(named) from None
 
     def learner(self) -> LearnerConfig:
         """How the estimator learns: as in the paper, where nothing else is set."""

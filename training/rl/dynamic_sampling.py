@@ -1,7 +1,7 @@
 """DAPO's dynamic sampling (arXiv 2503.14476): which groups of several generations make up the training batch.
 
-A round is one generation. Its groups are distributed over the ranks as in TRL: of the whole batch's rows in order, rank
-r holds the r-th part.
+A round is one call of TRL's generator; a generation is the rounds of one batch. A round's groups are distributed over
+the ranks as in TRL: of the whole batch's rows in order, rank r holds the r-th part.
 
 Shapes: P prompts, G rollouts a group, R rows of this rank, T tokens.
 """
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from depo_gateway.training.rl.group_labels import ADVANTAGE_TOLERANCE
+from depo_gateway.training.rl.group_labels import has_advantage
 from depo_gateway.training.rl.tickets import Ticket
 
 # TRL's outputs that can be merged, by the side they are padded on, with the padding; PLAIN has no token axis
@@ -32,7 +32,10 @@ TOTAL = "num_items_in_batch"
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One generation. `rewards`: all ranks' P groups of G, NaN where there is none. `output`: TRL's, of this rank."""
+    """One call of TRL's generator.
+
+    `rewards`: all ranks' P groups of G, NaN where there is none. `output`: TRL's, of this rank.
+    """
 
     tickets: Sequence[Ticket]
     rewards: tuple[tuple[float, ...], ...]
@@ -41,12 +44,6 @@ class Round:
     def informative(self) -> list[bool]:
         """Whether each group's rewards differ."""
         return [has_advantage(rewards) for rewards in self.rewards]
-
-
-def has_advantage(rewards: Sequence[float]) -> bool:
-    """Whether a group's rewards differ; NaN counts as no reward."""
-    present = [reward for reward in rewards if reward == reward]
-    return bool(present) and max(present) - min(present) > ADVANTAGE_TOLERANCE
 
 
 def trained(rounds: Sequence[Round], need: int) -> list[int]:

@@ -17,7 +17,7 @@ ADVANTAGE_TOLERANCE = 1e-6  # rewards that differ by less count as equal: their 
 class Group:
     """One prompt's rollouts. `rewards`: G, NaN where there is none; `log_probs`: G mean token log-probabilities."""
 
-    index: int  # row of the data set
+    row: int  # of the data set
     rewards: tuple[float, ...]
     log_probs: tuple[float, ...] = ()
 
@@ -26,7 +26,7 @@ class Group:
 class GroupLabel:
     """What one group teaches: rewards on a scale from 0 to 1, and the weight of the group in the estimator's loss."""
 
-    index: int  # row of the data set
+    row: int  # of the data set
     quality: float  # mean reward
     spread: float  # 0: zero advantage
     token_confidence: float | None
@@ -53,13 +53,19 @@ def quality_of(rewards: Sequence[float], low: float = 0.0, high: float = 1.0) ->
     return min(max(mean, 0.0), 1.0)
 
 
+def has_advantage(rewards: Sequence[float]) -> bool:
+    """Whether a group's rewards differ; NaN counts as no reward."""
+    present = _finite(rewards)
+    return bool(present) and max(present) - min(present) > ADVANTAGE_TOLERANCE
+
+
 def spread_of(rewards: Sequence[float], low: float = 0.0, high: float = 1.0) -> float:
     """Twice the standard deviation of the rewards, scaled from [low, high] to [0, 1]; 0: zero advantage.
 
     The maximum, 1, has half the rewards at each end.
     """
     present = _finite(rewards)
-    if not present or max(present) - min(present) <= ADVANTAGE_TOLERANCE:
+    if not has_advantage(present):
         return 0.0
     mean = math.fsum(present) / len(present)
     deviation = math.sqrt(math.fsum((reward - mean) ** 2 for reward in present) / len(present))

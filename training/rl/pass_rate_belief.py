@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,12 +54,21 @@ def strength_of(predicted_N: Array, rates_N: Array, counts_N: Array, weights_N: 
     return STRENGTHS[int(np.argmax(likelihoods))]
 
 
+class RecentLabel(NamedTuple):
+    """A group's label with the estimator's score of its prompt at the time."""
+
+    logit: float
+    pass_rate: float
+    rollouts: float
+    weight: float
+
+
 class PassRateBeliefs:
-    """Recent labels and each prompt's own outcomes. `half_life` in policy steps; 0: own outcomes do not count."""
+    """Recent labels and each prompt's own outcomes. `half_life` in generations; 0: own outcomes do not count."""
 
     def __init__(self, calibrate: bool, half_life: float) -> None:
         self.calibrate, self.half_life = calibrate, half_life
-        self.recent: deque[tuple[float, float, float, float]] = deque(maxlen=WINDOW)  # logit, pass rate, count, weight
+        self.recent: deque[RecentLabel] = deque(maxlen=WINDOW)
         self.platt, self.strength = Platt(), float("inf")
         self._own: dict[int, tuple[float, float, int]] = {}  # row -> passed, failed, step
 
@@ -82,7 +91,7 @@ class PassRateBeliefs:
             passed, failed = self._faded(row, step)
             self._own[row] = (passed + rate * count, failed + (1.0 - rate) * count, step)
         if not np.isnan(logit):
-            self.recent.append((logit, rate, float(count), weight))
+            self.recent.append(RecentLabel(logit, rate, float(count), weight))
 
     def refit(self) -> None:
         """Calibrate on the recent labels, if that is switched on and they suffice."""
@@ -103,7 +112,7 @@ class PassRateBeliefs:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.recent = deque((tuple(label) for label in state["recent"]), maxlen=WINDOW)
+        self.recent = deque((RecentLabel(*label) for label in state["recent"]), maxlen=WINDOW)
         self._own = {int(row): (passed, failed, int(step)) for row, passed, failed, step in state["own"]}
         self.platt, self.strength = Platt(), float("inf")
         self.refit()

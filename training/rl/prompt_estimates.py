@@ -161,7 +161,7 @@ class PromptEstimates:
     def _example(self, label: GroupLabel) -> Example:
         quality = {POLICY: label.quality, SPREAD: label.spread}
         return Example(
-            self.prompts[label.index],
+            self.prompts[label.row],
             {head: quality[head] for head in self.heads},
             {POLICY: label.token_confidence},
             label.weight,

@@ -119,9 +119,11 @@ def export(root: Path, step: int, learner: Learner, selector: Selector, limit: i
     while place.exists():  # an earlier run's, which a gateway may serve
         place = root / f"step-{step}-{number}"
         number += 1
-    recent = np.array([label[:4] for label in selector.beliefs.recent]).reshape(-1, 4)
-    logits, rates, weights = recent[:, 0], recent[:, 1], recent[:, 3]
-    if not len(recent):
+    recent = selector.beliefs.recent
+    logits = np.array([label.logit for label in recent])
+    rates = np.array([label.pass_rate for label in recent])
+    weights = np.array([label.weight for label in recent])
+    if not recent:
         logits = learner.score(selector.prompts[: min(FALLBACK_PROMPTS, len(selector.prompts))])[:, 0, QUALITY]
         rates, weights = np.full(len(logits), np.nan), np.ones(len(logits))
     heads = learner.model.config.heads

@@ -11,21 +11,23 @@ POLICY, SPREAD = "policy", "spread"  # the estimator's heads: the policy's mean 
 
 @dataclass(frozen=True, slots=True)
 class SelectionConfig:
-    """The defaults are the paper's; each addition is off."""
+    """The defaults are the paper's, without its warm-up; each addition is off."""
 
     rule: str = "band"  # a name in selectors/names.py, or module:Class
     group_size: int = 8
-    warmup_steps: int = 100  # the first so many steps keep every prompt
+    warmup_steps: int = 0  # the first so many generations keep every prompt
     low: float = 0.15  # band: both ends are kept
     high: float = 0.85
-    explore: float = 0.0  # share of rejects that are rolled out nevertheless
+    # share of the rejects that are rolled out nevertheless, at most half a generation's prompts; they replace accepted
+    # ones
+    explore: float = 0.0
     candidates: float = 1.0  # informative: ranks so many times the prompts needed
     # scores at most so many times the prompts needed; then the best rejects fill up; 0: at most the data set once
     refill_cap: float = 0.0
     replay: int = 0  # labels kept to be learned from again
-    updates: int = 1  # estimator steps a policy step
+    updates: int = 1  # estimator steps a generation
     calibrate: bool = False  # predictions, on recent labels
-    history_half_life: float = 0.0  # policy steps after which a prompt's own outcomes count half; 0: not at all
+    history_half_life: float = 0.0  # generations after which a prompt's own outcomes count half; 0: not at all
     reward_low: float = 0.0  # the rewards that count as 0 and 1 for the estimator
     reward_high: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)  # of the rule: arguments of its class
@@ -47,12 +49,12 @@ class SelectionConfig:
     @staticmethod
     def off(group_size: int = 8) -> SelectionConfig:
         """Every prompt in its turn: GRPO, and DAPO before its own sampling."""
-        return SelectionConfig("off", group_size)
+        return SelectionConfig("off", group_size, warmup_steps=100)  # no effect; a run resumes with equal settings only
 
     @staticmethod
     def faithful(group_size: int = 8) -> SelectionConfig:
         """DEPO as in the paper."""
-        return SelectionConfig("band", group_size)
+        return SelectionConfig("band", group_size, warmup_steps=100)
 
     @staticmethod
     def plus(group_size: int = 8) -> SelectionConfig:

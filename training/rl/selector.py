@@ -1,7 +1,7 @@
 """Selector: the prompts of each generation by one of the rules in selectors/, handed out as tickets.
 
-A step's life: take() before each generation, report() for each group, step() when the policy has learned from them.
-The rules choose; what is common to them is here: candidates from one stream of the data set, the surplus of a choice
+A generation's life: take() before it, report() for each group, step() when the policy has learned from them. The rules
+choose; what is common to them is here: candidates from one stream of the data set, the surplus of a choice
 carried over to the next, exploration of rejects, tickets, locking, state.
 
 Shapes: P prompts.
@@ -25,6 +25,7 @@ from depo_gateway.training.rl.pass_rate_belief import PassRateBeliefs
 from depo_gateway.training.rl.prompt_estimates import PromptEstimates
 from depo_gateway.training.rl.prompt_stream import PromptStream
 from depo_gateway.training.rl.selection_config import SelectionConfig
+from depo_gateway.training.rl.selectors.guarded_rule import GuardedRule
 from depo_gateway.training.rl.selectors.in_order import InOrder
 from depo_gateway.training.rl.selectors.names import rule_of
 from depo_gateway.training.rl.selectors.rule import Selection, SelectionRule
@@ -37,7 +38,7 @@ SUMMED = ("depo/scored", "depo/explored", "depo/seconds_scoring")  # metrics tha
 
 
 class Selector:
-    """A PromptSelector. Chooses by a rule, and teaches the estimator what came of the choice."""
+    """A PromptSelector. Chooses by a rule, and trains the estimator on the rewards."""
 
     def __init__(
         self,
@@ -59,13 +60,15 @@ class Selector:
                 prompt nothing can be ranked or explored.
         """
         self.rule = rule or rule_of(config)
+        self._guarded = GuardedRule(self.rule, config.rule if rule is None else type(rule).__name__)
+        self._guarded.state_dict()  # raises for a state that a checkpoint could not hold
         if self.rule.heads and learner is None:
             raise ValueError(f"the selection rule {config.rule!r} needs an estimator to score prompts with")
         self.prompts, self.config, self.learner, self.seed, self.block = prompts, config, learner, seed, block
         self.stream = PromptStream(len(prompts), seed)
         self.estimates = PromptEstimates(prompts, config, self.rule.heads, learner, seed, score)
         self.tickets = TicketBook()
-        self.steps = 0  # policy steps learned from
+        self.steps = 0  # generations learned from
         self.choices = 0
         self._in_order = InOrder()
         self._rng = np.random.default_rng([seed, CHOOSING])
@@ -82,13 +85,15 @@ class Selector:
 
     @property
     def beliefs(self) -> PassRateBeliefs:
-        """What is believed of pass rates."""
+        """The estimates of the prompts' pass rates."""
         return self.estimates.beliefs
 
     # --- PromptSelector ---
 
     def take(self, count: int) -> list[Ticket]:
         """Tickets for `count` rollouts. Never stalls: a prompt is repeated only if every other one is in flight."""
+        if count < 0:
+            raise ValueError(f"take({count}): the number of tickets must be 0 or more")
         with self._lock:
             taken = self.tickets.take(count)
             while len(taken) < count:
@@ -96,7 +101,12 @@ class Selector:
                 taken += self.tickets.take(count - len(taken))
             return taken
 
-    def report(self, ticket: Ticket | int, rewards: Sequence[float], log_probs: Sequence[float] = ()) -> bool:
+    def report(self, ticket: Ticket | int, rewards: Sequence[float | None], log_probs: Sequence[float] = ()) -> bool:
+        if len(rewards) != self.config.group_size:
+            raise ValueError(
+                f"report() got {len(rewards)} rewards, but a group has {self.config.group_size} rollouts; give None "
+                "for a rollout without a reward"
+            )
         with self._lock:
             return self.tickets.report(_id_of(ticket), rewards, log_probs)
 
@@ -120,7 +130,7 @@ class Selector:
             if self.rule.selective:
                 labels = self._labels(groups)
                 terms = self.estimates.learn(labels, self.steps)
-                own = {f"depo/{name}": value for name, value in self.rule.learn(labels).items()}
+                own = self._guarded.learn(labels)
                 metrics |= {**self._step_metrics(labels), **own, **terms}
                 metrics["depo/seconds_updating"] = time.perf_counter() - began
             self.steps += 1
@@ -155,7 +165,7 @@ class Selector:
                 **self.estimates.state_dict(),
                 "tickets": self.tickets.state_dict(),
                 "random": self._rng.bit_generator.state,
-                "rule": self.rule.state_dict(),
+                "rule": self._guarded.state_dict(),
             }
 
     def load_state_dict(self, state: Mapping[str, Any], in_flight: InFlight = "again") -> None:
@@ -182,7 +192,7 @@ class Selector:
             if "tickets" in state:
                 self.tickets.load_state_dict(state["tickets"], in_flight)
                 self._rng.bit_generator.state = state["random"]
-                self.rule.load_state_dict(state["rule"])
+                self._guarded.load_state_dict(state["rule"])
 
     # --- choosing ---
 
@@ -197,8 +207,8 @@ class Selector:
         candidates = Candidates(
             self.estimates, self.config, self.stream, self._carried, excluded, self.steps, self._rng
         )
-        selection = (self.rule if self.active else self._in_order).select(need, candidates)
-        chosen, rejected = self._fill(need, selection, candidates, excluded)
+        selection = (self._guarded if self.active else self._in_order).select(need, candidates)
+        chosen, rejected = self._fill(need, selection, excluded)
         explored, rate = self._explore(rejected, need // 2)
         chosen = chosen[: need - len(explored)]
         self._carried = list(selection.accepted[len(chosen) :])
@@ -211,26 +221,25 @@ class Selector:
             rejects = len(rejected) - len(explored) + skipped
             self._rejected += rejects
             scored = len(candidates.scored) if selection.scored is None else selection.scored
-            metrics = {
-                "depo/kept": (need - len(explored)) / (need + rejects),
-                "depo/scored": float(scored),
-                "depo/explored": float(len(explored)),
-                "depo/epoch": self.stream.epoch + self.stream.cursor / self.stream.size,
-                "depo/seconds_scoring": time.perf_counter() - began,
-            }
-            sums = {name: self._metrics.get(name, 0.0) + metrics[name] for name in SUMMED}
-            self._metrics = {**metrics, **self._metrics, **sums}
+            self._record_choice(need, rejects, scored, len(explored), time.perf_counter() - began)
 
-    def _fill(
-        self, need: int, selection: Selection, candidates: Candidates, excluded: set[int]
-    ) -> tuple[list[int], list[int]]:
+    def _record_choice(self, need: int, rejects: int, scored: int, explored: int, seconds: float) -> None:
+        metrics = {
+            "depo/kept": (need - explored) / (need + rejects),
+            "depo/scored": float(scored),
+            "depo/explored": float(explored),
+            "depo/epoch": self.stream.epoch + self.stream.cursor / self.stream.size,
+            "depo/seconds_scoring": seconds,
+        }
+        sums = {name: self._metrics.get(name, 0.0) + metrics[name] for name in SUMMED}
+        self._metrics = {**metrics, **self._metrics, **sums}
+
+    def _fill(self, need: int, selection: Selection, excluded: set[int]) -> tuple[list[int], list[int]]:
         """(rows to roll out, rejects that are left): if too few are accepted, the best rejects, then the stream's next.
 
         Such a reject is chosen for certain, so its propensity is 1.
         """
         accepted, rejected = list(selection.accepted), list(selection.rejected)
-        if foreign := {*accepted, *rejected} - candidates.offered.keys():
-            raise ValueError(f"the selection rule {self.config.rule} chose row {min(foreign)}, which is no candidate")
         short = max(0, need - len(accepted))
         chosen = dict.fromkeys(accepted + rejected[:short])
         left = rejected[short:]
@@ -240,9 +249,10 @@ class Selector:
         return list(chosen), left
 
     def _explore(self, rejects: Sequence[int], most: int) -> tuple[list[int], float]:
-        """(rejects to roll out nevertheless, the probability of each). At most `most`: of many the probability is less.
+        """(rejects to roll out nevertheless, the probability of each). At most `most` rejects.
 
-        All have the same probability, whatever their rank, so that what is seen of them is true of all rejects.
+        If there are many, the probability is lowered. It is the same for all of them, whatever their rank, so that what
+        is seen of them is true of all rejects.
         """
         if not rejects or not self.config.explore:
             return [], 1.0
@@ -256,7 +266,7 @@ class Selector:
         if self.rule.heads:
             predicted = self.estimates.pass_rates(np.array([mean for mean, _ in logits])).tolist()
         else:
-            predicted = self.rule.predicted(rows)
+            predicted = self._guarded.predicted(rows)
         for row, scores, mean in zip(rows, logits, predicted, strict=True):
             self.tickets.issue(row, self.steps, propensity, scores, mean)
 
@@ -282,8 +292,10 @@ class Selector:
         explored, useful = self._explored
         if explored:
             metrics["depo/false_reject_rate"] = useful / explored
-        saved = self._rejected * self.config.group_size * (1.0 - (useful / explored if explored else 0.0))
-        return {**metrics, "depo/rollouts_saved_estimate": saved, **self.estimates.metrics()}
+        if "explore" in self.rule.reads:  # without rejects nothing tells how many of them had an advantage
+            saved = self._rejected * self.config.group_size * (1.0 - (useful / explored if explored else 0.0))
+            metrics["depo/rollouts_saved_estimate"] = saved
+        return {**metrics, **self.estimates.metrics()}
 
 
 def _id_of(ticket: Ticket | int) -> int:

@@ -16,7 +16,6 @@ class TicketBook:
     def __init__(self) -> None:
         self.next_id = 0
         self.waiting: list[Ticket] = []  # chosen, not yet taken
-        self.late = self.released = 0  # reports refused, tickets released; of this process
         self._out: dict[int, Ticket] = {}  # taken and not yet learned from
         self._reported: dict[int, Group] = {}  # by ticket, since the last step
         self._again: list[Ticket] = []  # in flight when the state was saved, and to be taken again
@@ -39,11 +38,10 @@ class TicketBook:
         """The rows that have a ticket."""
         return {ticket.row for ticket in (*self._out.values(), *self.waiting)}
 
-    def report(self, ticket: int, rewards: Sequence[float], log_probs: Sequence[float]) -> bool:
+    def report(self, ticket: int, rewards: Sequence[float | None], log_probs: Sequence[float]) -> bool:
         if ticket not in self._out or ticket in self._reported:
-            self.late += 1
             return False
-        group = Group(self._out[ticket].row, tuple(map(float, rewards)), tuple(map(float, log_probs)))
+        group = Group(self._out[ticket].row, tuple(map(float, numbers(rewards))), tuple(map(float, log_probs)))
         self._reported[ticket] = group
         self._again = [other for other in self._again if other.id != ticket]
         return True
@@ -53,11 +51,10 @@ class TicketBook:
             return False
         del self._out[ticket]
         self._again = [other for other in self._again if other.id != ticket]
-        self.released += 1
         return True
 
     def unreported_before(self, version: int) -> list[int]:
-        """The tickets in flight that were chosen before `version`."""
+        """The tickets in flight that were chosen before generation `version`."""
         return [t.id for t in self._out.values() if t.id not in self._reported and t.version < version]
 
     def settle(self) -> list[tuple[Ticket, Group]]:

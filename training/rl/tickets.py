@@ -1,7 +1,8 @@
 """PromptSelector and Ticket: the interface between an RL trainer and the selection of its prompts.
 
-A trainer takes tickets, rolls out the prompt of each, reports the rewards and calls step() when the policy has taken a
-step. Several generations may overlap: tickets are reported one at a time, in any order, late, twice or never.
+A trainer takes tickets, rolls out the prompt of each, reports the rewards and calls step() once a generation, when the
+policy has learned from it. Several generations may overlap: tickets are reported one at a time, in any order, late,
+twice or never.
 
 This module imports neither torch nor a trainer.
 """
@@ -25,7 +26,7 @@ class Ticket:
 
     id: int  # unique within a run
     row: int  # of the data set
-    version: int  # policy steps learned from when the prompt was chosen
+    version: int  # generations learned from when the prompt was chosen
     propensity: float = 1.0  # probability of the choice; below 1 for rejects rolled out as exploration
     logits: tuple[float, float] = UNSCORED  # the estimator's scores at the time: mean reward, spread; NaN: none
     predicted: float = math.nan  # mean reward predicted at the time; NaN: no prediction
@@ -43,10 +44,11 @@ class PromptSelector(Protocol):
         """Tickets for the next `count` rollouts. No prompt has two tickets at a time while there are others."""
         ...
 
-    def report(self, ticket: Ticket | int, rewards: Sequence[float], log_probs: Sequence[float] = ()) -> bool:
+    def report(self, ticket: Ticket | int, rewards: Sequence[float | None], log_probs: Sequence[float] = ()) -> bool:
         """Record a finished group, to learn from at the next step(). False: the ticket is unknown or was reported.
 
-        `rewards`: NaN for a completion without one. `log_probs`: the completions' mean token log-probabilities.
+        `rewards`: one for each of the group's rollouts, NaN or None for one without. `log_probs`: the completions' mean
+        token log-probabilities.
         """
         ...
 
@@ -55,11 +57,11 @@ class PromptSelector(Protocol):
         ...
 
     def expire(self, steps: int) -> int:
-        """Release the unreported tickets that are older than `steps` policy steps; their number."""
+        """Release the unreported tickets that were chosen more than `steps` generations ago; their number."""
         ...
 
     def step(self) -> Mapping[str, float]:
-        """Learn from the groups reported since the last call: the policy took a step. Returns metrics."""
+        """Learn from the groups reported since the last call: a generation is done. Returns metrics."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from depo_gateway.training.rl.dynamic_sampling import Round
 from depo_gateway.training.rl.missing_rewards import GuardedReward, for_trl, guarded_rewards
 from depo_gateway.training.rl.prompt_text import Prompts, text_config
 from depo_gateway.training.rl.selector import Selector
+from depo_gateway.training.rl.selectors.guarded_rule import SelectionRuleError
 from depo_gateway.training.rl.tickets import PromptSelector, Ticket, tickets_digest
 
 # logged as they are at the end of a logging window; of all others TRL logs the mean over the window
@@ -74,8 +75,10 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         args = DepoConfig(output_dir="depo") if args is None else args
         check_data(args, train_dataset, others)
-        if selector is not None and (args.depo != "off" or args.selector):
-            raise ValueError("a selector is given, so args must not choose one: leave depo off and selector unset")
+        if selector is not None and (args.depo != "off" or args.selection_rule):
+            raise ValueError(
+                "a selector is given, so args must not choose one: leave depo off and selection_rule unset"
+            )
         super().__init__(
             model=model, reward_funcs=guarded_rewards(reward_funcs), args=args, train_dataset=train_dataset, **others
         )
@@ -122,7 +125,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         before = self._snapshot()
         try:
             output = self._generation(need, columns)
-        except RewardError:
+        except (RewardError, SelectionRuleError):
             self._restore(before)  # so that train() can write a checkpoint from before the generation
             raise
         self._log_generation()
@@ -308,7 +311,7 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
             result = super().train(resume_from_checkpoint=None if place is None else str(place), **kwargs)
         except run_state.FinishedError:
             result = TrainOutput(self.state.global_step, 0.0, {})
-        except RewardError:
+        except (RewardError, SelectionRuleError):
             if self._step == self._stepped and self.state.global_step not in (0, self._saved):
                 self._save_checkpoint(self.model_wrapped, None)
             raise

@@ -53,11 +53,15 @@ def filling(prompts, completions, **columns):  # as a full disk: no file may gro
     return parity(prompts, completions)
 """
 SELECTORS = """
+import os
+
 from depo_gateway.training.rl.selectors.rule import Selection, SelectionRule
 
 
 class Middling(SelectionRule):
     "Chooses prompts of kind m; remembers how many groups it has seen."
+
+    reads = ("explore",)
 
     def __init__(self, kind="m"):
         self.kind, self.groups = kind, 0
@@ -70,7 +74,7 @@ class Middling(SelectionRule):
     def learn(self, labels):
         self.groups += len(labels)
         with open("chosen.txt", "a") as file:
-            print(*(label.index for label in labels), file=file)
+            print(*(label.row for label in labels), file=file)
         return {"groups": float(self.groups)}
 
     def state_dict(self):
@@ -78,6 +82,15 @@ class Middling(SelectionRule):
 
     def load_state_dict(self, state):
         self.groups = state["groups"]
+
+
+class Failing(Middling):
+    "Fails at its third choice, unless `broken` is gone."
+
+    def select(self, need, candidates):
+        if candidates.step == 2 and os.path.exists("broken"):
+            raise KeyError("no such row")
+        return super().select(need, candidates)
 
 
 class Scored(Middling):
@@ -161,7 +174,7 @@ def chosen_kinds(path: Path) -> list[str]:
 
 def test_a_selector_of_ones_own_runs_from_yaml_and_resumes(run: Run, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(
-        "selector: choosing.py:Middling\nselector_options: {kind: m}\ndepo_explore: 0.0\nmax_steps: 6\n"
+        "selection_rule: choosing.py:Middling\nselection_rule_options: {kind: m}\ndepo_explore: 0.0\nmax_steps: 6\n"
     )
     assert run(configs=["plain.yaml", "own.yaml"]) == (0, "")
     whole = (tmp_path / "chosen.txt").read_text().splitlines()
@@ -179,8 +192,23 @@ def test_a_selector_of_ones_own_runs_from_yaml_and_resumes(run: Run, tmp_path: P
     assert not (tmp_path / "out/estimator").exists()
 
 
+def test_a_rule_that_raises_is_one_line_and_the_run_can_be_resumed(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+    flags = ["--selection_rule", "choosing.py:Failing", "--save_steps", "100", "--max_steps", "3"]
+    code, err = run(*flags, configs=["plain.yaml"])
+    assert code == 2
+    line = err.splitlines()[-1]
+    assert line.startswith(
+        "depo-train rl: the selection rule choosing.py:Failing: select() raised KeyError: 'no such row'"
+    )
+    assert line.endswith("--resume continues from out/checkpoint-2")
+    (tmp_path / "broken").unlink()
+    assert run("--resume", *flags, configs=["plain.yaml"])[0] == 0
+    assert chosen_kinds(tmp_path / "chosen.txt") == ["mm"] * 3
+
+
 def test_a_selector_of_ones_own_may_read_the_estimator(run: Run, tmp_path: Path) -> None:
-    flags = ["--depo", "plus", "--depo_warmup", "1", "--selector", "choosing:Scored"]
+    flags = ["--depo", "plus", "--depo_warmup", "1", "--selection_rule", "choosing:Scored"]
     assert run(*flags) == (0, "")
     assert len(chosen_kinds(tmp_path / "chosen.txt")) == 4
     assert checkpoint.resolve(tmp_path / "out/estimator").name == "step-4"
@@ -196,7 +224,7 @@ def test_a_selector_of_ones_own_may_read_the_estimator(run: Run, tmp_path: Path)
     ],
 )
 def test_the_baselines_run_in_the_real_trainer(run: Run, tmp_path: Path, selector: str, options: str) -> None:
-    flags = ["--selector", selector, "--selector_options", options, "--dynamic_sampling", "true"]
+    flags = ["--selection_rule", selector, "--selection_rule_options", options, "--dynamic_sampling", "true"]
     assert run(*flags, configs=["plain.yaml"]) == (0, "")
     state = json.loads((tmp_path / "out/checkpoint-4/depo/selector.json").read_text())["selector"]
     assert state["config"]["rule"] == selector
@@ -244,14 +272,34 @@ def test_flags_override_the_file() -> None:
         (["--resume"], "out has no checkpoint to resume from"),
         (["--depo_encoder", "nowhere", "--depo", "plus"], "encoder 'nowhere' can't be loaded"),
         (["--num_generations", "3"], "must be divisible by num_generations (3)"),
-        (["--selector", "gresso"], "the selection rule 'gresso' is unknown"),
-        (["--selector", "greso"], "selector is greso, which uses no estimator, but depo is faithful; set depo to off"),
-        (["--depo", "off", "--selector", "band"], "selector is band, which needs an estimator; set depo to"),
-        (["--depo", "off", "--selector", "mopps", "--depo_replay", "8"], "but the selector mopps has no estimator"),
-        (["--selector", "band", "--depo_rule", "band"], "set only one of them"),
-        (["--selector", "band", "--selector_options", "{"], "selector_options is not JSON"),
+        (["--selection_rule", "gresso"], "the selection rule 'gresso' is unknown"),
+        (
+            ["--selection_rule", "greso"],
+            "selection_rule is greso, which uses no estimator, but depo is faithful; set depo to off",
+        ),
+        (
+            ["--depo", "off", "--selection_rule", "band"],
+            "selection_rule is band, which needs an estimator; set depo to",
+        ),
+        (
+            ["--depo", "off", "--selection_rule", "mopps", "--depo_replay", "8"],
+            "but the selection rule mopps has no estimator",
+        ),
+        (["--selection_rule", "band", "--depo_rule", "band"], "set only one of them"),
+        (["--selection_rule", "band", "--selection_rule_options", "{"], "selection_rule_options is not JSON"),
+        (
+            ["--depo", "off", "--selection_rule", "greso", "--depo_explore", "0.1"],
+            "depo_explore is 0.1, but the rule is",
+        ),
+        (
+            ["--depo", "off", "--selection_rule", "greso", "--depo_refill_cap", "8"],
+            "depo_refill_cap is 8.0, but the rule",
+        ),
+        (["--depo", "off", "--depo_reward_low", "-1"], "depo_reward_low is -1.0, but depo is off"),
+        (["--depo_explore", "5"], "depo_explore is 5.0; it must lie between 0 and 1"),
+        (["--depo_low", "0.9"], "it must lie between 0 and 1, depo_low below depo_high"),
         (["--depo_rule", "greso"], "depo_rule is greso, which uses no estimator"),
-        (["--selector_options", '{"a": 1}'], "selector_options is set, but no selector is named"),
+        (["--selection_rule_options", '{"a": 1}'], "selection_rule_options is set, but no selection_rule is named"),
     ],
 )
 def test_a_mistake_is_one_line(run: Run, words: list[str], said: str) -> None:
@@ -300,7 +348,7 @@ def test_ctrl_c_saves_what_resumes(run: Run, tmp_path: Path) -> None:
     code, err = run(*flags, "--reward", "rewards.py:interrupting")
     assert code == 1
     assert err == (
-        "depo-train rl: stopping after this step; repeat to stop at once\n"
+        "depo-train rl: stopping at the end of this generation; repeat to stop at once\n"
         "depo-train rl: interrupted; --resume continues from out/checkpoint-3\n"
     )
     code, err = run(*flags)

@@ -62,15 +62,14 @@ def test_a_better_candidate_passes_and_a_worse_one_is_refused() -> None:
     assert verdict.figures["newest"]["area_difference"][1] > 0
     verdict = assess(holdout(worse, truth, observed), None, CONFIG)
     assert not verdict.publish
-    assert verdict.reasons[0].startswith("it routes the newest prompts worse than the champion: -0.0")
+    assert verdict.reasons[0].startswith("it routes the newest prompts worse than the champion: mean quality -0.0")
 
 
 def test_the_same_again_is_no_better() -> None:
     truth, observed = prompts(600)
     verdict = assess(holdout(truth, truth, observed), None, CONFIG)
     assert verdict.reasons == (
-        "it is no better than the champion on the newest prompts: +0.0000 of quality, averaged over all shares, and"
-        " +0.0000 of held-out loss",
+        "it is no better than the champion on the newest prompts: mean quality +0.0000, held-out loss +0.0000",
     )
 
 

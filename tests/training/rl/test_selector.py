@@ -155,7 +155,7 @@ def test_graded_rewards_are_chosen_by_their_spread_not_their_mean(
     selector = Selector(prompts_of(spreads), config, learner(config), score=score)
     chosen = selector.take(8)
     for ticket in chosen:
-        selector.report(ticket, (0.5 - spreads[ticket.row] / 2, 0.5 + spreads[ticket.row] / 2))
+        selector.report(ticket, (0.5 - spreads[ticket.row] / 2, 0.5 + spreads[ticket.row] / 2) * 4)
     selector.step()
     assert not selector.estimates.binary
     assert {spreads[row] for row in rows_of(selector.take(4))} == {0.4}
@@ -216,14 +216,26 @@ def test_rewards_that_are_missing_are_no_labels(learner: Callable[[SelectionConf
     chosen = selector.take(3)
     a, b, c = chosen
     selector.report(a, (NAN,) * 8)
-    selector.report(b, (1.0, NAN, 0.0))
-    selector.report(c, (NAN, 1.0))
+    selector.report(b, (1.0, NAN, 0.0, *(None,) * 5))
+    selector.report(c, (*(NAN,) * 7, 1.0))
     metrics = selector.step()
     assert metrics["depo/pass_rate"] == 0.75
     assert metrics["depo/zero_advantage_share"] == 0.5
-    assert [label.index for label in selector.estimates.replay] == [b.row, c.row]
+    assert [label.row for label in selector.estimates.replay] == [b.row, c.row]
     selector.report(selector.take(3)[0], (NAN,) * 8)
     assert "depo/pass_rate" not in selector.step()
+
+
+def test_rewards_of_another_number_and_a_negative_count_are_refused() -> None:
+    selector = Selector(prompts_of([0.5] * 8), SelectionConfig.off(4))
+    (ticket,) = selector.take(1)
+    for rewards in ((), (1.0,) * 3, (1.0,) * 5):
+        with pytest.raises(ValueError, match=f"got {len(rewards)} rewards, but a group has 4 rollouts"):
+            selector.report(ticket, rewards)
+    assert selector.report(ticket, (1.0, None, 0.0, None))
+    assert selector.take(0) == []
+    with pytest.raises(ValueError, match=r"take\(-1\)"):
+        selector.take(-1)
 
 
 def test_more_prompts_in_the_same_step_are_other_prompts() -> None:

@@ -137,7 +137,7 @@ def test_metrics_stand_in_the_row_of_their_generation(tmp_path: Path, tiny_encod
         rewards = [reward for group in observed[number] for reward in group.rewards]
         assert row["depo/pass_rate"] == pytest.approx(sum(rewards) / len(rewards))
         assert row["reward"] == pytest.approx(row["depo/pass_rate"])  # TRL's own, of the same rollouts
-        assert tuple(group.index for group in observed[number]) == chosen[number]
+        assert tuple(group.row for group in observed[number]) == chosen[number]
         dull = sum(len(set(group.rewards)) == 1 for group in observed[number])
         assert row["depo/zero_advantage_share"] == dull / 4
         assert {"depo/seconds_scoring", "depo/seconds_updating", "depo/calibration_error"} <= set(row)
@@ -171,7 +171,7 @@ def test_log_probabilities_are_of_the_first_pass_and_of_the_right_rows(
     made.train()
     assert len(observed) == generations
     for group in observed[0]:
-        prompt = made.train_dataset[group.index]["prompt"]
+        prompt = made.train_dataset[group.row]["prompt"]
         assert len(group.log_probs) == len(said[prompt]) == 4
         for ids, found in zip(said[prompt], group.log_probs, strict=True):
             asked = policy.tokenizer()(prompt)["input_ids"]

@@ -10,6 +10,7 @@ class Band(SelectionRule):
 
     heads = (POLICY,)
     settings = ("low", "high")
+    reads = ("explore", "refill_cap")
 
     def __init__(self, low: float = 0.15, high: float = 0.85) -> None:
         self.low, self.high = low, high

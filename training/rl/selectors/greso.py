@@ -49,10 +49,10 @@ class Greso(SelectionRule):
         kinds = [kind_of(label) for label in labels]
         for label, kind in zip(labels, kinds, strict=True):
             if kind == MIXED:
-                self.streaks.pop(label.index, None)
+                self.streaks.pop(label.row, None)
             else:
-                _, length = self.streaks.get(label.index, (kind, 0))
-                self.streaks[label.index] = (kind, length + 1)
+                _, length = self.streaks.get(label.row, (kind, 0))
+                self.streaks[label.row] = (kind, length + 1)
         for kind in (HARD, EASY) if kinds else ():
             above = kinds.count(kind) / len(kinds) >= self.targets[kind]
             self.explore[kind] = float(np.clip(self.explore[kind] + (-self.delta if above else self.delta), 0.0, 1.0))

@@ -10,6 +10,7 @@ class Informative(SelectionRule):
 
     heads = (POLICY, SPREAD)
     settings = ("candidates",)
+    reads = ("explore", "refill_cap")
 
     def __init__(self, candidates: float = 4.0) -> None:
         self.candidates = candidates

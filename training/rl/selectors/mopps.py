@@ -20,6 +20,8 @@ class Mopps(SelectionRule):
     After s of k rollouts pass: a <- d a + (1 - d) a0 + s, b <- d b + (1 - d) b0 + k - s, with a0 = b0 = 1.
     """
 
+    reads = ("explore",)
+
     def __init__(self, decay: float = 0.5, candidates: float = 4.0, target: float = 0.5) -> None:
         self.decay, self.candidates, self.target = decay, candidates, target
         self.posteriors: dict[int, tuple[float, float]] = {}  # row -> a, b
@@ -37,11 +39,11 @@ class Mopps(SelectionRule):
 
     def learn(self, labels: Sequence[GroupLabel]) -> Mapping[str, float]:
         for label in labels:
-            a, b = self.posteriors.get(label.index, PRIOR)
-            passed, kept = label.quality * label.count, self.decay
-            self.posteriors[label.index] = (
-                kept * a + (1 - kept) * PRIOR[0] + passed,
-                kept * b + (1 - kept) * PRIOR[1] + label.count - passed,
+            a, b = self.posteriors.get(label.row, PRIOR)
+            passed, decay = label.quality * label.count, self.decay
+            self.posteriors[label.row] = (
+                decay * a + (1 - decay) * PRIOR[0] + passed,
+                decay * b + (1 - decay) * PRIOR[1] + label.count - passed,
             )
         return {}
 

@@ -20,7 +20,7 @@ class Oracle(SelectionRule):
 
     Args:
         pass_rates: of the current policy by row, or a function that measures them.
-        refresh: policy steps after which the rates are read again.
+        refresh: generations after which the rates are read again.
     """
 
     settings = ("group_size",)

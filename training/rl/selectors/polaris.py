@@ -15,7 +15,7 @@ class Polaris(SelectionRule):
     """At the end of each stage, drops for good the prompts that passed more than `above` of the stage's rollouts.
 
     Args:
-        stage_steps: policy steps a stage; Polaris has three stages a run.
+        stage_steps: generations a stage; Polaris has three stages a run.
         above: the pass rate above which a prompt is dropped.
         pass_rates: of the starting policy, where they were measured: prompts above `above` are dropped at once.
     """
@@ -41,8 +41,8 @@ class Polaris(SelectionRule):
 
     def learn(self, labels: Sequence[GroupLabel]) -> Mapping[str, float]:
         for label in labels:
-            passed, count = self.outcomes.get(label.index, (0.0, 0))
-            self.outcomes[label.index] = (passed + label.quality * label.count, count + label.count)
+            passed, count = self.outcomes.get(label.row, (0.0, 0))
+            self.outcomes[label.row] = (passed + label.quality * label.count, count + label.count)
         self.steps += 1
         if self.steps % self.stage_steps == 0:
             self.drop({row: passed / count for row, (passed, count) in self.outcomes.items()})

@@ -1,4 +1,4 @@
-"""SelectionRule: what a way to choose prompts has to answer. All else is Selector's."""
+"""The interface of a selection rule; Selector does the rest."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ class SelectionRule(ABC):
 
     heads: ClassVar[tuple[str, ...]] = ()  # the estimator's heads that it reads: (), ("policy",), ("policy", "spread")
     settings: ClassVar[tuple[str, ...]] = ()  # fields of SelectionConfig that are arguments of the constructor
+    # other fields that it uses: "explore" if it returns rejected rows, "refill_cap" if it calls candidates.limit();
+    # a setting that the rule does not name is refused
+    reads: ClassVar[tuple[str, ...]] = ()
     selective: ClassVar[bool] = True  # False: it leaves no prompt out, and there is nothing to measure
 
     @abstractmethod
@@ -47,11 +50,15 @@ class SelectionRule(ABC):
         return [math.nan] * len(rows)
 
     def learn(self, labels: Sequence[GroupLabel]) -> Mapping[str, float]:
-        """The groups of one policy step. Returns metrics, which are logged as depo/NAME."""
+        """Learn from the groups of one generation. Returns metrics, which are logged as depo/NAME."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rule has learned, as values for JSON."""
+        """What the rule has learned, as values for JSON.
+
+        JSON turns integer keys into text and tuples into lists: store a dict by row as a list of [row, ...], as Greso
+        does.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  a rule that remembers nothing

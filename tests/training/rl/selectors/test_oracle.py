@@ -18,7 +18,7 @@ def test_the_oracle_keeps_prompts_more_likely_than_not_to_be_informative() -> No
     assert sorted(ticket.row for ticket in tickets) == [2, 3]
     assert sorted(ticket.predicted for ticket in tickets) == [1 / 8, 7 / 8]
     for ticket in tickets:
-        made.report(ticket, (1.0, 0.0))
+        made.report(ticket, (1.0, 0.0) * 4)
     rates[2], rates[0] = 1.0, 0.5
     made.step()
     assert sorted(ticket.row for ticket in made.take(2)) == [0, 3]
