@@ -1,4 +1,4 @@
-"""An alert from a real gateway through Prometheus and Alertmanager to a webhook, and which receiver gets which alert."""
+"""An alert from a real gateway through Prometheus and Alertmanager to a webhook, and which receiver gets which."""
 
 import asyncio
 import contextlib
