@@ -86,7 +86,7 @@ def test_a_phase_within_another_is_its_own_alone(monkeypatch: pytest.MonkeyPatch
     assert clock.seconds == {"outer": 1 + 4 + 64, "inner": 2, run.ASIDE: 8 + 16 + 32}
 
 
-def test_each_method_has_its_settings_and_wrong_ones_are_told(tmp_path: Path) -> None:
+def test_each_method_has_its_settings_and_wrong_ones_are_errors(tmp_path: Path) -> None:
     configs = {name: run.config_of(name, 1, SMALL, tmp_path, "cpu") for name in run.METHODS}
     assert {config.prompts_per_generation for config in configs.values()} == {4}
     assert [config.dynamic_sampling for config in configs.values()] == [False, True, False, False]
@@ -133,7 +133,7 @@ def test_the_command_runs_reports_and_goes_on_where_it_was(tmp_path: Path, capsy
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_policy_that_cannot_chat_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_policy_that_cannot_chat_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = start.load("chains")
     tokenizer.chat_template = None
     model.save_pretrained(tmp_path / "mute")

@@ -1,4 +1,4 @@
-"""One online update after another: it learns, masks, averages, and trains only what it is told to."""
+"""One online update after another: it learns, masks, averages, and trains only the configured layers."""
 
 import random
 from dataclasses import replace
@@ -23,7 +23,7 @@ def learner(encoder: Path, config: LearnerConfig | None = None) -> Learner:
 
 
 def chatter(count: int, seed: int = 0) -> list[Example]:
-    """Prompts of which those with "hard" need the large pool, whose token confidence tells the same."""
+    """Prompts of which those with "hard" need the large pool, as their token confidence says, too."""
     chance = random.Random(seed)
     examples = []
     for index in range(count):

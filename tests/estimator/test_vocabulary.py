@@ -34,7 +34,7 @@ def test_the_domains_texts_read_as_before_and_others_fall_apart_into_characters(
     assert torch.equal(before, after)
 
 
-def test_what_can_not_be_narrowed_is_said() -> None:
+def test_a_vocabulary_that_can_not_be_narrowed_is_an_error() -> None:
     with pytest.raises(ValueError, match="only a WordPiece vocabulary can be narrowed, and this encoder's is BPE"):
         narrow_tokenizer(Tokenizer(models.BPE()), [])
     model, whole = create_model(ModelConfig(("a", "b"), TextConfig(), layers=1))

@@ -1,4 +1,4 @@
-"""A scripted vLLM on loopback: a real HTTP server that answers, stalls, fails or hangs up as a test tells it.
+"""A scripted vLLM on loopback: a real HTTP server that answers, stalls, fails or hangs up as a test's Script says.
 
 It speaks raw HTTP/1.1 so that it can break it, and notes what it received and when a client closed its connection.
 """

@@ -191,7 +191,7 @@ async def test_request_ids_are_passed_along_and_made_up(start: StartGateway) -> 
         assert "cookie" not in small.seen[-1].headers
 
 
-async def test_a_shares_coin_follows_the_traffic(start: StartGateway) -> None:
+async def test_random_routing_by_share_follows_the_traffic(start: StartGateway) -> None:
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
 
         async def shares() -> dict[str, float]:
@@ -221,13 +221,13 @@ def policy(checkpoint: Path, deadline_ms: float = 5000, **routing: Any) -> dict[
 
 
 async def both_ways(gateway: Running, endpoint: str = "chat/completions", **fields: Any) -> tuple[str, str, str]:
-    """Pool, reason and confidence of a request, which /v1/route told as well."""
+    """Pool, reason and confidence of a request, which /v1/route gave as well."""
     body = {"model": "auto", **fields}
-    told = await gateway.session.post(f"{gateway.url}/v1/route", json=body)
+    decided = await gateway.session.post(f"{gateway.url}/v1/route", json=body)
     answer = await gateway.session.post(f"{gateway.url}/v1/{endpoint}", json=body)
-    assert (told.status, answer.status) == (200, 200)
+    assert (decided.status, answer.status) == (200, 200)
     names = [f"x-depo-{name}" for name in ("pool", "reason", "confidence")]
-    of_route, of_answer = (tuple(item.headers.get(name, "") for name in names) for item in (told, answer))
+    of_route, of_answer = (tuple(item.headers.get(name, "") for name in names) for item in (decided, answer))
     assert of_route == of_answer
     return of_answer  # type: ignore[return-value]
 

@@ -97,7 +97,7 @@ def test_requests_a_minute_are_bounded(rate: float, gaps: list[float]) -> None:
         assert len(within) <= max(1.0, rate) + rate + 1e-6
 
 
-def test_who_waits_as_told_is_let_in() -> None:
+def test_a_client_that_waits_retry_after_is_admitted() -> None:
     account = opened(requests_per_minute=6)
     assert [account.admit(0.0) for _ in range(7)] == [0.0] * 6 + [10.0]
     assert account.admit(9.9) > 0
@@ -159,12 +159,12 @@ async def ask(gateway: Running, key: str, text: str = "hard", model: str = "auto
 async def test_a_key_over_its_share_is_routed_down(start: StartGateway) -> None:
     limits = auth(bounded={"large_share": 0.2}, free={})
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large], auth=limits) as gateway:
-        told = [await ask(gateway, "bounded", f"prove the hard theorem {index}") for index in range(60)]
-        assert {answer.status for answer in told} == {200}
-        pools = [answer.headers["x-depo-pool"] for answer in told]
+        answers = [await ask(gateway, "bounded", f"prove the hard theorem {index}") for index in range(60)]
+        assert {answer.status for answer in answers} == {200}
+        pools = [answer.headers["x-depo-pool"] for answer in answers]
         assert pools[:10] == ["large"] * 10
         assert 12 <= pools.count("large") <= 0.2 * 60 + BURST
-        assert {answer.headers["x-depo-reason"] for answer in told if answer.headers["x-depo-pool"] == "small"} == {
+        assert {answer.headers["x-depo-reason"] for answer in answers if answer.headers["x-depo-pool"] == "small"} == {
             "budget"
         }
         assert await gateway.metric("gateway_decisions_total", reason="budget", pool="small") == pools.count("small")
@@ -176,10 +176,10 @@ async def test_a_key_over_its_share_is_routed_down(start: StartGateway) -> None:
 async def test_who_insists_on_the_last_pool_gets_429(start: StartGateway, model: str) -> None:
     limits = auth(bounded={"large_share": 0.1})
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large], auth=limits) as gateway:
-        told = [await ask(gateway, "bounded", f"prove the hard theorem {index}", model) for index in range(40)]
+        answers = [await ask(gateway, "bounded", f"prove the hard theorem {index}", model) for index in range(40)]
         assert 10 <= len(large.seen) <= 0.1 * 40 + BURST
         assert not small.seen
-        refused = [answer for answer in told if answer.status != 200]
+        refused = [answer for answer in answers if answer.status != 200]
         assert len(refused) == 40 - len(large.seen)
         error = (await refused[0].json())["error"]
         assert (refused[0].status, error["type"], error["code"]) == (429, "rate_limit_error", "large_share_exceeded")
@@ -211,19 +211,19 @@ async def test_a_fallback_is_paid_for_too_and_what_failed_is_given_back(start: S
         FakeVllm() as large,
         start([small], [large], auth=limits, retries=quick) as gateway,
     ):
-        told = [await ask(gateway, "bounded", f"easy {index}") for index in range(40)]
-        served = [answer for answer in told if answer.status == 200]
+        answers = [await ask(gateway, "bounded", f"easy {index}") for index in range(40)]
+        served = [answer for answer in answers if answer.status == 200]
         assert {answer.headers["x-depo-reason"] for answer in served} == {"fallback"}
         assert 10 <= len(served) <= 0.1 * 40 + BURST
         assert len(large.seen) == len(served)
-        assert "the key's share of the last pool is used up" in (await told[-1].json())["error"]["message"]
+        assert "the key's share of the last pool is used up" in (await answers[-1].json())["error"]["message"]
     async with (  # and the other way about: what the large pool did not answer is not paid
         FakeVllm() as small,
         FakeVllm(script=fails) as large,
         start([small], [large], auth=limits, retries=quick) as gateway,
     ):
-        told = [await ask(gateway, "bounded", f"prove the hard theorem {index}") for index in range(20)]
-        assert {answer.headers["x-depo-reason"] for answer in told} == {"fallback"}
+        answers = [await ask(gateway, "bounded", f"prove the hard theorem {index}") for index in range(20)]
+        assert {answer.headers["x-depo-reason"] for answer in answers} == {"fallback"}
 
 
 BOTH, PINNED = Eligible(("small", "large")), Eligible(("large",))
@@ -334,10 +334,10 @@ async def test_a_prompt_too_long_for_all_but_the_last_pool_gets_429(start: Start
 async def test_requests_a_minute(start: StartGateway) -> None:
     limits = auth(slow={"requests_per_minute": 3}, free={})
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large], auth=limits) as gateway:
-        told = [await ask(gateway, "slow", "easy", model) for model in ("auto", "small", "large", "auto")]
-        assert [answer.status for answer in told] == [200, 200, 200, 429]
-        assert 1 <= int(told[-1].headers["retry-after"]) <= 20
-        error = (await told[-1].json())["error"]
+        answers = [await ask(gateway, "slow", "easy", model) for model in ("auto", "small", "large", "auto")]
+        assert [answer.status for answer in answers] == [200, 200, 200, 429]
+        assert 1 <= int(answers[-1].headers["retry-after"]) <= 20
+        error = (await answers[-1].json())["error"]
         assert error["message"] == "The key 'slow' is over its 3 requests a minute."
         assert error["code"] == "rate_limit_exceeded"
         assert {(await ask(gateway, "free", "easy")).status for _ in range(8)} == {200}
@@ -348,8 +348,8 @@ async def test_calls_that_come_together_share_one_budget(start: StartGateway) ->
     limits = auth(bounded={"large_share": 0.1})
     slow = Script(before_head_s=0.2)
     async with FakeVllm() as small, FakeVllm(script=slow) as large, start([small], [large], auth=limits) as gateway:
-        told = await asyncio.gather(*(ask(gateway, "bounded", f"prove the hard theorem {n}") for n in range(50)))
-        assert {answer.status for answer in told} == {200}
+        answers = await asyncio.gather(*(ask(gateway, "bounded", f"prove the hard theorem {n}") for n in range(50)))
+        assert {answer.status for answer in answers} == {200}
         assert 10 <= len(large.seen) <= 0.1 * 50 + BURST
 
 

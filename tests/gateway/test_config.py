@@ -281,7 +281,7 @@ def test_a_loopback_address_may_be_open(host: str) -> None:
     assert config.parse_config(tree(listen__host=host)).auth is None
 
 
-def test_open_to_all_must_be_said_aloud() -> None:
+def test_open_on_all_addresses_requires_auth_none() -> None:
     read = config.parse_config(tree(listen__host="0.0.0.0", auth="none"))
     assert read.auth is None
     assert "auth: none" in config.resolved_yaml(read)

@@ -244,7 +244,7 @@ async def test_a_known_conversation_is_not_explored(start: StartGateway) -> None
         assert (await turn(gateway, [], "sum", **EASY))[1] == "explore"
 
 
-def test_turns_too_deep_to_be_told_apart_are_served_all_the_same() -> None:
+def test_turns_too_deep_to_be_distinguished_are_served_anyway() -> None:
     deep: Any = "x"
     for _ in range(500):
         deep = [deep]

@@ -1,4 +1,4 @@
-"""The end of the process: what runs finishes, what is late is told so, and the exit code says how it went."""
+"""The end of the process: running requests finish, late ones get an error, and the exit code says which."""
 
 import asyncio
 import contextlib
@@ -141,7 +141,7 @@ async def test_a_port_in_use_is_the_users_mistake(tmp_path: Path, tiny_checkpoin
                 ]
 
 
-async def test_streams_that_outlast_drain_s_are_told(start: StartGateway) -> None:
+async def test_streams_that_outlast_drain_s_get_an_error(start: StartGateway) -> None:
     script = Script(events=1000, between_s=0.1)
     async with FakeVllm(script=script) as one, start([one], [one], timeouts={"drain_s": 0.5}) as gateway:
         streams = [asyncio.create_task(gateway.chat(stream=True)) for _ in range(5)]

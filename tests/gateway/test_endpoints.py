@@ -83,7 +83,7 @@ async def test_route_tells_the_decision_without_a_backend(start: StartGateway) -
         assert await gateway.metric("gateway_decisions_total") == 0
 
 
-async def test_scores_are_told_only_if_exposed(start: StartGateway) -> None:
+async def test_scores_are_in_headers_only_if_exposed(start: StartGateway) -> None:
     async with (
         FakeVllm() as small,
         FakeVllm() as large,

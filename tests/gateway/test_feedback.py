@@ -113,7 +113,7 @@ WRONG: list[tuple[Any, str, str | None]] = [
 ]
 
 
-async def test_a_wrong_body_is_told_by_its_field(start: StartGateway, tmp_path: Path) -> None:
+async def test_a_wrong_body_is_an_error_that_names_the_field(start: StartGateway, tmp_path: Path) -> None:
     section = {"url": f"sqlite:///{tmp_path / 'records.db'}"}
     async with backends() as both, start(*both, records=section) as gateway:
         for body, code, field in WRONG:

@@ -199,7 +199,7 @@ def test_output_that_nobody_reads_is_a_failure_without_a_traceback(tiny_checkpoi
         assert (running.wait(timeout=60), running.stderr.read()) == (1, "")
 
 
-def test_serve_serves_until_it_is_told_to_stop(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_serve_runs_until_a_signal(tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "gateway.yaml", tiny_checkpoint)
     with subprocess.Popen([*COMMAND, "serve", "--config", str(path)], stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None

@@ -397,7 +397,7 @@ async def test_all_that_waits_is_counted(
 async def test_feedback_that_nobody_waits_for_any_more_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its sender has been told to send again, perhaps to another gateway, and may have changed their mind."""
+    """Its sender has got 503, send it again, perhaps to another gateway, and may have changed their mind."""
     url = f"sqlite:///{tmp_path / 'records.db'}"
     recorder = Recorder(config.Records(url), Metrics("0"))
     decision = Decision("small", Reason.CONFIDENT)

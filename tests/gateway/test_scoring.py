@@ -469,7 +469,7 @@ async def test_on_overload_decides_when_no_stage_answers(start: StartGateway, ti
         assert all("x-depo-confidence" not in answer.headers for answer in answers)
 
 
-def test_the_overload_coin_starts_at_the_calibrations_share() -> None:
+def test_random_routing_on_overload_starts_at_the_calibrations_share() -> None:
     runtime = Runtime.load(Path(gateway.__file__).parent / "demo" / "data" / "estimator")
     low = scoring.usual_shares(runtime, ("a", "b"), "gain", 0.3)
     high = scoring.usual_shares(runtime, ("a", "b"), "gain", 0.95)
@@ -478,7 +478,7 @@ def test_the_overload_coin_starts_at_the_calibrations_share() -> None:
     assert scoring.usual_shares(runtime, ("a", "b", "c"), "gain", 0.5) == {}
 
 
-def test_a_policys_overload_coin_starts_at_the_share_it_is_not_sure_of(tiny_policy_checkpoint: Path) -> None:
+def test_random_routing_by_a_policy_starts_at_its_unsure_share(tiny_policy_checkpoint: Path) -> None:
     runtime = Runtime.load(tiny_policy_checkpoint)
     assert scoring.usual_shares(runtime, ("a", "b"), "difficulty", 0.5) == pytest.approx({"a": 0.5, "b": 0.5}, abs=0.1)
     assert scoring.usual_shares(runtime, ("a", "b"), "difficulty", 0.0) == {"a": 1.0, "b": 0.0}

@@ -159,7 +159,7 @@ async def test_recent_decisions_that_nobody_answered_say_so(start: StartGateway)
     assert (second["status"], second["answered"], second["reason"]) == (503, False, "pinned")
 
 
-async def test_a_fallback_is_told_as_what_it_became(start: StartGateway) -> None:
+async def test_a_fallback_is_shown_with_the_pool_that_served(start: StartGateway) -> None:
     async with FakeVllm() as small, FakeVllm() as large, start([small], [large]) as gateway:
         small.script = Script(status=503)
         await (await gateway.chat("easy")).read()
@@ -249,7 +249,7 @@ async def test_the_page_may_load_nothing_but_the_status(start: StartGateway) -> 
 # The budgets' metric.
 
 
-async def test_a_keys_budget_is_told_while_the_config_has_the_key(tiny_checkpoint: Path, tmp_path: Path) -> None:
+async def test_a_keys_budget_is_shown_while_the_config_has_the_key(tiny_checkpoint: Path, tmp_path: Path) -> None:
     path, admin = tmp_path / "gateway.yaml", {"port": 0, "key_sha256": config.key_digest("sk-admin")}
     other = {"name": "none", "sha256": "0" * 64, "large_share": 0.0}
     free = {"name": "free", "sha256": "1" * 64}

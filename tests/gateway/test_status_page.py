@@ -239,7 +239,7 @@ async def test_pools_stand_in_the_configs_order_whatever_they_are_called(
             assert await shown.complaints() == []
 
 
-async def test_an_answer_of_another_version_is_told(chromium: webdriver.Chrome, curved: Path) -> None:
+async def test_an_answer_of_another_version_is_reported(chromium: webdriver.Chrome, curved: Path) -> None:
     async with FakeVllm() as small, FakeVllm() as large:
         async with page(chromium, settings([small], [large], curved)) as (shown, _):
             await shown.run(
@@ -250,9 +250,7 @@ async def test_an_answer_of_another_version_is_told(chromium: webdriver.Chrome, 
             assert await shown.text("state") == "No answer"
 
 
-async def test_a_gateway_that_is_gone_is_told_with_the_time_and_found_again(
-    chromium: webdriver.Chrome, curved: Path
-) -> None:
+async def test_a_lost_gateway_is_shown_with_the_time_and_found_again(chromium: webdriver.Chrome, curved: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -313,7 +311,7 @@ async def test_pausing_holds_the_page_still(chromium: webdriver.Chrome, curved: 
             await shown.shows("recent", "confident")
 
 
-async def test_the_target_s_own_words_stand_where_others_count(chromium: webdriver.Chrome, curved: Path) -> None:
+async def test_texts_under_a_target_mention_it(chromium: webdriver.Chrome, curved: Path) -> None:
     """A target knows no pinned requests; with a pool away the calibration's figures are not what happens."""
     async with FakeVllm() as small, FakeVllm() as large:
         routing = {"target": {"large_share": 0.3}}

@@ -307,7 +307,7 @@ def test_monitors_name_ports_that_their_pods_have() -> None:
     assert [name for name, names in ports.items() if endpoint["port"] in names] == [f"{FULL}-admin"]
 
 
-def test_vllms_series_are_told_apart_by_pool() -> None:
+def test_vllms_series_are_distinguished_by_pool() -> None:
     monitor = named(rendered(Values()), "PodMonitor", f"{FULL}-backends")
     first, *jobs = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"]
     assert first == {"sourceLabels": ["__meta_kubernetes_pod_label_depo_gateway_pool"], "targetLabel": "pool"}

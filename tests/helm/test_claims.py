@@ -42,7 +42,7 @@ def claims(chart: Path, values: dict[str, Any], there: list[Manifest]) -> dict[s
 
 
 def as_made(claim: Manifest, **metadata: Any) -> Manifest:
-    """A claim as the cluster tells it, once Helm made it and a volume was bound."""
+    """A claim as the cluster reports it, once Helm made it and a volume was bound."""
     spec = {"storageClassName": "standard"} | claim["spec"] | {"volumeName": "pvc-1", "volumeMode": "Filesystem"}
     owner = {"meta.helm.sh/release-name": "depo", "meta.helm.sh/release-namespace": "models"}
     annotations = claim["metadata"].get("annotations", {}) | owner

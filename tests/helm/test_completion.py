@@ -1,4 +1,4 @@
-"""The script of `helm test`, as a process against a real gateway: what it takes, and what it tells of what it can't."""
+"""The script of `helm test`, as a process against a real gateway: what it accepts, and its errors."""
 
 import asyncio
 import os

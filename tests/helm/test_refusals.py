@@ -312,7 +312,7 @@ def test_a_secret_is_not_repeated() -> None:
     assert not any(secret in message for secret in ("x1", "x2", "x3"))
 
 
-def test_all_contradictions_are_told_at_once() -> None:
+def test_all_contradictions_are_reported_at_once() -> None:
     message = chart.refusal(Values(merged(TWO, {"config": {"records": {"prompts": "none"}}})))
     assert "SQLite" in message
     assert "checkpoints.accessMode" in message

@@ -1,4 +1,4 @@
-"""An alert's whole way: a real gateway, a real Prometheus, a real Alertmanager, a webhook. And who is told what."""
+"""An alert from a real gateway through Prometheus and Alertmanager to a webhook, and which receiver gets which."""
 
 import asyncio
 import contextlib
@@ -89,7 +89,7 @@ async def test_a_refused_reload_reaches_the_webhook(tiny_checkpoint: Path, tmp_p
     assert alert["annotations"]["runbook"] == "docs/runbooks/DepoConfigReloadFailed.md"
 
 
-async def test_what_follows_from_an_outage_is_not_told_beside_it(tmp_path: Path) -> None:
+async def test_consequences_of_an_outage_are_not_sent_with_it(tmp_path: Path) -> None:
     outage = {"alertname": "DepoNoUsableBackend", "severity": "page", "namespace": "depo", "job": "gw"}
     follows = outage | {"alertname": "DepoErrorRateHigh"}
     elsewhere = follows | {"job": "another"}

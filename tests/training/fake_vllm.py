@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that plays vLLM, or a webhook, as a test tells it; and records to shadow."""
+"""A real HTTP server on loopback that plays vLLM, or a webhook, as a test says; and records to shadow."""
 
 import json
 import threading

@@ -85,7 +85,7 @@ def test_a_batch_that_comes_twice_is_there_once(store: Store) -> None:
     store.append([])
 
 
-def test_what_no_database_takes_is_told_from_a_database_that_takes_nothing(store: Store) -> None:
+def test_distinguishes_invalid_values_from_an_unavailable_database(store: Store) -> None:
     deep: list[object] = []
     for _ in range(500):
         deep = [deep]

@@ -20,7 +20,7 @@ WORDS = ("what", "is", "the", "sum", "of", "one", "two", "three", "question", "a
 
 
 def write_table(place: Path, count: int, seed: int) -> Path:
-    """Questions of which those with "hard" need the large model, mostly. Length tells nothing."""
+    """Questions of which those with "hard" need the large model, mostly. Length says nothing."""
     chance = random.Random(seed)
     with open(place, "w") as file:
         for index in range(count):

@@ -113,7 +113,7 @@ def test_shadowed_records_are_measured_as_outcomes_too(fitted: Path, tmp_path: P
     assert all(row["quality"]["value"] is not None for row in logs["rules"]["difficulty"]["direct"])
 
 
-def test_deterministic_logs_are_told(fitted: Path, tmp_path: Path) -> None:
+def test_deterministic_logs_are_reported(fitted: Path, tmp_path: Path) -> None:
     report = evaluate(fitted, traffic(tmp_path / "records.db", explore=0.0), tmp_path / "report")
     rows = report["logs"]["rules"]["difficulty"]["snips"]
     assert rows[0]["quality"]["value"] is None

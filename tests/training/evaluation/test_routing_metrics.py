@@ -51,7 +51,7 @@ def test_the_interval_holds_the_point_and_differences_are_paired() -> None:
     assert measured["same"].difference_low == measured["same"].difference_high == 0.0
 
 
-def test_a_score_that_only_knows_its_folds_training_mean_is_a_coin() -> None:
+def test_a_score_that_only_knows_its_folds_training_mean_routes_at_random() -> None:
     generator = np.random.default_rng(0)
     pooled, corrected = [], []
     for _ in range(200):
@@ -80,7 +80,7 @@ def test_intervals_of_groups_resample_groups() -> None:
     assert alone == prompts
 
 
-def test_thresholds_beside_the_coin() -> None:
+def test_thresholds_beside_random_routing() -> None:
     quality = np.array([[0.9, 0.9], [0.2, 0.9], [0.1, 0.2], [0.8, 0.9]])
     (at,) = at_thresholds(quality, np.stack([SMALL, LARGE], 1), "difficulty", (0.5,))
     # prompts 1 and 2 go up: served 1, 1, 0, 1

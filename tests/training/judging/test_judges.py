@@ -155,7 +155,7 @@ async def test_a_webhook_gets_the_question_and_gives_scores(monkeypatch: pytest.
         ("x", "not JSON"),
     ],
 )
-def test_a_webhook_s_mistakes_are_told(said: str, words: str) -> None:
+def test_a_webhook_s_mistakes_are_logged(said: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         webhook_scores(said.encode(), ANSWERS)
 
