@@ -64,17 +64,20 @@ def method_of(name: str, prompts: Sequence[str], seed: int, steps: int, group_si
     if kind in DEPO:
         method = Depo(prompts, depo_of(DEPO[kind], settings, steps, group_size), seed)
     elif kind == "grpo":
-        method = Method(selector_of(size, seed, "off"), **settings)
+        method = Method(selector_of(size, seed, group_size, "off"), **settings)
     elif kind in ("dapo", "dapo-parts"):
         method = Method(
-            selector_of(size, seed, "off"), **{"dynamic": kind == "dapo", "clip_high": CLIP_HIGHER, **settings}
+            selector_of(size, seed, group_size, "off"),
+            **{"dynamic": kind == "dapo", "clip_high": CLIP_HIGHER, **settings},
         )
     elif kind == "polaris":
-        method = PolarisMethod(size, seed, steps, **settings)
+        method = PolarisMethod(size, seed, group_size, steps, **settings)
     elif kind == "greso":
-        method = Method(selector_of(size, seed, "greso", **settings), True, CLIP_HIGHER, expected_to_suffice)
+        method = Method(
+            selector_of(size, seed, group_size, "greso", **settings), True, CLIP_HIGHER, expected_to_suffice
+        )
     elif kind == "mopps":
-        method = Method(selector_of(size, seed, "mopps", **settings))
+        method = Method(selector_of(size, seed, group_size, "mopps", **settings))
     else:
         method = OracleMethod(size, seed, group_size, **settings)
     return method, replace(policy, clip_high=method.clip_high)

@@ -78,16 +78,17 @@ class Method:
         return self.selector.step()
 
 
-def selector_of(size: int, seed: int, rule: str, **options: Any) -> Selector:
+def selector_of(size: int, seed: int, group_size: int, rule: str, **options: Any) -> Selector:
     """A Selector without an estimator, under a rule with its options."""
-    return Selector([""] * size, SelectionConfig(rule, warmup_steps=0, options=options), seed=seed)
+    return Selector([""] * size, SelectionConfig(rule, group_size, options=options), seed=seed)
 
 
 class PolarisMethod(Method):
     """The starting policy first rolls out every prompt once, G times, and those it has mastered are dropped."""
 
-    def __init__(self, size: int, seed: int, steps: int, stages: int = 3, **options: Any) -> None:
-        super().__init__(selector_of(size, seed, "polaris", stage_steps=max(1, steps // stages), **options))
+    def __init__(self, size: int, seed: int, group_size: int, steps: int, stages: int = 3, **options: Any) -> None:
+        stage_steps = max(1, steps // stages)
+        super().__init__(selector_of(size, seed, group_size, "polaris", stage_steps=stage_steps, **options))
 
     def prepare(self, counted: RollOut, free: RollOut) -> None:
         assert isinstance(self.selector.rule, Polaris)
@@ -100,7 +101,7 @@ class OracleMethod(Method):
 
     def __init__(self, size: int, seed: int, group_size: int, refresh: int = 32) -> None:
         oracle = Oracle(self._pass_rates, group_size, refresh)
-        super().__init__(Selector([""] * size, SelectionConfig("oracle", warmup_steps=0), seed=seed, rule=oracle))
+        super().__init__(Selector([""] * size, SelectionConfig("oracle", group_size), seed=seed, rule=oracle))
         self._free: RollOut | None = None
 
     def prepare(self, counted: RollOut, free: RollOut) -> None:

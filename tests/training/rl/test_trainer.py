@@ -273,7 +273,7 @@ def test_the_estimator_is_a_checkpoint_that_runs(tmp_path: Path, tiny_encoder: P
         ({"depo": "plus", "depo_low": 0.1}, "depo_low is 0.1, but the rule is informative"),
         ({"depo": "faithful", "depo_candidates": 2.0}, "depo_candidates is 2.0, but the rule is band"),
         ({"depo": "plus", "depo_trunk": False, "depo_learning_rate": 1e-3}, "depo_learning_rate is 0.001, but depo_tr"),
-        ({"depo": "faithful", "depo_low": 0.9}, "low below high"),
+        ({"depo": "faithful", "depo_low": 0.9}, "depo_low below depo_high"),
         ({"dynamic_sampling_rounds": 0}, "it must be 1 or more"),
         ({"shuffle_dataset": False}, "shuffle_dataset is false"),
         ({"dataset": policy.prompts(3)}, "train_dataset has 3 prompts, but one generation takes 4"),
