@@ -419,7 +419,7 @@ def test_what_follows_two_dashes_goes_to_accelerate(run: Run, tmp_path: Path) ->
     code, out, _ = launched("--cpu", "--num_processes", "1")
     assert code == 0
     assert "out/estimator: the estimator, for the gateway to route by" in out
-    assert "that the dearer pool would serve, by threshold: 0.3: " in out
+    assert "that the large pool would serve, by threshold: 0.3: " in out
     code, _, err = launched("--cpu", "--num_processes", "2")  # accelerate starts one
     assert code == 2
     assert "2 processes were requested, but accelerate started 1" in err
