@@ -327,7 +327,7 @@ async def test_texts_under_a_target_mention_it(chromium: webdriver.Chrome, curve
             text = await shown.shows("trial-effect", "calibration")
             assert text.endswith("). This is by the calibration; at present small has no backend that answers.")
             label = await shown.run("return document.querySelector('#curve svg').getAttribute('aria-label')")
-            assert label.endswith("now small has no backend that answers.")
+            assert label.endswith("at present small has no backend that answers.")
         async with page(chromium, settings([large], [large], curved)) as (shown, gateway):
             await (await gateway.chat("easy", "large")).read()
             assert "pinned" not in await shown.shows("share-of", "of 1 decision ")

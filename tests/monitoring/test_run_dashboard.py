@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterato
     place = tmp_path_factory.mktemp("run")
     policy.save(place / "policy", chat=True)
     policy.prompts().to_json(place / "prompts.jsonl")
-    (place / "telling.py").write_text("from tests.training.policy import reward\n")
+    (place / "telling.py").write_text("from tests.training.rl.policy import reward\n")
     address = f"127.0.0.1:{servers.free_port()}"
     settings = {**RUN, "depo_encoder": str(tiny_encoder), "metrics_listen": address}
     (place / "run.yaml").write_text(yaml.safe_dump(settings))
