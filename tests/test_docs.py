@@ -14,6 +14,7 @@ import yaml
 from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway import config
 from depo_gateway.gateway.metrics import Metrics
+from depo_gateway.gateway.openai.apis import APIS
 from depo_gateway.training.online import settings as learner_settings
 from depo_gateway.training.online.metrics import LearnerMetrics
 from depo_gateway.training.rl.metrics import RunMetrics
@@ -209,6 +210,10 @@ def test_example_configs_are_taken(path: Path) -> None:
     if "keys_file" in (raw.get("auth") or {}):
         raw["auth"] = "none"  # the keys are the reader's own
     assert len(config.parse_config(raw, path.parent).pools) >= 2
+
+
+def test_the_path_of_every_endpoint_is_documented() -> None:
+    assert [path for path in APIS if f"`{path}`" not in OPERATIONS["api"]] == []
 
 
 def test_the_reasons_listed_are_those_of_the_table() -> None:
