@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from depo_gateway.estimator.arrays import Array
-from depo_gateway.estimator.heads import QUALITY, head_names
+from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.logistic import fit_logistic, sigmoid
 
 RULES = ("gain", "difficulty")
@@ -122,11 +122,6 @@ def calibrate_heads(stage: Stage, logits_NKH: NDArray[np.floating], heads: Seque
 
 def _calibrate(platts: Sequence[Platt], logits_NK: NDArray[np.floating]) -> Array:
     return np.stack([sigmoid(p.slope * logits_NK[:, k] + p.offset) for k, p in enumerate(platts)], 1)
-
-
-def uncalibrated_stage(pools: int) -> Stage:
-    """The calibration of all heads that changes nothing."""
-    return {head: (Platt(),) * pools for head in head_names()}
 
 
 def enough_labels(targets: NDArray[np.floating], weights: NDArray[np.floating]) -> bool:

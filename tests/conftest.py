@@ -65,11 +65,12 @@ def tiny_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     import torch
 
     from depo_gateway.estimator import export
-    from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
+    from depo_gateway.estimator.calibration import Calibration
     from depo_gateway.estimator.learner import Learner, LearnerConfig
     from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
     from depo_gateway.estimator.text import TextConfig
+    from tests.stages import uncalibrated_stage
 
     torch.manual_seed(0)
     chance = random.Random(0)
@@ -112,12 +113,13 @@ def tiny_policy_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPath
     import torch
 
     from depo_gateway.estimator import calibration, export
-    from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
+    from depo_gateway.estimator.calibration import Calibration
     from depo_gateway.estimator.learner import Learner, LearnerConfig
     from depo_gateway.estimator.logistic import sigmoid
     from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
     from depo_gateway.estimator.text import CHAT, TextConfig, extract_text, with_special_tokens
+    from tests.stages import uncalibrated_stage
 
     torch.manual_seed(0)
     chance = random.Random(0)

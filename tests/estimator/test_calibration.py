@@ -7,8 +7,9 @@ import pytest
 
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.arrays import Array
-from depo_gateway.estimator.calibration import Calibration, Platt, uncalibrated_stage
+from depo_gateway.estimator.calibration import Calibration, Platt
 from depo_gateway.estimator.logistic import sigmoid
+from tests.stages import uncalibrated_stage
 
 
 def outcomes(seed: int = 0, n: int = 4000) -> tuple[Array, Array]:

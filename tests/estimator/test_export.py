@@ -10,12 +10,13 @@ import torch
 from onnx import numpy_helper
 
 from depo_gateway.estimator import checkpoint, export, model
-from depo_gateway.estimator.calibration import STAGES, Calibration, uncalibrated_stage
+from depo_gateway.estimator.calibration import STAGES, Calibration
 from depo_gateway.estimator.learner import FAITHFUL, Learner, LearnerConfig
 from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
+from tests.stages import uncalibrated_stage
 
 POOLS = ("small", "large")
 STAGE = uncalibrated_stage(2)

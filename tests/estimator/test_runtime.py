@@ -13,13 +13,14 @@ import torch
 
 from depo_gateway.estimator import calibration, checkpoint, export, model
 from depo_gateway.estimator.arrays import Array
-from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
+from depo_gateway.estimator.calibration import Calibration
 from depo_gateway.estimator.learner import Learner, LearnerConfig
 from depo_gateway.estimator.logistic import sigmoid
 from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
+from tests.stages import uncalibrated_stage
 
 PROMPTS = [
     "what is the sum of one two three",

@@ -122,11 +122,12 @@ def slow_checkpoint(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     from depo_gateway.estimator import export
-    from depo_gateway.estimator.calibration import Calibration, uncalibrated_stage
+    from depo_gateway.estimator.calibration import Calibration
     from depo_gateway.estimator.learner import Learner, LearnerConfig
     from depo_gateway.estimator.model import ModelConfig, create_model
     from depo_gateway.estimator.records.types import Example
     from depo_gateway.estimator.text import TextConfig
+    from tests.stages import uncalibrated_stage
 
     encoder = tmp_path_factory.mktemp("slow") / "encoder"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_encoder)

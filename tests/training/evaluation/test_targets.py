@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from depo_gateway.estimator.calibration import Calibration, measure_curve, uncalibrated_stage
+from depo_gateway.estimator.calibration import Calibration, measure_curve
 from depo_gateway.training.evaluation.targets import (
     large_share_at,
     parse_costs,
@@ -11,6 +11,7 @@ from depo_gateway.training.evaluation.targets import (
     target_summary,
     thresholds_of,
 )
+from tests.stages import uncalibrated_stage
 
 POOLS = ("small", "large")
 
