@@ -27,7 +27,7 @@ from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.fitting.epoch_fit import fit_epochs, new_learner
 from depo_gateway.training.fitting.fit_config import FitConfig
-from depo_gateway.training.fitting.foldings import foldings_of
+from depo_gateway.training.fitting.foldings import foldings_of, questions_of
 from depo_gateway.training.fitting.held_out import HeldOutLogits
 from depo_gateway.training.fitting.penalty_search import fit_linear
 
@@ -54,7 +54,7 @@ def is_convex(model: Estimator, config: LearnerConfig) -> bool:
 
 
 def fit_estimator(model: Estimator, tokenizer: Tokenizer, examples: Sequence[Example], config: FitConfig) -> Fit:
-    """Fits an untrained estimator to examples. Raises ValueError for a single question."""
+    """Fits an untrained estimator to examples. Raises ValueError for fewer questions than folds, and for one question."""
     learner = new_learner(model, tokenizer, config.learner)
     items: list[Item] = []
     with tqdm(total=len(examples), desc="read prompts", unit="prompt", disable=None) as progress:
@@ -62,10 +62,7 @@ def fit_estimator(model: Estimator, tokenizer: Tokenizer, examples: Sequence[Exa
             items += learner.items(examples[start : start + 512])
             progress.update(len(items) - progress.n)
     convex = is_convex(model, config.learner)
-    folds = config.folds
-    if folds is None:
-        folds = (SMALL_FOLDS if len(examples) < MANY_EXAMPLES else LARGE_FOLDS) if convex else EPOCH_FOLDS
-    foldings = foldings_of(examples, folds, config.seed)
+    foldings = foldings_of(examples, config.folds or _usual_folds(examples, convex), config.seed)
     if convex:
         learner.fit_statistics(items)
         learner.settle()
@@ -75,3 +72,8 @@ def fit_estimator(model: Estimator, tokenizer: Tokenizer, examples: Sequence[Exa
         lambda: new_learner(model, tokenizer, config.learner), items, foldings, config
     )
     return Fit(served.model, served.trained, held_out, foldings, foldings[0] == 0, {"epochs": epochs})
+
+
+def _usual_folds(examples: Sequence[Example], convex: bool) -> int:
+    usual = EPOCH_FOLDS if not convex else SMALL_FOLDS if len(examples) < MANY_EXAMPLES else LARGE_FOLDS
+    return max(2, min(usual, len(set(questions_of(examples)))))

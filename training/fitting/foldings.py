@@ -18,14 +18,18 @@ def foldings_of(examples: Sequence[Example], folds: int, seed: int) -> list[NDAr
     """Assignments of examples to folds (N,): by question and, if the table has groups, by group.
 
     The first measures predictions for questions like the known ones, the second for questions of a new kind. If there
-    are fewer questions or groups than folds, each is a fold. Raises ValueError for a single question.
+    are fewer groups than folds, each group is a fold. Raises ValueError for fewer questions than folds.
     """
-    questions = [question_key(example.prompt) for example in examples]
-    foldings = [folds_of(questions, max(2, min(folds, len(set(questions)))), seed)]
+    foldings = [folds_of(questions_of(examples), folds, seed)]
     if any(example.group for example in examples):
         groups = groups_of(examples)
         foldings.append(folds_of(groups, min(folds, len(set(groups))), seed))
     return foldings
+
+
+def questions_of(examples: Sequence[Example]) -> list[str]:
+    """The key of each example's question; the same question never stands on both sides."""
+    return [question_key(example.prompt) for example in examples]
 
 
 def groups_of(examples: Sequence[Example]) -> list[str]:

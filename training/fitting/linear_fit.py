@@ -74,7 +74,8 @@ class Design:
         self.has_wide = model.config.wide
         self.features = np.zeros(0, np.int64)  # (V,) indices into the wide part's weights
         self.surface = torch.zeros(len(items), 0, dtype=torch.float64)
-        self._wide = self._wide_transposed = torch.zeros(len(items), 0, dtype=torch.float64)  # (N, V or R)
+        self._wide = torch.zeros(len(items), 0, dtype=torch.float64)  # (N, V) or (N, R)
+        self._wide_transposed = self._wide.T
         self._rotation: Tensor | None = None  # (V, R)
         if self.has_wide:
             ngrams, self.features = _ngram_matrix(model, items)
