@@ -58,6 +58,10 @@ def _check_model(config: JudgeConfig, pools: Collection[str]) -> None:
         known = ", ".join(pools) or "none are configured"
         given = "" if config.pool is None else f", not {config.pool!r}"
         raise ValueError(f"judge.kind: model requires judge.pool, the pool that judges{given}; the pools are: {known}")
+    if config.max_tokens is not None:
+        at_least(config.max_tokens, 16, "judge.max_tokens")
+    if config.rubric is not None and not config.rubric.strip():
+        raise ValueError("judge.rubric is empty; write the criteria of a grade, or leave it out")
 
 
 def _check_webhook(config: JudgeConfig, pools: Collection[str]) -> None:
@@ -84,7 +88,7 @@ SOURCES: dict[str, LabelSource] = {
             False,
             50,
             open_model,
-            ("pool",),
+            ("pool", "rubric", "max_tokens"),
             _check_model,
             silence="the pool {pool} does not reply with the requested JSON object, perhaps because the model is too"
             " small, or there are never two pools' answers to compare",
@@ -116,7 +120,7 @@ def check_judge(config: JudgeConfig, pools: Collection[str]) -> None:
     source = SOURCES.get(config.kind)
     if source is not None and source.check is not None:
         source.check(config, pools)
-    for key in ("pool", "url", "api_key_env"):
+    for key in ("pool", "url", "api_key_env", "rubric", "max_tokens"):
         if getattr(config, key) is not None and (source is None or key not in source.keys):
             kinds = " or ".join(other.name for other in SOURCES.values() if key in other.keys)
             raise ValueError(f"judge.{key} is read by kind: {kinds} alone, and judge.kind is {config.kind}")
