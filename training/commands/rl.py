@@ -35,7 +35,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from depo_gateway import __version__
 from depo_gateway.estimator import calibration, checkpoint
-from depo_gateway.training.rewards.verifiers import reward_function
+from depo_gateway.training.rewards.reward_functions import reward_function
 from depo_gateway.training.rewards.worker_pool import RewardError
 from depo_gateway.training.rl import dataset, run_state
 from depo_gateway.training.rl import metrics as run_metrics

@@ -34,7 +34,8 @@ from depo_gateway.training.judging.rubric import (
     rubric_prompt,
     without_reasoning,
 )
-from depo_gateway.training.rewards.verifiers import Grader, exact
+from depo_gateway.training.rewards.exact import grade_exact
+from depo_gateway.training.rewards.verifiers import Grader
 from depo_gateway.training.rewards.worker_pool import RewardError
 
 WEBHOOK_TRIES = 3
@@ -89,7 +90,8 @@ async def open_webhook(config: JudgeConfig, session: aiohttp.ClientSession, pool
 async def _judge_exact(record: Record, answers: Mapping[str, str]) -> Mapping[str, float]:
     if record.reference is None:
         return {}
-    return {pool: exact(without_reasoning(text), record.reference) for pool, text in answers.items()}
+    verdicts = {pool: grade_exact(without_reasoning(text), record.reference) for pool, text in answers.items()}
+    return {pool: verdict.reward for pool, verdict in verdicts.items() if verdict.reward is not None}
 
 
 async def _judge_math(grader: Grader, record: Record, answers: Mapping[str, str]) -> Mapping[str, float]:

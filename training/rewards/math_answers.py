@@ -1,12 +1,14 @@
 r"""Compares a completion's mathematical answer with the reference's, by math-verify (LaTeX and plain expressions).
 
-The import is slow, and `grade` may never end on a hostile expression: worker_pool runs it with a deadline.
+The import is slow, and `grade_math` may never end on a hostile expression: worker_pool runs it with a deadline.
 """
 
 import logging
 import re
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+from depo_gateway.training.rewards.verdicts import NO_REFERENCE, NOT_READABLE, RIGHT, RewardVerdict, verdict_of
 
 # The worker pool has the deadline, so math-verify's own (signals, main thread only) are off; it warns at each use.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -19,7 +21,7 @@ _WORDS = re.compile(r"[A-Za-z' -]{1,60}")
 _INSIGNIFICANT = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\[,;:!]|\$|(?<!\d)\s+|\s+(?!\d)|\.$")
 
 
-def grade(completion: str, reference: str) -> float | None:
+def grade_math(completion: str, reference: str) -> RewardVerdict:
     r"""1 if the answers are equal, 0 if not or if the completion has none; None if the reference has none.
 
     The answer of a text is its last \boxed{} (or a sequence: "\boxed{1} and \boxed{2}"), else the text after its last
@@ -29,12 +31,13 @@ def grade(completion: str, reference: str) -> float | None:
     completion = completion.rpartition("</think>")[2]
     expected, given = marked_answer(reference), marked_answer(completion)
     if expected and given and _normalised(expected) == _normalised(given):
-        return 1.0
+        return RIGHT
     parsed = _parsed(expected, reference)
     if not parsed:
-        return None
+        return NO_REFERENCE
     # The reference must come first: verify() is not symmetric for `x = 3` and `3`.
-    return float(verify(parsed, _parsed(given, completion), timeout_seconds=None))
+    answer = _parsed(given, completion)
+    return verdict_of(verify(parsed, answer, timeout_seconds=None)) if answer else NOT_READABLE
 
 
 def marked_answer(text: str) -> str | None:
@@ -78,4 +81,4 @@ def _normalised(answer: str) -> str:
 
 # Warm up before a deadline runs: the first uses build the parser's tables and import parts of sympy, about a second.
 for _warm in (("0.5", r"\frac{1}{3}"), (r"\sqrt{3}+x", "(1, x)"), (r"\{1, y\}", r"\{1, x\}"), ("x+1", "x^2")):
-    grade(*_warm)
+    grade_math(*_warm)

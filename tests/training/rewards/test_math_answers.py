@@ -76,10 +76,10 @@ def test_math_grades_a_batch_in_order_and_counts_what_has_no_reference(mathemati
     pairs = [(rf"\boxed{{{i}}}", rf"\frac{{{2 * i + i % 2}}}{{2}}") for i in range(100)]
     assert mathematics.grade(pairs) == [1 - i % 2 for i in range(100)]
     assert mathematics.grade([("1", ""), ("1", "It is left as an exercise."), ("1", "1")]) == [None, None, 1]
-    assert mathematics.counts() == {"graded": 101, "timeouts": 0, "failures": 2}
+    assert mathematics.counts() == {"graded": 101, "unreadable": 0, "references": 2, "timeouts": 0, "failures": 0}
 
 
 def test_an_expression_without_end_is_a_timeout_not_a_wrong_answer() -> None:
     with closing(Grader("math", deadline_s=1.0)) as grader:
         assert grader.grade([("2", "2"), (r"\boxed{9^{9^{9^9}}}", "3"), ("3", "3")]) == [1, None, 1]
-        assert grader.counts() == {"graded": 2, "timeouts": 1, "failures": 0}
+        assert grader.counts() == {"graded": 2, "unreadable": 0, "references": 0, "timeouts": 1, "failures": 0}

@@ -138,7 +138,7 @@ def test_what_a_run_lacks_is_not_a_number(tmp_path: Path) -> None:
 def test_gradings_that_fail_are_counted(tmp_path: Path) -> None:
     from contextlib import closing
 
-    from depo_gateway.training.rewards.verifiers import reward_function
+    from depo_gateway.training.rewards.reward_functions import reward_function
 
     (tmp_path / "odd.py").write_text(
         "def odd(completion, reference):\n    return 1.0 if int(reference) % 2 else None\n"
