@@ -32,7 +32,6 @@ from depo_gateway.training.judging.rubric import (
     parse_grades,
     request_text,
     rubric_prompt,
-    without_reasoning,
 )
 from depo_gateway.training.rewards.exact import grade_exact
 from depo_gateway.training.rewards.verifiers import Grader
@@ -90,7 +89,7 @@ async def open_webhook(config: JudgeConfig, session: aiohttp.ClientSession, pool
 async def _judge_exact(record: Record, answers: Mapping[str, str]) -> Mapping[str, float]:
     if record.reference is None:
         return {}
-    verdicts = {pool: grade_exact(without_reasoning(text), record.reference) for pool, text in answers.items()}
+    verdicts = {pool: grade_exact(text, record.reference) for pool, text in answers.items()}
     return {pool: verdict.reward for pool, verdict in verdicts.items() if verdict.reward is not None}
 
 

@@ -24,6 +24,7 @@ from depo_gateway.training.judging.judges import (
     open_webhook,
 )
 from depo_gateway.training.judging.pool_client import PoolClient
+from depo_gateway.training.judging.rubric import without_reasoning
 
 NO_JUDGE = "none"  # judge.kind: labels hold token confidence alone
 SILENT_RECORDS = 50  # judged records in a row without a verdict, after which a warning is logged
@@ -91,7 +92,7 @@ SOURCES: dict[str, LabelSource] = {
             ("pool", "rubric", "max_tokens"),
             _check_model,
             silence="the pool {pool} does not reply with the requested JSON object, perhaps because the model is too"
-            " small, or there are never two pools' answers to compare",
+            " small or judge.max_tokens cuts its reasoning off, or there are never two pools' answers to compare",
         ),
         LabelSource(
             "webhook",
@@ -167,14 +168,16 @@ async def _no_verdict(record: Record, answers: Mapping[str, str]) -> Mapping[str
 
 
 def _watched(judge: Judge, source: LabelSource, config: JudgeConfig, count_verdict: Callable[[str], None]) -> Judge:
-    """The judge, its verdicts counted, with a warning once it has had none for long."""
+    """The judge, which sees answers without the model's reasoning; its verdicts counted, with a warning once it has had
+    none for long.
+    """
     silent = 0  # records in a row
 
     async def watched(record: Record, answers: Mapping[str, str]) -> Mapping[str, float]:
         nonlocal silent
         if not answers:
             return {}
-        verdict = await judge(record, answers)
+        verdict = await judge(record, {pool: without_reasoning(text) for pool, text in answers.items()})
         count_verdict("labelled" if verdict else "none")
         if verdict and silent >= SILENT_RECORDS:
             log.info("the judge (judge.kind: %s) has a verdict again", config.kind)

@@ -8,11 +8,10 @@ import aiohttp
 
 from depo_gateway.training.judging.spend_cap import SpentError
 from depo_gateway.training.outcomes.completions import ModelLabel, mean_confidence
-from depo_gateway.training.outcomes.labelling import JudgeError, Labeller
+from depo_gateway.training.outcomes.labelling import Labeller
 from depo_gateway.training.outcomes.prompts import Prompt
-from depo_gateway.training.outcomes.sampling_client import Backend, BackendError, Refusal, Sampling, sample_completions
+from depo_gateway.training.outcomes.sampling_client import Backend, Refusal, Sampling, sample_completions
 from depo_gateway.training.outcomes.table_file import COMPLETIONS
-from depo_gateway.training.rewards.worker_pool import RewardError
 
 
 async def collect_outcomes(
@@ -39,13 +38,16 @@ async def collect_outcomes(
     spent: SpentError | None = None
 
     async def row_of(prompt: Prompt) -> dict[str, Any] | None:
-        async with asyncio.TaskGroup() as group:
-            tasks = {
-                backend.model: group.create_task(
-                    sample_completions(session, gates[backend.pool], backend, prompt.messages, sampling)
-                )
-                for backend in backends
-            }
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {
+                    backend.model: group.create_task(
+                        sample_completions(session, gates[backend.pool], backend, prompt.messages, sampling)
+                    )
+                    for backend in backends
+                }
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
         results = {name: task.result() for name, task in tasks.items()}
         for name, result in results.items():
             if isinstance(result, Refusal):
@@ -69,8 +71,6 @@ async def collect_outcomes(
                     row = task.result()
                 except SpentError as error:
                     spent, row = error, None
-                except* (BackendError, RewardError, JudgeError) as group:
-                    raise group.exceptions[0] from None
                 if row is not None:
                     yield row
     finally:

@@ -1,4 +1,4 @@
-"""What became of a model's completions: which finished, which have a label, and which length would have let them finish.
+"""What became of a model's completions: which finished, which have a label, and the length that would let them finish.
 
 An outcome row counts them by model, in its field `completions`: {model: {outcome: count, "tokens": [lengths]}}.
 """
@@ -85,8 +85,8 @@ def check_counts(counts: Any) -> None:
             raise ValueError("completions must be an object, model -> {outcome: count}")
 
 
-def enough_tokens(counts: CompletionCounts, limit: int) -> tuple[int, bool]:
-    """The --max-tokens that would cut off about LEFT_CUT_OFF, and whether that is an estimate from lengths.
+def enough_tokens(counts: CompletionCounts, limit: int) -> tuple[int, str]:
+    """The --max-tokens that would cut off about LEFT_CUT_OFF, and how sure that is, in words.
 
     The lengths that were observed are those below the limit. A log-normal distribution is fitted to them, each at its
     quantile among all completions, and followed beyond the limit. With too few lengths, or more than half cut off,
@@ -95,12 +95,15 @@ def enough_tokens(counts: CompletionCounts, limit: int) -> tuple[int, bool]:
     lengths, cut = sorted(counts.lengths), counts.counts[CUT_OFF]
     total = len(lengths) + cut
     if len(lengths) < LEAST_LENGTHS or 2 * cut > total or lengths[0] == lengths[-1]:
-        return 2 * limit, False
+        return 2 * limit, "twice the limit: too few finished with a known length to estimate more"
     normal = NormalDist()
     quantiles = [normal.inv_cdf((rank + 0.5) / total) for rank in range(len(lengths))]
     slope, start = linear_regression(quantiles, [math.log(max(1, length)) for length in lengths])
-    needed = math.exp(min(math.log(FARTHEST * limit), start + slope * normal.inv_cdf(1 - LEFT_CUT_OFF)))
-    return round_up(max(needed, 1.25 * limit)), True
+    exponent = start + slope * normal.inv_cdf(1 - LEFT_CUT_OFF)
+    how = f"an estimate, by a log-normal distribution fitted to the lengths of the {len(lengths)} that finished"
+    if exponent > math.log(FARTHEST * limit):
+        return FARTHEST * limit, f"{how}; more may be needed, and none is enough for a model that repeats itself"
+    return round_up(max(math.exp(exponent), 1.25 * limit)), how
 
 
 def round_up(tokens: float) -> int:

@@ -12,8 +12,9 @@ from depo_gateway.training.judging.openai_client import NoAnswerError, mean
 from depo_gateway.training.judging.pool_client import CHARS_PER_TOKEN
 from depo_gateway.training.judging.rubric import request_text, rubric_prompt
 from depo_gateway.training.judging.spend_cap import SpendCap
-from depo_gateway.training.outcomes.completions import GRADED, NO_VERDICT, TOKENS, Completion, ModelLabel
+from depo_gateway.training.outcomes.completions import NO_VERDICT, TOKENS, Completion, ModelLabel
 from depo_gateway.training.outcomes.prompts import Prompt
+from depo_gateway.training.rewards.verdicts import GRADED
 from depo_gateway.training.rewards.verifiers import Grader
 from depo_gateway.training.rewards.worker_pool import RewardError
 

@@ -12,7 +12,6 @@ from depo_gateway.training.judging.openai_client import (
     BUSY,
     AttemptError,
     NoAnswerError,
-    base_url,
     error_text,
     post_json,
     retry,
@@ -141,6 +140,15 @@ def sampling_request(backend: Backend, messages: Messages, sampling: Sampling, c
     if backend.logprobs:
         body |= {"logprobs": True, "top_logprobs": 1}
     return {**body, **backend.extra_body}
+
+
+def key_headers(flag: str, variable: str | None) -> dict[str, str]:
+    """The headers with the API key in an environment variable. ValueError names the flag where it is not set."""
+    if variable is None:
+        return {}
+    if variable not in os.environ:
+        raise ValueError(f"{flag}: the environment has no {variable}")
+    return {"Authorization": f"Bearer {os.environ[variable]}"}
 
 
 async def served_model(
