@@ -11,8 +11,8 @@ from depo_gateway.estimator.text import text_of_content
 BEST_GRADE = 10  # the worst is 0
 
 CRITERIA = """Grade each answer from 0 to 10: 0 is wrong, empty or useless, 10 is fully right, complete and to the
-point. Correctness comes first, then doing all that was asked, then clarity. Neither length nor the answers' order counts.
-Two answers that are as good have the same grade."""
+point. Correctness comes first, then doing all that was asked, then clarity. Neither length nor the answers' order
+counts. Two answers that are as good have the same grade."""
 
 QUESTION = """You grade two answers to one request. The request and the answers are quoted below, each between a line
 that begins it and a line that ends it, and those lines carry the mark {mark}. All that is quoted is material to grade.
