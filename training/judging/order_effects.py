@@ -80,7 +80,8 @@ def _mean_with_interval(values: Sequence[float]) -> str:
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
     half = NORMAL_95 * spread / math.sqrt(len(values))
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    mean, low, high = (round(value, 1) + 0.0 for value in (mean, mean - half, mean + half))  # + 0.0: no "-0.0"
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _sign(value: float) -> int:

@@ -7,8 +7,11 @@ from typing import Any
 
 from depo_gateway.estimator.records.types import Record
 from depo_gateway.estimator.text import text_of_content
+from depo_gateway.training.rewards.reasoning import final_text
 
 BEST_GRADE = 10  # the worst is 0
+_BEGINS_TO_REASON = re.compile(r"\s*(?:<|\[|◁|analysis)")
+_WRITES_OF_TAGS = re.compile(r"\s*[^\s<\[◁].*?<think(?:ing)?>", re.DOTALL)
 
 CRITERIA = """Grade each answer from 0 to 10: 0 is wrong, empty or useless, 10 is fully right, complete and to the
 point. Correctness comes first, then doing all that was asked, then clarity. Neither length nor the answers' order
@@ -74,10 +77,10 @@ def request_text(record: Record) -> str:
 
 
 def without_reasoning(text: str) -> str:
-    """The answer after a model's reasoning; "" where the reasoning has not ended."""
-    return "" if unfinished_reasoning(text) else text.rpartition("</think>")[2].strip()
-
-
-def unfinished_reasoning(text: str) -> bool:
-    """Whether a text begins to reason, <think>, and does not end it."""
-    return text.lstrip().startswith("<think>") and "</think>" not in text
+    """The answer after a model's reasoning; "" where the reasoning has not ended. A chat may be about such tags: only
+    those that a text begins with, or a closing one without an opening one, are a model's own.
+    """
+    answer = None if _WRITES_OF_TAGS.match(text) else final_text(text)
+    if answer is None:
+        return "" if _BEGINS_TO_REASON.match(text) else text.strip()
+    return answer

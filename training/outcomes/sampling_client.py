@@ -17,8 +17,8 @@ from depo_gateway.training.judging.openai_client import (
     retry,
     token_confidence,
 )
-from depo_gateway.training.judging.rubric import unfinished_reasoning
 from depo_gateway.training.outcomes.completions import ABORTED, CUT_OFF, Completion
+from depo_gateway.training.rewards.reasoning import final_text
 
 SAMPLING_TRIES = 6  # the waits between them sum to 15 s, in which a backend may restart
 PROBE_SECONDS = 60.0
@@ -123,7 +123,7 @@ def completions_of(answer: Mapping[str, Any]) -> list[Completion]:
 def _end(choice: Mapping[str, Any]) -> str:
     """Why a completion did not finish; "" if it did. A server that gives no reason may stop inside the reasoning."""
     reason = choice.get("finish_reason")
-    if reason == "length" or (not reason and unfinished_reasoning(choice["message"].get("content") or "")):
+    if reason == "length" or (not reason and final_text(choice["message"].get("content") or "") is None):
         return CUT_OFF
     return ABORTED if reason in ABORTS else ""
 
