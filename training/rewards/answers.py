@@ -1,7 +1,7 @@
 r"""Finds the answer that a text marks as its own: <answer>, \boxed{}, ####, "the answer is ..."."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _TAG = re.compile(r"<(answer|final_answer|final)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?=\S))")
@@ -12,6 +12,7 @@ _VERBS = (
     r"is|are|was|be|becomes|equals|would be|should be|must be|will be|seems to be|appears to be|comes out to(?: be)?"
 )
 _ANSWER = r"answers?|réponse|respuesta|resposta|risposta|antwort|lösung|ответ"
+_STEMS = ("answer", "réponse", "resp", "risposta", "antwort", "lösung", "ответ", "答", "正解", "정답", "답")
 _STATEMENT = re.compile(
     rf"\b(?:{_ANSWER})(?:\s+(?:correcta|correta|correcte|corretta|finale?|option|choice))?\b[*_]*"
     r"(?:\s+(?:to|for|of|here|in|that)\b[^.\n:=]{0,80}?)?"
@@ -70,7 +71,7 @@ def hashed(text: str) -> str | None:
 
 def statements(text: str) -> Iterator[str]:
     """What follows each "the answer is", "Answer:" and the like to the end of its sentence, the last first."""
-    for match in reversed(list(_STATEMENT.finditer(text))):
+    for match in reversed(list(_STATEMENT.finditer(text))) if mentions(text, _STEMS) else ():
         skipped = _SKIP.match(text, match.end())
         start = skipped.end() if skipped else match.end()
         formula = _MATHEMATICS.match(text, start)
@@ -78,6 +79,12 @@ def statements(text: str) -> Iterator[str]:
         stated = text[start : end.start() if end else len(text)].strip()
         if stated:
             yield stated
+
+
+def mentions(text: str, words: Iterable[str]) -> bool:
+    """Whether a text contains one of some words, in either case: much faster than the expressions that look at them."""
+    small = text.lower()
+    return any(word in small for word in words)
 
 
 def formulas(text: str) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from depo_gateway.training.rewards.answers import answer_part, boxed, hashed, reference_part, statements
+from depo_gateway.training.rewards.answers import answer_part, boxed, hashed, mentions, reference_part, statements
 from depo_gateway.training.rewards.option_letters import letters_at, letters_within
 from depo_gateway.training.rewards.plain_text import keyboard_text, without_layout
 from depo_gateway.training.rewards.reasoning import final_text
@@ -22,6 +22,21 @@ _CHOSEN = re.compile(
     r"\b(?:choose|choosing|chose|pick|picking|select|selecting|go\s+with|going\s+with|opt\s+for)\s+"
     r"|\bcorrect\s*(?:[:=]|is\b)|故?[选選]择?擇?[:：]?|\b(?:choice|option)\s*(?:is\b|[:：=])",
     re.IGNORECASE,
+)
+
+_CHOSEN_STEMS = (
+    "choos",
+    "chose",
+    "pick",
+    "select",
+    "go with",
+    "going with",
+    "opt for",
+    "correct",
+    "choice",
+    "option",
+    "选",
+    "選",
 )
 
 
@@ -95,7 +110,7 @@ def _preferred(text: str, allowed: str) -> frozenset[str] | None:
     )
     for match in is_correct.finditer(text):
         found.append((match.start(), frozenset(match[1])))
-    for match in _CHOSEN.finditer(text):
+    for match in _CHOSEN.finditer(text) if mentions(text, _CHOSEN_STEMS) else ():
         if read := letters_at(text, match.end(), allowed):
             found.append((match.end(), read[0]))
     return max(found, key=lambda each: each[0])[1] if found else None

@@ -125,7 +125,7 @@ def equal_answers(expected: str, given: str) -> bool:
     one, other = bare_text(expected), bare_text(given)
     if one == other:
         return True
-    for compare in (_compared_as_numbers, _compared_as_words, _compared_by_notation, _compared_in_parts):
+    for compare in (_compared_as_numbers, _compared_as_words, _compared_by_notation, _compared_as_sets, _compared_in_parts):
         verdict = compare(expected, given)
         if verdict is not None:
             return verdict
@@ -143,11 +143,16 @@ def _compared_as_words(expected: str, given: str) -> bool | None:
 
 
 def _compared_by_notation(expected: str, given: str) -> bool | None:
-    """Digits in a base, residues, and lists with dots."""
+    """Digits in a base, times of the day, residues, equations with 0, and lists with dots."""
     one, other = math_notation.in_base(expected), math_notation.in_base(given)
     if one is not None or other is not None:
         digits = [each[0] if each else bare_text(text) for each, text in ((one, expected), (other, given))]
         return digits[0] == digits[1] and (one is None or other is None or one[1] == other[1])
+    clock, other_clock = math_notation.clock_of(expected), math_notation.clock_of(given)
+    if clock and other_clock and (clock[2] or other_clock[2]):
+        return clock[:2] == other_clock[:2] and (clock[2] == other_clock[2] or not (clock[2] and other_clock[2]))
+    if math_notation.is_equal_to_zero(expected) and "=" not in given:
+        return False
     one_modulus, other_modulus = math_notation.modulus_of(expected), math_notation.modulus_of(given)
     if one_modulus is not None and other_modulus is not None and one_modulus != other_modulus:
         return False
@@ -199,6 +204,27 @@ def _compared_in_parts(expected: str, given: str) -> bool | None:
             return False
         left.pop(match)
     return True
+
+
+def _compared_as_sets(expected: str, given: str) -> bool | None:
+    """Whether inequalities joined by "or" are a union of intervals, and the other way round; None: not such answers."""
+    if r"\cup" not in expected + given:
+        return None
+    one, other = _set_of(expected), _set_of(given)
+    return one == other if one is not None and other is not None else None
+
+
+def _set_of(answer: str) -> sympy.Set | None:
+    union: sympy.Set = sympy.EmptySet
+    for part in [answer] if r"\cup" in answer else elements_of(answer):
+        parsed = _parsed(part)
+        found = parsed[0] if parsed else None
+        if not isinstance(found, sympy.Set | sympy.logic.boolalg.Boolean):
+            return None
+        if not isinstance(found, sympy.Set) and len(found.free_symbols) != 1:
+            return None
+        union = union.union(found if isinstance(found, sympy.Set) else found.as_set())
+    return union
 
 
 def _compared_by_math_verify(expected: str, given: str) -> bool:

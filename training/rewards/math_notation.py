@@ -20,6 +20,9 @@ _SYMBOLS = str.maketrans(
 )
 _ROOT = re.compile(r"\\sqrt\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))")
 _ROOT_OF_BRACKET = re.compile(r"\\sqrt\s*\(([^()]*)\)")
+_FUNCTION = re.compile(r"(?<![\\A-Za-z{])(sin|cos|tan|cot|sec|csc|log|ln|pi|theta|infty|sqrt)(?![A-Za-z])")
+_DEGREES = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?[)}]?")
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)\s*(?:([ap])\.?m\.?)?", re.IGNORECASE)
 _MIXED = re.compile(r"(?<![\w.^{/])(-?)\s*(\d+)(?:\s|\\[ ,;:!])+(\d+)\s*/\s*(\d+)(?![\w.])")
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w)")
 _PERCENT = re.compile(r"\\?%|\s*(?:percent|per cent)\b")
@@ -47,9 +50,12 @@ def mathematical(answer: str) -> str:
     latex = keyboard_text(answer.translate(_SYMBOLS)).translate(_SYMBOLS)
     latex = latex.replace("\\$", "").replace("{,}", ",").replace(",\\!", ",").replace("\\!", "")
     latex = re.sub(r"^\s*\$+(.*?)\$*\s*$", r"\1", latex, flags=re.DOTALL)
-    latex = re.sub(r"^\s*\\[(\[](.*)\\[)\]]\s*$", r"\1", latex, flags=re.DOTALL).replace("**", "")
+    latex = re.sub(r"^\s*\\[(\[](.*)\\[)\]]\s*$", r"\1", latex, flags=re.DOTALL)
     latex = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}\s*", "", latex)
     latex = re.sub(r"\\text\s*\{\s*(-?[\d.,]+\s*[A-Za-z ]*)\}", lambda m: without_layout(m[0]), latex)
+    latex = re.sub(r"(?<=[\w)])\s*\*\*\s*(?=[\w(-])", "^", latex).replace("**", "")
+    latex = _FUNCTION.sub(r"\\\1 ", latex).replace("\\varnothing", "\\emptyset")
+    latex = _DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", latex)
     latex = _ROOT_OF_BRACKET.sub(r"\\sqrt{\1}", _ROOT.sub(r"\\sqrt{\1}", latex))
     latex = _EXPONENT.sub(r"\1 \\cdot 10^{\2}", latex)
     latex = re.sub(r"\$(?=\d)", "", latex)
@@ -102,9 +108,21 @@ def in_base(answer: str) -> tuple[str, int] | None:
     return (match[1].lower().lstrip("0"), int(match[2])) if match else None
 
 
+def clock_of(answer: str) -> tuple[int, int, str] | None:
+    """The hour, the minute and the half of the day (a, p or nothing) of `6:30 PM`."""
+    match = _CLOCK.fullmatch(without_layout(answer).replace("$", "").strip())
+    return (int(match[1]), int(match[2]), (match[3] or "").lower()) if match else None
+
+
 def modulus_of(answer: str) -> str | None:
     match = _MODULO.search(without_layout(answer))
     return (match[1] or match[2] or match[3]) if match else None
+
+
+def is_equal_to_zero(answer: str) -> bool:
+    """Whether it is an equation of several terms with 0, as of a line: its right side alone is no answer."""
+    left, equals, right = answer.rpartition("=")
+    return bool(equals) and right.strip(" $.") == "0" and bool(re.search(r"[A-Za-z].*[+-]|[+-].*[A-Za-z]", left))
 
 
 def has_dots(answer: str) -> bool:

@@ -11,6 +11,7 @@ from depo_gateway.training.rewards.reasoning import final_text
 from depo_gateway.training.rewards.verdicts import NO_REFERENCE, NOT_READABLE, RewardVerdict, verdict_of
 
 FINE_DECIMALS = 6
+TAIL = 200  # characters before the last digit that are read first
 MOST_DIGITS = 4000  # of a number, and the largest exponent: Python refuses to read longer ones
 
 _GROUPED = (
@@ -44,7 +45,7 @@ _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|
 _TIMES = re.compile(r"\\(?:times|cdot|ast)(?![A-Za-z])|(?<=\d)\s*[xX](?=\s*\d)")
 _MARKS = re.compile(r"\\[()\[\]]|(?<!\d)\*\*|\*\*(?!\d)|`|\\(?:approx|sim|displaystyle)(?![A-Za-z])")
 _MINUS = re.compile(
-    r"(?P<before>\S?)(?P<space>\s*)(?P<sign>-|\bminus|\bnegative)(?P<after>\s*)[$€£¥₹]?\s*$", re.IGNORECASE
+    r"(?P<before>\S?)(?P<space>\s*)(?P<sign>-|\bminus|\bnegative)(?P<after>\s*)[$€£¥₹(]?\s*$", re.IGNORECASE
 )
 _CURRENCY = re.compile(r"[$€£¥₹]\s*$")
 _SIGNS_A_VALUE = re.compile(r"(?:[=:(\[{,<>]|\b(?:is|be|are|equals|was|to|of))\s*$", re.IGNORECASE)
@@ -55,6 +56,8 @@ _LEADING = re.compile(
     re.IGNORECASE,
 )
 _ARITHMETIC = re.compile(r"[\d\s.,+\-*/()$€£¥%]*=[\s$€£¥]*")
+_CONCLUSION = re.compile(r"\b(?:so|therefore|thus|hence|then)\b.*", re.IGNORECASE | re.DOTALL)
+_LAST_DIGIT = re.compile(r"\d(?=\D*\Z)")
 _BOLD = re.compile(r"(?:\*\*|__)([^*_\n]+)(?:\*\*|__)")
 _WORDS = {
     word: index
@@ -125,8 +128,7 @@ def number_of(text: str) -> Number | None:
         found = list(numbers(bold))
         if len(found) == 1 and len(re.findall(r"[A-Za-z]+", bold)) <= 2 and not re.match(r"\s*\d+[.):]", bold):
             return found[0]
-    found = list(numbers(text)) or _in_words(text)
-    return found[-1] if found else None
+    return _last_number(text) or next(iter(_in_words(text)), None)
 
 
 def numbers(text: str) -> Iterator[Number]:
@@ -136,6 +138,20 @@ def numbers(text: str) -> Iterator[Number]:
         number = _read(match, _is_negative(text, match.start()))
         if number is not None:
             yield number
+
+
+def _last_number(text: str) -> Number | None:
+    text = plain_numbers(text)
+    digits = _LAST_DIGIT.search(text)
+    if digits is None:
+        return None
+    begin = max(0, digits.start() - TAIL)  # the whole of a long text is read only if its end has no number by itself
+    for start in (begin, 0) if begin else (0,):
+        matches = [match for match in _NUMBER.finditer(text, start) if match.start() > start or not start]
+        for match in reversed(matches):
+            if (number := _read(match, _is_negative(text, match.start()))) is not None:
+                return number
+    return None
 
 
 def plain_numbers(text: str) -> str:
@@ -191,6 +207,8 @@ def _decimal(text: str) -> Fraction:
 def _is_negative(text: str, start: int) -> bool:
     """Whether a minus before the number is its sign: not between two operands, in a range, a word or a list of lines."""
     before = text[max(0, start - 40) : start]
+    if "-" not in before and "n" not in before.lower():  # of minus, negative
+        return False
     minus = _MINUS.search(before)
     if minus is None:
         return False
@@ -220,7 +238,8 @@ def _stated(text: str, found: list[Number]) -> Number:
         if not following:
             break
         first, end = following[0], following[0].end
-    return first
+    conclusion = _CONCLUSION.search(text, end)
+    return found[-1] if conclusion and "=" in conclusion[0] and found[-1].start > conclusion.start() else first
 
 
 def _in_words(text: str) -> list[Number]:

@@ -17,14 +17,16 @@ def final_text(completion: str) -> str | None:
 
     Reasoning ends at the last closing tag, whether or not an opening one is there: chat templates often write that.
     """
-    text = _END.sub("", completion)
-    channels = list(_CHANNEL.finditer(text))
+    text = _END.sub("", completion) if completion.rstrip().endswith(">") else completion
+    channels = list(_CHANNEL.finditer(text)) if "<|channel|>" in text else []
     if channels:
         last = channels[-1]
         return text[last.end() :].strip() if last[1] == "final" else None
     if _BARE_CHANNEL.match(text):
         finals = list(_BARE_FINAL.finditer(text))
         return text[finals[-1].end() :].strip() if finals else None
+    if not any(sign in text for sign in "<◁["):
+        return text.strip()
     closings = list(_CLOSING.finditer(text))
     rest = text[closings[-1].end() :] if closings else text
     return None if _OPENING.search(rest) else rest.strip()
