@@ -3,9 +3,13 @@ r"""Finds the answer that a text marks as its own: <answer>, \boxed{}, ####, "th
 import re
 from collections.abc import Iterable, Iterator
 
+MOST_STATEMENTS = 20  # of a text, from its end; and the longest one, so that no text takes long
+STATEMENT_LENGTH = 500
+
 _TAG = re.compile(r"<(answer|final_answer|final)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?=\S))")
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|;|and|or|,\s*and|,\s*or|\\\\|\\quad|\\text\{\s*(?:and|or)\s*\})?[\s$]*")
+_BOXED_WORD = re.compile(r"[-+]?[\w./]+")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _HASHES = re.compile(r"####[ \t]*(\S.*)")  # GSM8K's final answer
 _VERBS = (
@@ -25,7 +29,7 @@ _SKIP = re.compile(
 )
 _SENTENCE_END = re.compile(r"\n|[.!?](?=[\s*_\"')\]}]|$)|[。！？]")
 _MATHEMATICS = re.compile(r"\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$[^$\n]*[^$\s\\\n]\$(?!\d)", re.DOTALL)
-_NEXT_QUESTION = re.compile(r"\n\s*(?:question|q|problem|human|user)\s*\d*\s*:", re.IGNORECASE)
+_NEXT_QUESTION = re.compile(r"\n[ \t]*(?:question|q|problem|human|user)\s*\d*\s*:", re.IGNORECASE)
 _LIST_OF_ONE = re.compile(r"""\[\s*(['"])(.*)\1\s*\]""", re.DOTALL)
 
 
@@ -34,10 +38,11 @@ def answer_part(text: str) -> str:
     tags = [match[2] for match in _TAG.finditer(text)]
     if tags:
         return str(tags[-1]).strip()
-    for match in _NEXT_QUESTION.finditer(text):
-        before = text[: match.start()]
-        if _HASHES.search(before) or _BOX.search(before) or _STATEMENT.search(before):
-            return before.strip()
+    if _NEXT_QUESTION.search(text):
+        marks = [mark.search(text) for mark in (_HASHES, _BOX, _STATEMENT)]
+        first = min((mark.end() for mark in marks if mark), default=len(text))
+        question = _NEXT_QUESTION.search(text, first)
+        return text[: question.start()].strip() if question else text.strip()
     return text.strip()
 
 
@@ -49,18 +54,18 @@ def reference_part(reference: str) -> str:
 
 def boxed(text: str) -> str | None:
     r"""The content of the last \boxed{}, or of a sequence of boxes ("\boxed{1} and \boxed{2}"), comma-separated."""
-    found = [(match.start(), *_content(text, match)) for match in _BOX.finditer(text)]
-    boxes = [box for box in found if box[1]]
-    boxes = [box for box in boxes if not any(other[0] < box[0] and box[1] <= other[1] for other in boxes)]
+    boxes = [(match.start(), *content) for match, content in _contents(text)] if "box" in text else []
+    # A box that holds another is left out: \boxed{\text{It is } \boxed{7}}.
+    starts = [*(start for start, *_ in boxes[1:]), len(text)]
+    boxes = [box for box, following in zip(boxes, starts, strict=False) if following >= box[1]]
     if not boxes:
         return None
     start, _, answer = boxes.pop()
-    inner = boxed(answer)
-    answers = [answer if inner is None else inner]
-    while boxes and boxes[-1][1] <= start and _BETWEEN_BOXES.fullmatch(text[boxes[-1][1] : start]):
+    answers = [answer]
+    while boxes and _BETWEEN_BOXES.fullmatch(text[boxes[-1][1] : start]):
         start, _, before = boxes.pop()
-        answers.insert(0, before)
-    return ", ".join(dict.fromkeys(each.strip() for each in answers))
+        answers.append(before)
+    return ", ".join(dict.fromkeys(each.strip() for each in reversed(answers)))
 
 
 def hashed(text: str) -> str | None:
@@ -71,12 +76,14 @@ def hashed(text: str) -> str | None:
 
 def statements(text: str) -> Iterator[str]:
     """What follows each "the answer is", "Answer:" and the like to the end of its sentence, the last first."""
-    for match in reversed(list(_STATEMENT.finditer(text))) if mentions(text, _STEMS) else ():
+    found = list(_STATEMENT.finditer(text)) if mentions(text, _STEMS) else []
+    for match in reversed(found[-MOST_STATEMENTS:]):
         skipped = _SKIP.match(text, match.end())
         start = skipped.end() if skipped else match.end()
-        formula = _MATHEMATICS.match(text, start)
-        end = _SENTENCE_END.search(text, formula.end() if formula else start)
-        stated = text[start : end.start() if end else len(text)].strip()
+        limit = min(len(text), start + STATEMENT_LENGTH)
+        formula = _MATHEMATICS.match(text, start, limit)
+        end = _SENTENCE_END.search(text, formula.end() if formula else start, limit)
+        stated = text[start : end.start() if end else limit].strip()
         if stated:
             yield stated
 
@@ -92,15 +99,18 @@ def formulas(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in _MATHEMATICS.finditer(text)]
 
 
-def _content(text: str, match: re.Match[str]) -> tuple[int, str]:
-    """The end of a box, and its content; 0 if it is not closed. A box without braces holds one word: `\\boxed 7`."""
-    begin = match.end()
-    if not match[0].endswith("{"):
-        word = re.compile(r"[-+]?[\w./]+").match(text, begin)
-        return (word.end(), word[0].rstrip(".")) if word and match[0][-1].isspace() else (0, "")
-    depth = 1
-    for brace in _BRACE.finditer(text, begin):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return brace.end(), text[begin : brace.start()]
-    return 0, ""
+def _contents(text: str) -> Iterator[tuple[re.Match[str], tuple[int, str]]]:
+    r"""Each closed box: its end and its content. A box without braces holds one word: `\boxed 7`."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif brace[0] == "}" and opened:
+            closing[opened.pop()] = brace.start()
+    for match in _BOX.finditer(text):
+        if match.end() in closing and match[0].endswith("{"):
+            end = closing[match.end()]
+            yield match, (end + 1, text[match.end() : end])
+        elif match[0][-1].isspace() and (word := _BOXED_WORD.match(text, match.end())):
+            yield match, (word.end(), word[0].rstrip("."))

@@ -24,6 +24,7 @@ _CHOSEN = re.compile(
     re.IGNORECASE,
 )
 
+_GROUND = re.compile(r"[)\]*.]*(?:\s*[,;:]|\s*-\s|\s+(?:because|since|as|due)\b)")
 _CHOSEN_STEMS = (
     "choos",
     "chose",
@@ -120,7 +121,7 @@ def _first_of_line(text: str, allowed: str) -> frozenset[str] | None:
     """The one letter with which lines begin as options do: `B.`, `(B)`, `**B**`, `b)`, or `B` alone on its line."""
     either = allowed + allowed.lower()
     begins = re.compile(
-        rf"^[\s*_>#-]*(?:(?:option|choice)\s+)?(?:\(([{either}])\)|\[([{either}])\]|([{either}])\)|([{allowed}])[.:]"
+        rf"^[ \t*_>#-]*(?:(?:option|choice)\s+)?(?:\(([{either}])\)|\[([{either}])\]|([{either}])\)|([{allowed}])[.:]"
         rf"|([{allowed}])[*_]+(?=\s|$)|([{either}])[.:*_]*\s*$)",
         re.MULTILINE,
     )
@@ -133,6 +134,9 @@ def _first_of_line(text: str, allowed: str) -> frozenset[str] | None:
     first = re.match(rf"\s*([{allowed}])\s+(?=[A-Z\d])", text)
     if not letters and first and first[1] not in "AI" and not re.match(r"[A-Z](?![A-Za-z])", text[first.end() :]):
         return frozenset(first[1])
+    read = letters_at(text, 0, allowed)
+    if not letters and read and read[0] != {"I"} and _GROUND.match(text, read[1]):
+        return read[0]
     last_line = text.rstrip().rpartition("\n")[2]
     alone = _ALONE.fullmatch(last_line)
     return frozenset(alone[1].upper()) if alone and alone[1].upper() in allowed and letters else None

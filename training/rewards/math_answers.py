@@ -24,8 +24,10 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 ROUNDED = 1e-6  # the relative difference at which a decimal still is the rounded value of an expression
 EXACT = 1e-15  # of two expressions without decimals, evaluated to 40 digits
 
+_I = sympy.Symbol("i")
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}|\n|(?<!\\)\$|\\\(|\\\[")
+_WORD_FIRST = re.compile(r"(?!(?:sin|cos|tan|log|ln|sqrt|pi|exp)\b)[A-Za-z]{2,}\s+[-\d$]")
 _WORDS = re.compile(r"[A-Za-z' -]{1,60}")
 _ASIDE = re.compile(
     r"\s+\((?=[A-Za-z]{2,}\s)|,?\s+\b(?:because|since|as|which|where|so|by|with)\b|,\s+(?:and|but|not|i)\b",
@@ -74,7 +76,7 @@ def answer_of(text: str) -> str | None:
         return None
     if len(formulas(alone)) == 1 and formulas(alone)[0] == (0, len(alone)):
         return alone
-    if _WORDS.fullmatch(alone) or literal_of(alone) or not _PROSE.search(alone):
+    if _WORDS.fullmatch(alone) or literal_of(alone) or not (_PROSE.search(alone) or _WORD_FIRST.match(alone)):
         return alone
     return _last_of(alone)
 
@@ -125,7 +127,13 @@ def equal_answers(expected: str, given: str) -> bool:
     one, other = bare_text(expected), bare_text(given)
     if one == other:
         return True
-    for compare in (_compared_as_numbers, _compared_as_words, _compared_by_notation, _compared_as_sets, _compared_in_parts):
+    for compare in (
+        _compared_as_numbers,
+        _compared_as_words,
+        _compared_by_notation,
+        _compared_as_sets,
+        _compared_in_parts,
+    ):
         verdict = compare(expected, given)
         if verdict is not None:
             return verdict
@@ -233,14 +241,14 @@ def _compared_by_math_verify(expected: str, given: str) -> bool:
         return False
     relation_allowed = bool(_INTERVAL.search(expected))  # `x < 3` for (-oo, 3)
     # The reference must come first: verify() is not symmetric for `x = 3` and `3`.
-    if not verify(one, other, timeout_seconds=None, allow_set_relation_comp=relation_allowed):
-        percent = math_notation.without_percent(expected), math_notation.without_percent(given)
-        if percent == (expected, given) or percent == (given, expected):
-            return False
-        return (percent[0] != expected) != (percent[1] != given) and bool(
-            verify(_parsed(percent[0]), _parsed(percent[1]), timeout_seconds=None)
-        )
-    return _is_close(one[0], other[0])
+    if verify(one, other, timeout_seconds=None, allow_set_relation_comp=relation_allowed):
+        return _is_close(one[0], other[0])
+    if _is_equal_otherwise(one[0], other[0]):
+        return True
+    plain = [math_notation.without_percent(answer) for answer in (expected, given)]
+    if (plain[0] != expected) == (plain[1] != given):
+        return False
+    return bool(verify(_parsed(plain[0]), _parsed(plain[1]), timeout_seconds=None))
 
 
 def _is_close(one: object, other: object) -> bool:
@@ -253,6 +261,24 @@ def _is_close(one: object, other: object) -> bool:
     has_decimals = one.has(sympy.Float) or other.has(sympy.Float)
     size = max(abs(one.evalf(40)), abs(other.evalf(40)))  # not Python's floats, which have no number below 1e-324
     return bool(abs(difference.evalf(40)) <= (ROUNDED if has_decimals else EXACT) * size)
+
+
+def _is_equal_otherwise(one: object, other: object) -> bool:
+    """Whether expressions are equal if `i` alone is the imaginary unit, or if the variables below roots are positive."""
+    if not (isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr)):
+        return False
+    imaginary = [each.subs(_I, sympy.I) if each.free_symbols == {_I} else each for each in (one, other)]
+    if imaginary != [one, other]:
+        return bool(sympy.simplify(imaginary[0] - imaginary[1]) == 0)
+    if one.free_symbols != other.free_symbols or not (_has_root(one) and _has_root(other)):
+        return False
+    positive = {symbol: sympy.Symbol(symbol.name, positive=True) for symbol in one.free_symbols}
+    return bool(sympy.simplify((one - other).subs(positive)) == 0)
+
+
+def _has_root(expression: sympy.Expr) -> bool:
+    roots = [power for power in expression.atoms(sympy.Pow) if power.exp.is_Rational and not power.exp.is_Integer]
+    return any(power.free_symbols for power in roots) and not expression.has(sympy.Abs)
 
 
 def _is_readable(answer: str) -> bool:

@@ -22,6 +22,7 @@ _ROOT = re.compile(r"\\sqrt\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))")
 _ROOT_OF_BRACKET = re.compile(r"\\sqrt\s*\(([^()]*)\)")
 _FUNCTION = re.compile(r"(?<![\\A-Za-z{])(sin|cos|tan|cot|sec|csc|log|ln|pi|theta|infty|sqrt)(?![A-Za-z])")
 _DEGREES = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?[)}]?")
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)\s*(?:([ap])\.?m\.?)?", re.IGNORECASE)
 _MIXED = re.compile(r"(?<![\w.^{/])(-?)\s*(\d+)(?:\s|\\[ ,;:!])+(\d+)\s*/\s*(\d+)(?![\w.])")
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w)")
@@ -33,7 +34,9 @@ _DOTS = re.compile(r"\\(?:ldots|cdots|dots)\b|\.\.\.")
 _ASSIGNED = re.compile(r"\s*\\?[A-Za-z]+(?:_\{?\w+\}?|')?(?:\([a-z]\))?\s*=(?!=)\s*(.+)", re.DOTALL)
 _AND = re.compile(r"\s*(?:,\s*(?:and|or)\b|\b(?:and|or)\b|[,;])\s*")
 # Before and after a number alone: a currency or `x =`; a unit of letters, as `km/h`, `cm^2`, `apples`.
-_BEFORE_NUMBER = re.compile(r"(?:\s*\\?[A-Za-z](?:_\{?\w+\}?)?\s*=)?[\s$€£¥₹(+-]*(?:\\(?:approx|sim)\s*)?")
+_BEFORE_NUMBER = re.compile(
+    r"(?:\s*\\?[A-Za-z](?:_\{?\w+\}?)?\s*=)?\s*(?:US|USD|EUR|GBP|Rs\.?)?[\s$€£¥₹(+-]*(?:\\(?:approx|sim)\s*)?"
+)
 _NOT_UNITS = (
     r"(?!(?:pi|sin|cos|tan|log|ln|exp|sqrt|or|and|mod|if|where|for|to|times|cdot|frac|choose|dots|ldots|cdots)\b)"
 )
@@ -56,6 +59,8 @@ def mathematical(answer: str) -> str:
     latex = re.sub(r"(?<=[\w)])\s*\*\*\s*(?=[\w(-])", "^", latex).replace("**", "")
     latex = _FUNCTION.sub(r"\\\1 ", latex).replace("\\varnothing", "\\emptyset")
     latex = _DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", latex)
+    latex = re.sub(r"\\underline\s*\{([^{}]*)\}", r"\1", latex)
+    latex = _REPEATING.sub(_fraction, latex)
     latex = _ROOT_OF_BRACKET.sub(r"\\sqrt{\1}", _ROOT.sub(r"\\sqrt{\1}", latex))
     latex = _EXPONENT.sub(r"\1 \\cdot 10^{\2}", latex)
     latex = re.sub(r"\$(?=\d)", "", latex)
@@ -152,3 +157,10 @@ def assigned(part: str) -> tuple[str, str]:
     """The variable and the value of `x = 3`; no variable for any other part."""
     match = _ASSIGNED.fullmatch(part)
     return (part[: match.start(1)].rstrip("= ").strip(), match[1].strip()) if match else ("", part)
+
+
+def _fraction(repeating: re.Match[str]) -> str:
+    r"""`0.1\overline{6}` as a fraction."""
+    whole, fixed, repeated = repeating[1] or "0", repeating[2], repeating[3]
+    under = (10 ** len(repeated) - 1) * 10 ** len(fixed)
+    return rf"\frac{{{int(whole + fixed + repeated) - int(whole + fixed)}}}{{{under}}}"

@@ -22,7 +22,7 @@ _VULGAR = re.compile("[¼-¾⅐-⅞↉]")  # a digit before one makes a mixed nu
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060-\u2064\ufeff\u00ad]")
 
 _TEXT = re.compile(
-    r"\\(?:text(?:bf|it|rm|tt|sf)?|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|tt|sf)?|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|hbox|underline|operatorname)\s*\{([^{}]*)\}"
 )
 _COLOR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}\s*(?:\{([^{}]*)\})?")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|,?\\!|limits|phantom\{[^{}]*\})(?![A-Za-z])")

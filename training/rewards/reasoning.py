@@ -9,7 +9,16 @@ _CLOSING = re.compile(rf"</{_NAMES}>|◁/think▷|<\|end_of_thought\|>|\[/THINK\
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>")
 _BARE_CHANNEL = re.compile(r"analysis(?=[A-Z\d\"'])")
 _BARE_FINAL = re.compile(r"assistant\s?final(?=\W|[A-Z\d])")
-_END = re.compile(r"(?:\s*(?:<\|(?:im_end|eot_id|endoftext|end|return|end_of_text)\|>|</s>|<end_of_turn>))+\s*$")
+_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<|return|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<end_of_turn>",
+)
 
 
 def final_text(completion: str) -> str | None:
@@ -17,7 +26,9 @@ def final_text(completion: str) -> str | None:
 
     Reasoning ends at the last closing tag, whether or not an opening one is there: chat templates often write that.
     """
-    text = _END.sub("", completion) if completion.rstrip().endswith(">") else completion
+    text = completion.strip()
+    while text.endswith(_ENDS):
+        text = text[: text.rindex("<")].rstrip()
     channels = list(_CHANNEL.finditer(text)) if "<|channel|>" in text else []
     if channels:
         last = channels[-1]
@@ -26,7 +37,7 @@ def final_text(completion: str) -> str | None:
         finals = list(_BARE_FINAL.finditer(text))
         return text[finals[-1].end() :].strip() if finals else None
     if not any(sign in text for sign in "<◁["):
-        return text.strip()
+        return text
     closings = list(_CLOSING.finditer(text))
     rest = text[closings[-1].end() :] if closings else text
     return None if _OPENING.search(rest) else rest.strip()
