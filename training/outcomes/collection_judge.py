@@ -93,8 +93,8 @@ class OpenedJudge:
         lines = f"judge: {self.cap.calls} calls{tokens} in this run{f'; {failed} failed' if failed else ''}\n"
         if self.labels.unanswered:
             lines += (
-                f"judge: it did not answer for {self.labels.unanswered} prompts; they have no row, and the same command"
-                " asks for them again\n"
+                f"judge: no verdict on {self.labels.unanswered} prompts, which have no row; the same command asks for"
+                " them again\n"
             )
         return lines + self.usage.orders.text()
 
@@ -160,13 +160,23 @@ async def requested_judge(
         config = JudgeConfig(kind, url=url, api_key_env=args.judge_api_key_env, timeout_s=timeout_s)
         check_judge(config, ())
         return CollectionJudge(config, {}, timeout_s, **caps)
-    rubric = None if args.judge_rubric is None else args.judge_rubric.read_text(encoding="utf-8")
+    rubric = None if args.judge_rubric is None else _rubric_in(args.judge_rubric)
     config = JudgeConfig(kind, JUDGE_POOL, rubric=rubric, max_tokens=args.judge_max_tokens, timeout_s=timeout_s)
     check_judge(config, (JUDGE_POOL,))
     headers = key_headers("--judge-api-key-env", args.judge_api_key_env)
     model = await served_model(session, "judge", base_url(url), args.judge_model, headers, "--judge-model NAME")
     pool = PoolBackends(model, (BackendConfig(url, args.judge_api_key_env),), COST_PER_TOKEN)
     return CollectionJudge(config, {JUDGE_POOL: pool}, timeout_s, **caps)
+
+
+def _rubric_in(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--judge-rubric {path} is not UTF-8 text") from None
+    if not text.strip():
+        raise ValueError(f"--judge-rubric {path} is empty; write the criteria of a grade from 0 to 10")
+    return text
 
 
 @asynccontextmanager

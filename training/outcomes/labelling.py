@@ -19,13 +19,14 @@ from depo_gateway.training.rewards.verifiers import Grader
 from depo_gateway.training.rewards.worker_pool import RewardError
 
 MOST_JUDGE_FAILURES = 3  # in a row: the judge is unreachable
+SILENT_PROMPTS = 20  # judged without any verdict from the start: the judge can't judge
 
 # (prompt, completions by model) -> labels by model; None: no label now, so that the prompt is asked again another time
 Labeller = Callable[[Prompt, Mapping[str, Sequence[Completion]]], Awaitable[Mapping[str, ModelLabel] | None]]
 
 
 class JudgeError(Exception):
-    """The judge does not answer; the message is one line for the user."""
+    """The judge does not answer, or has no verdicts; the message is one line for the user."""
 
 
 def by_verifier(grader: Grader) -> Labeller:
@@ -67,19 +68,21 @@ class JudgeLabels:
         cap: SpendCap,
         gate: asyncio.Semaphore,
     ) -> None:
-        self.unanswered = 0  # prompts without a label because the judge did not answer
+        self.unanswered = 0  # prompts without a row because of the judge
         self._judge, self._pools, self._calls = judge, pools, calls
         self._verdict_tokens, self._cap, self._gate = verdict_tokens, cap, gate
         self._failures = 0  # judgements in a row
+        self._silent: int | None = 0  # prompts without a verdict; None: there was one
 
     async def label(
         self, prompt: Prompt, completions: Mapping[str, Sequence[Completion]]
     ) -> Mapping[str, ModelLabel] | None:
-        """Labels by model; None where the judge answered none of the prompt's judgements.
+        """Labels by model; None where the judge answered none of the prompt's judgements, or gave no verdict and has
+        not given any yet.
 
         Raises:
             SpentError: the cap does not allow them.
-            JudgeError: the judge is unreachable.
+            JudgeError: the judge is unreachable, or never has a verdict.
         """
         finished = {model: [each.text for each in some if not each.end] for model, some in completions.items()}
         rounds = [
@@ -91,7 +94,7 @@ class JudgeLabels:
             verdicts = await asyncio.gather(
                 *(self._judged(prompt, index, answers) for index, answers in enumerate(rounds))
             )
-        if rounds and all(verdict is None for verdict in verdicts):
+        if calls and (all(verdict is None for verdict in verdicts) or self._is_silent(any(verdicts))):
             self.unanswered += 1
             return None
         scores = {
@@ -106,6 +109,19 @@ class JudgeLabels:
             )
             for model, some in completions.items()
         }
+
+    def _is_silent(self, judged: bool) -> bool:
+        """Whether the judge has had no verdict since the start."""
+        if judged:
+            self._silent = None
+        elif self._silent is not None:
+            self._silent += 1
+            if self._silent >= SILENT_PROMPTS:
+                raise JudgeError(
+                    f"the judge had no verdict on {SILENT_PROMPTS} prompts: a model must reply with the JSON object"
+                    " that it is asked for, within --judge-max-tokens; a webhook with scores by pool"
+                )
+        return self._silent is not None
 
     async def _judged(self, prompt: Prompt, index: int, answers: Mapping[str, str]) -> Mapping[str, float] | None:
         """The scores by pool; None where the judge does not answer."""

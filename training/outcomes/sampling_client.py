@@ -104,10 +104,10 @@ def completions_of(answer: Mapping[str, Any]) -> list[Completion]:
     choices = answer["choices"]
     lengths = [len((choice.get("logprobs") or {}).get("content") or []) for choice in choices]
     total = (answer.get("usage") or {}).get("completion_tokens")
-    if isinstance(total, int) and total > 0:  # the server's own count, which may include tokens without logprobs
+    if isinstance(total, int) and total > sum(lengths):  # it counts tokens without log-probabilities, too
         if len(choices) == 1:
             lengths = [total]
-        elif all(lengths):
+        elif all(lengths):  # llama.cpp counts one choice alone, which is less than the sum
             lengths = [round(length * total / sum(lengths)) for length in lengths]
     return [
         Completion(

@@ -31,7 +31,7 @@ def chats(tmp_path: Path) -> Path:
 
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {row.get("question") or row["messages"][-1]["content"]: row for row in rows}
+    return {row["question"] if "question" in row else row["messages"][-1]["content"]: row for row in rows}
 
 
 def quoted(text: str, place: str) -> str:
@@ -113,7 +113,7 @@ def test_a_webhook_labels_and_gets_references_where_there_are_some(
     out = tmp_path / "out.jsonl"
     with server(hook) as service:
         url = f"webhook={service.url}/judge?team=a"
-        assert judged(chats, out, url, "--k", 2, "--judge-api-key-env", "HOOK_KEY") == 0
+        assert judged(chats, out, url, "--k", 2, "--concurrency", 1, "--judge-api-key-env", "HOOK_KEY") == 0
         assert service.keys == {"Bearer sesame"}
         assert len(service.bodies) == 26
         asked = [body for body in service.bodies if body["reference"] is not None]
@@ -180,7 +180,7 @@ def test_unreadable_verdicts_give_no_label_and_are_counted(
 
     out = tmp_path / "out.jsonl"
     with server(vague, ("umpire",)) as judge:
-        assert judged(chats, out, f"model={judge.url}") == 0
+        assert judged(chats, out, f"model={judge.url}", "--concurrency", 1) == 0
     assert rows_of(out)["ask 3"]["correct"] == {}
     said = capsys.readouterr().out
     assert "small: of 12 completions 10 graded, 2 without a verdict of the judge\n" in said
@@ -202,10 +202,25 @@ def test_a_judge_that_fails_at_one_prompt_leaves_it_for_the_next_run(
         assert judged(chats, out, f"model={judge.url}", "--concurrency", 1) == 0
         assert len(rows_of(out)) == 11
         said = capsys.readouterr().out
-        assert "judge: it did not answer for 1 prompts; they have no row, and the same command asks" in said
+        assert "judge: no verdict on 1 prompts, which have no row; the same command asks for them again" in said
         broken = False
         assert judged(chats, out, f"model={judge.url}") == 0
     assert rows_of(out)["ask 3"]["correct"] == {"model-a": 0.2, "b": 0.9}
+
+
+def test_a_judge_that_can_not_judge_is_not_paid_for_all_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats, out = tmp_path / "chats.jsonl", tmp_path / "out.jsonl"
+    chats.write_text("".join(json.dumps({"question": f"ask {i}"}) + "\n" for i in range(200)))
+    with server(always("The first one."), ("umpire",)) as judge:
+        assert judged(chats, out, f"model={judge.url}", "--concurrency", 2) == 1
+        assert len(judge.bodies) < 60
+        said = capsys.readouterr().err
+        assert said.startswith("the judge had no verdict on 20 prompts: a model must reply with the JSON object")
+    with server(umpire(lambda text, place: 9 if "42" in text else 2), ("umpire",)) as judge:
+        assert judged(chats, out, f"model={judge.url}") == 0  # nothing of before is in the way
+    assert len(rows_of(out)) == 200
 
 
 def test_a_judge_that_is_down_ends_it_with_one_line(

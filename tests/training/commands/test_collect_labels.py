@@ -1,13 +1,23 @@
 """What collect gives no label, what it counts as wrong, and what it and fit say of it: scripted OpenAI servers."""
 
+import argparse
 import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from depo_gateway import gateway
+from depo_gateway.training.__main__ import main
 from depo_gateway.training.commands import fit
 from depo_gateway.training.judging import openai_client
+from depo_gateway.training.outcomes.collection_summary import CollectionSummary
+from depo_gateway.training.outcomes.sampling_client import Backend
 from depo_gateway.training.outcomes.table import cut_off_models, parse_pools, read_tables
 from tests.training.openai_server import Reply, always, command, completion, server, table
 
@@ -113,7 +123,7 @@ def test_fit_refuses_a_table_with_many_cut_off_completions_unless_told(
     assert cut_off_models(rows, parse_pools(["large=b"])) == ""
 
     def fitted(*words: str) -> None:
-        parser = __import__("argparse").ArgumentParser()
+        parser = argparse.ArgumentParser()
         fit.add_arguments(parser)
         given = ["--outcomes", str(out), "--pools", "small=model-a", "large=b", "--out", str(tmp_path / "checkpoint")]
         fit.run(parser.parse_args([*given, *words]))
@@ -123,6 +133,28 @@ def test_fit_refuses_a_table_with_many_cut_off_completions_unless_told(
         fitted()
     with pytest.raises(ValueError, match="--folds is 1"):  # the next check
         fitted("--allow-cut-off", "--folds", "1")
+
+
+def test_calibrate_refuses_it_too_and_evaluate_says_so(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table_path = tmp_path / "t.jsonl"
+    rows = [
+        {
+            "question": f"{'hard' if index % 2 else 'easy'} question number {index}",
+            "correct": {"a": 1 - index % 2, "b": 1},
+            "completions": {"a": {"graded": 3, "cut_off": 1}, "b": {"graded": 4}},
+        }
+        for index in range(60)
+    ]
+    table_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--checkpoint", tiny_checkpoint, "--outcomes", table_path, "--pools", "small=a", "large=b"]
+    assert main(["calibrate", *map(str, words), "--out", str(tmp_path / "c1")]) == 2
+    assert "or calibrate with --allow-cut-off" in capsys.readouterr().err
+    assert main(["calibrate", *map(str, words), "--out", str(tmp_path / "c2"), "--allow-cut-off"]) == 0
+    assert main(["evaluate", *map(str, words), "--out", str(tmp_path / "e")]) == 0
+    said = "25% of the completions of a (pool small) were cut off and have no label: results are biased\n"
+    assert said in capsys.readouterr().err
 
 
 def test_a_tenth_cut_off_is_still_fitted_and_old_tables_tell_nothing(tmp_path: Path) -> None:
@@ -242,3 +274,50 @@ def test_token_confidence_is_that_of_finished_completions(prompts: Path, tmp_pat
     out = tmp_path / "out.jsonl"
     assert both(prompts, out, small) == 0
     assert table(out)["3+0="]["token_confidence"] == {"model-a": 0.6065, "b": 0.6065}
+
+
+@pytest.fixture(scope="module")
+def demo_servers() -> Iterator[dict[str, str]]:
+    """llama.cpp on the two language models that are shipped with the demo."""
+    pytest.importorskip("xllamacpp")
+    data = Path(gateway.__file__).parent / "demo" / "data"
+    with ExitStack() as stack:
+        urls = {}
+        for name in ("small", "large"):
+            words = ["--model", str(data / name / "model.gguf"), "--port", "0"]
+            program = [sys.executable, "-m", "depo_gateway.gateway.demo.llama_server", *words]
+            running = stack.enter_context(subprocess.Popen(program, stdout=subprocess.PIPE, text=True))
+            stack.callback(running.terminate)
+            assert running.stdout is not None
+            urls[name] = running.stdout.readline().split()[-1]
+        yield urls
+
+
+def test_real_models_without_room_are_cut_off_and_what_is_suggested_suffices(
+    demo_servers: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = (Path(gateway.__file__).parent / "demo" / "data" / "queries.jsonl").read_text().splitlines()[:24]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(queries) + "\n")
+    words = ["--prompts", prompts, "--backends", *(f"{name}={url}" for name, url in demo_servers.items()), "--k", 4]
+    assert command(*words, "--out", tmp_path / "short.jsonl", "--max-tokens", 36) == 0
+    said = capsys.readouterr()
+    assert "no label of any pool; their rows hold the counts alone" in said.out
+    wanted = re.findall(r"collect again with --max-tokens (\d+) and another --out", said.err)
+    assert command(*words, "--out", tmp_path / "long.jsonl", "--max-tokens", wanted[0]) == 0
+    assert "cut-off" not in capsys.readouterr().err
+    short, long = (CollectionSummary() for _ in range(2))
+    for path, summary in (("short.jsonl", short), ("long.jsonl", long)):
+        for row in table(tmp_path / path).values():
+            summary.add(row)
+    assert short.completions["small"].cut_off > 0.1 > long.completions["small"].cut_off
+    assert max(long.completions["small"].lengths) > 36 >= max(short.completions["small"].lengths)
+
+
+def test_the_progress_line_shows_what_is_not_simply_graded() -> None:
+    summary = CollectionSummary()
+    backends = [Backend("small", "http://s", "org/s", {}), Backend("large", "http://l", "org/l", {})]
+    assert summary.progress(backends) == {"small": "-", "large": "-"}
+    counts = {"org/s": {"graded": 5, "unreadable": 1, "cut_off": 1, "timeout": 1}, "org/l": {"graded": 8}}
+    summary.add({"question": "x", "correct": {"org/s": 0.5, "org/l": 1.0}, "completions": counts})
+    assert summary.progress(backends) == {"small": "0.50 (1 unreadable, 1 cut off, 1 no label)", "large": "1.00"}
