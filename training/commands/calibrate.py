@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     logged_traffic.add_source_arguments(parser, "outcome tables whose rows it was not fitted on")
     parser.add_argument("--pools", nargs="+", metavar="NAME=MODEL", help="default: the models it was fitted on")
     parser.add_argument(
+        "--allow-cut-off",
+        action="store_true",
+        help="use tables although more than 10%% of a model's completions were cut off by --max-tokens",
+    )
+    parser.add_argument(
         "--target",
         nargs="+",
         default=[],

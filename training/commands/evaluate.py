@@ -33,7 +33,7 @@ from depo_gateway.training.evaluation.predictions import (
 )
 from depo_gateway.training.evaluation.report import nan_to_null, outcome_report, plot_outcomes, report_markdown
 from depo_gateway.training.evaluation.targets import parse_costs
-from depo_gateway.training.outcomes.table import examples_of, question_key, read_tables
+from depo_gateway.training.outcomes.table import cut_off_models, examples_of, question_key, read_tables
 
 REPORT_JSON, REPORT_MD, CURVE, SCORES = "report.json", "report.md", "curve.png", "scores.jsonl"
 
@@ -77,6 +77,8 @@ def _report_on_outcomes(args: argparse.Namespace, runtime: Runtime) -> dict[str,
     """The report on outcome tables; writes curve.png and scores.jsonl."""
     pools = resolve_pools(args.pools, runtime.manifest)
     rows = read_tables(args.outcomes)
+    if cut_off := cut_off_models(rows, pools):
+        sys.stderr.write(f"depo-train evaluate: {cut_off} were cut off and have no label: results are biased\n")
     examples = examples_of(rows, pools)
     fitted = fitted_share(examples, runtime.manifest)
     warn_of_contamination("evaluate", fitted)

@@ -45,7 +45,7 @@ from depo_gateway.training.fitting.cross_fit import (
 )
 from depo_gateway.training.fitting.fit_config import FitConfig
 from depo_gateway.training.fitting.held_out_report import held_out_reports, held_out_text
-from depo_gateway.training.outcomes.table import examples_of, parse_pools, read_tables
+from depo_gateway.training.outcomes.table import check_cut_off, examples_of, parse_pools, read_tables
 
 WIDE_SHARE = 5.0  # points either side of 50%, above which the text says that the share is not known well
 
@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="NAME=MODEL",
         help="cheapest first; NAME=MODEL,MODEL takes the mean of several models",
+    )
+    parser.add_argument(
+        "--allow-cut-off",
+        action="store_true",
+        help="fit tables although more than 10%% of a model's completions were cut off by --max-tokens",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
     parser.add_argument(
@@ -121,7 +126,10 @@ def run(args: argparse.Namespace) -> int:
     checkpoint.ensure_free(args.out)
     pools = parse_pools(args.pools)
     config = _fit_config(args)
-    examples = examples_of(read_tables(args.outcomes), pools, args.balance)
+    rows = read_tables(args.outcomes)
+    if not args.allow_cut_off:
+        check_cut_off(rows, pools, "fit")
+    examples = examples_of(rows, pools, args.balance)
     torch.manual_seed(config.seed)
     model, tokenizer = _create_model(args, pools.names, examples)
     fit = fit_estimator(model, tokenizer, examples, config)

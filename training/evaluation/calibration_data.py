@@ -22,7 +22,7 @@ from depo_gateway.training.evaluation import logged_traffic, off_policy
 from depo_gateway.training.evaluation.logged_traffic import LoggedTraffic
 from depo_gateway.training.evaluation.off_policy import Integers, Logs
 from depo_gateway.training.evaluation.predictions import resolve_pools, served_text
-from depo_gateway.training.outcomes.table import examples_of, read_tables
+from depo_gateway.training.outcomes.table import check_cut_off, examples_of, read_tables
 
 FITTING_SHARE = 1 / 3  # of the units, where the others test a guarantee: a Platt fit has only two parameters
 POLICIES_AT_ONCE = 32  # memory of N x POLICIES_AT_ONCE x 11 numbers for two pools
@@ -62,7 +62,10 @@ def read_calibration_data(args: argparse.Namespace, runtime: Runtime) -> Calibra
             args.records, args.since, args.newest, runtime.pools, runtime.manifest.text
         )
         return traffic_calibration_data(traffic)
-    examples = examples_of(read_tables(args.outcomes), pools)
+    rows = read_tables(args.outcomes)
+    if not args.allow_cut_off:
+        check_cut_off(rows, pools, "calibrate")
+    examples = examples_of(rows, pools)
     labels = labels_by_head(examples, runtime.pools, runtime.manifest.heads)
     texts = [served_text(runtime.manifest.text, example.prompt, example.context) for example in examples]
     count = len(examples)
