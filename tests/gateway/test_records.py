@@ -641,7 +641,7 @@ def test_a_database_of_version_0_1_is_read_as_it_is_and_taken_over(records_url: 
     with store._transaction(write=True) as connection:  # version 0.1's tables
         connection.execute(sa.text("ALTER TABLE records DROP COLUMN settings"))
         connection.execute(sa.text("DROP TABLE routing_settings"))
-        names = "id, time, key, endpoint, conversation, pool, reason, estimator, stage, pools, quality, propensity,"
+        columns = "id, time, key, endpoint, conversation, pool, reason, estimator, stage, pools, quality, propensity,"
         values = "'old', 1, '', 'chat', '', 'small', 'confident', '', '', '[]', '{}', 1,"
         by_old_version = (
             f"INSERT INTO records ({columns} total_seconds, status, finish_reason, prompt_hash, parameters)"
