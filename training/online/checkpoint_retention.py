@@ -9,6 +9,7 @@ from pathlib import Path
 
 from depo_gateway.estimator.checkpoint import MANIFEST
 from depo_gateway.estimator.held_publish import HELD
+from depo_gateway.training.online.spend_ledger import SPEND_FILE
 
 OWN_PREFIX = "refresh-"  # of the learner's own checkpoints; others are never touched
 TEMPORARY = ".learner.tmp"
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def remove_leftovers(out: Path) -> None:
     """Removes what a killed learner left: checkpoints half-written or half-deleted, files not yet renamed."""
-    patterns = (f".{OWN_PREFIX}*", ".current.*", ".standing*", f".{HELD}*")
+    patterns = (f".{OWN_PREFIX}*", ".current.*", ".standing*", f".{HELD}*", f".{SPEND_FILE}*")
     for place in [*(place for pattern in patterns for place in out.glob(pattern)), out / TEMPORARY]:
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place, ignore_errors=True)

@@ -35,6 +35,7 @@ from depo_gateway.training.online.reference_set import reference_rows
 from depo_gateway.training.online.refresh_config import NO_TEXT
 from depo_gateway.training.online.settings import LearnerSettings
 from depo_gateway.training.online.shadowing import Shadow
+from depo_gateway.training.online.spend_ledger import SpendLedger
 from depo_gateway.training.online.trainer_process import TrainerProcess, TrainerResult, TrainingError
 
 LABEL_POLL_SECONDS = 2.0  # between two counts of new labels
@@ -168,6 +169,7 @@ async def _shadow_loop(daemon: Daemon) -> None:
                 settings.judge.kind,
                 settings.shadow,
                 metrics,
+                SpendLedger(daemon.out),
                 lambda: daemon.heartbeats.beat("shadow"),
             )
             await shadow.run()

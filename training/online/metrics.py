@@ -11,6 +11,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 from depo_gateway.estimator.held_publish import HeldPublish
+from depo_gateway.training.online.spend_ledger import Spent
 
 STALE_SECONDS = 180.0  # a loop without a heartbeat for so long counts as dead
 
@@ -29,6 +30,15 @@ class LearnerMetrics:
         )
         self.shadow_cost = Counter(
             "learner_shadow_cost_total", "Cost of the calls to pools, in the unit of pools.*.cost", registry=registry
+        )
+        self.shadow_tokens = Counter(
+            "learner_shadow_tokens_total", "Tokens of the calls to pools, the judge's among them", registry=registry
+        )
+        self.spent_today = Gauge(
+            "learner_spent_today",
+            "Spending of shadowing and judging since midnight UTC, also by learners before this one",
+            ["unit"],
+            registry=registry,
         )
         self.shadow_paused = Gauge(
             "learner_shadow_paused", "1 while shadowing is paused for this reason", ["reason"], registry=registry
@@ -98,6 +108,12 @@ class LearnerMetrics:
             self.errors.labels(part)
         self.info = Gauge("learner_info", "The checkpoint that `current` names", ["version"], registry=registry)
         Gauge("learner_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
+
+    def show_spending(self, tokens: int, today: Spent) -> None:
+        """Adds the tokens of finished calls, and shows what the day has cost."""
+        self.shadow_tokens.inc(tokens)
+        for unit, spent in (("records", today.records), ("tokens", today.tokens), ("cost", today.cost)):
+            self.spent_today.labels(unit).set(spent)
 
     def show_held(self, held: HeldPublish | None) -> None:
         """Sets the gauges of the checkpoint that is held back; NaN without one."""

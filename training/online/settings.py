@@ -36,6 +36,9 @@ class ShadowConfig:
     priority: int | None = 10  # vLLM's: lower is served first; client requests have 0
     max_tokens: int = 1024  # of an answer; an answer that it cuts is not judged
     cost_per_hour: float | None = None  # in the unit of pools.*.cost; None: no cap
+    cost_per_day: float | None = None  # a day ends at midnight UTC
+    tokens_per_day: int | None = None  # of all calls, the judge's among them
+    records_per_day: int | None = None  # shadowed and judged
     busy_waiting: float | None = 0.0  # pause while a backend has more requests waiting; None: never
     timeout_s: float = 120.0  # one call
     max_age_hours: float = 24.0  # older records are skipped
@@ -120,7 +123,8 @@ def _check_shadow(tree: LearnerSettings) -> None:
     at_least(shadow.timeout_s, 0.001, "shadow.timeout_s")
     at_least(shadow.max_age_hours, 0.001, "shadow.max_age_hours")
     for limit, where in (
-        (shadow.cost_per_hour, "shadow.cost_per_hour"),
+        *((getattr(shadow, name), f"shadow.{name}") for name in ("cost_per_hour", "cost_per_day")),
+        *((getattr(shadow, name), f"shadow.{name}") for name in ("tokens_per_day", "records_per_day")),
         (shadow.busy_waiting, "shadow.busy_waiting"),
     ):
         if limit is not None:
