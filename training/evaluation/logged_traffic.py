@@ -36,6 +36,7 @@ class LoggedTraffic:
 
     source: str  # the database, without its password
     pools: tuple[str, ...]
+    records: tuple[Record, ...]  # (N,) as they were read, for routing_in_force.py
     read: int  # records read, including those that cannot be used at all
     texts: tuple[tuple[str, str], ...]  # (prompt, context)
     observed: Array  # (N, K) quality, NaN where there is no label
@@ -118,6 +119,7 @@ def traffic_of(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextC
     return LoggedTraffic(
         source,
         pools,
+        tuple(item.record for item in usable),
         len(labelled),
         tuple(text_of(text, item.record.asked or "") for item in usable),
         _table(qualities, pools),
@@ -125,7 +127,7 @@ def traffic_of(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextC
         np.array([pools.index(item.record.pool) for item in usable], np.int64),
         np.array([item.record.propensity for item in usable], float),
         np.array([not reason for reason in reasons], bool),
-        _tokens([item.record for item in usable]),
+        record_tokens([item.record for item in usable]),
         np.unique(np.array(conversations, dtype=object).astype(str), return_inverse=True)[1],
         unused,
         dict(Counter(filter(None, reasons))),
@@ -192,7 +194,7 @@ def _table(rows: Sequence[Mapping[str, float]], pools: tuple[str, ...]) -> Array
     return np.array([[row.get(pool, np.nan) for pool in pools] for row in rows], float)
 
 
-def _tokens(records: Sequence[Record]) -> Array:
+def record_tokens(records: Sequence[Record]) -> Array:
     """(N,) tokens of prompt and answer; 1 each where no record has a count."""
     known = np.array(
         [np.nan if r.prompt_tokens is None else r.prompt_tokens + (r.completion_tokens or 0) for r in records]
