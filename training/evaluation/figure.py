@@ -1,0 +1,120 @@
+"""The figure of a report: mean quality over cost, or over the share of the last pool, for one rule and its baselines.
+
+Each series has its own colour, dashes and marker, so that it is known in greyscale and by colour-blind readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INK, GREY, ORANGE = "#0b3c6f", "#6b6b6b", "#c2570c"  # their lightness differs as well
+MARKS_OF_SERIES = 7  # at most so many markers on a line
+FIGURE_INCHES, DOTS = (7.0, 4.9), 130
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedPoint:
+    """A point of the figure with its name beside it."""
+
+    x: float
+    quality: float
+    name: str
+    marker: str  # matplotlib's
+    filled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class CurveFigure:
+    """What the figure shows. `rows` are of threshold_sweep.interval_rows; `missing` says why there is no curve."""
+
+    rule: str
+    rows: Sequence[Mapping[str, Any]]
+    points: Sequence[MarkedPoint]
+    last: str  # the last pool's name
+    missing: str = ""
+
+    @property
+    def costed(self) -> bool:
+        return bool(self.rows) and "cost" in self.rows[0]
+
+
+def draw_figure(figure: CurveFigure, png: Path) -> bytes:
+    """Writes the picture to `png` and returns it as SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": "depo", "svg.fonttype": "path"}):
+        drawn, axes = pyplot.subplots(figsize=FIGURE_INCHES, layout="constrained")
+        if figure.missing:
+            axes.set_axis_off()
+            axes.text(0.5, 0.5, figure.missing, ha="center", va="center", wrap=True)
+        else:
+            _draw_series(axes, figure)
+            _draw_points(axes, figure.points)
+            _draw_axes(axes, figure)
+        drawn.savefig(png, dpi=DOTS)
+        svg = BytesIO()
+        drawn.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        pyplot.close(drawn)
+    return svg.getvalue()
+
+
+def _draw_series(axes: Any, figure: CurveFigure) -> None:
+    """Random, prompt length and the rule with its interval."""
+    rows = figure.rows
+    x = _column(rows, "cost" if figure.costed else "large_share")
+    for name, label, color, style, marker in (
+        ("coin", "random, same shares", GREY, (0, (5, 3)), None),
+        ("length", "by prompt length", ORANGE, (0, (1, 1.6)), "^"),
+        ("quality", f"rule {figure.rule}", INK, "-", "o"),
+    ):
+        at = _column(rows, f"{name}_cost") if figure.costed and name != "quality" else x
+        order = np.argsort(at, kind="stable")
+        values = np.array([row[name]["value"] for row in rows])
+        axes.plot(
+            at[order], values[order], color=color, linestyle=style, marker=marker, markersize=5,
+            linewidth=2.2 if name == "quality" else 1.8, label=label, markevery=max(1, len(rows) // MARKS_OF_SERIES),
+        )  # fmt: skip
+        if name == "quality":
+            low, high = (np.array([row[name][end] for row in rows])[order] for end in ("low", "high"))
+            axes.fill_between(at[order], low, high, color=color, alpha=0.13, linewidth=0, label="95% interval")
+
+
+def _draw_points(axes: Any, points: Sequence[MarkedPoint]) -> None:
+    """Marked points, named above or below in turn from left to right, so that names keep apart."""
+    for number, point in enumerate(sorted(points, key=lambda point: point.x)):
+        above = number % 2 == 0
+        axes.plot(
+            [point.x], [point.quality], point.marker, color=INK, markersize=11, markeredgewidth=2, linestyle="none",
+            markerfacecolor=INK if point.filled else "white", zorder=5,
+        )  # fmt: skip
+        axes.annotate(
+            point.name, (point.x, point.quality), (-12 if above else 12, 30 if above else -34),
+            textcoords="offset points", ha="right" if above else "left", va="center", fontweight="bold",
+            arrowprops={"arrowstyle": "-", "color": INK, "shrinkB": 6}, zorder=6,
+            bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+        )  # fmt: skip
+
+
+def _draw_axes(axes: Any, figure: CurveFigure) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    what = f"cost, of sending everything to {figure.last}" if figure.costed else f"share of prompts to {figure.last}"
+    axes.set(xlabel=what, ylabel="mean quality", xlim=(-0.03, 1.03))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.margins(y=0.16)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=True, framealpha=0.9, handlelength=3.2)
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+    return np.array([row[name] for row in rows], float)
