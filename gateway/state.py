@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from depo_gateway.estimator.records.types import RoutingSettings
 from depo_gateway.gateway.candidate import Candidate
 from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.control import Accounting, Control
@@ -29,6 +30,7 @@ class Live:
     keys: Mapping[str, str]  # digest -> name; empty: the gateway is open
     names: Mapping[str, str]  # pool name or model id -> pool
     scorer: Scorer
+    settings: RoutingSettings  # the part of the config that records name
 
 
 @dataclass(slots=True, eq=False)
@@ -88,4 +90,4 @@ class RequestState:
     unreadable: bool = False  # a reader of the endpoint's answers failed
 
     def __post_init__(self) -> None:
-        self.notes = RequestNotes(self.api, self.id)
+        self.notes = RequestNotes(self.api, self.id, settings=self.live.settings)

@@ -36,6 +36,7 @@ class LoggedTraffic:
 
     source: str  # the database, without its password
     pools: tuple[str, ...]
+    records: tuple[Record, ...]  # (N,) as they were read, for routing_in_force.py
     read: int  # records read, including those that cannot be used at all
     texts: tuple[tuple[str, str], ...]  # (prompt, context)
     observed: Array  # (N, K) quality, NaN where there is no label
@@ -118,6 +119,7 @@ def traffic_of(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextC
     return LoggedTraffic(
         source,
         pools,
+        tuple(item.record for item in usable),
         len(labelled),
         tuple(text_of(text, item.record.asked or "") for item in usable),
         _table(qualities, pools),
