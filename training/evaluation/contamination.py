@@ -54,6 +54,15 @@ class UnseenPrompts:
     fitted: int  # recorded to have been fitted on
     unknown: int  # may have been: the checkpoint records only a sample of what it was fitted on
 
+    @classmethod
+    def everything(cls, count: int) -> UnseenPrompts:
+        """All of N prompts, whatever the checkpoint was fitted on."""
+        return cls(np.ones(count, bool), 0, 0)
+
+    def left_out(self) -> dict[str, int]:
+        """The prompts that are not kept, by reason."""
+        return {"fitted": self.fitted, "unknown": self.unknown}
+
 
 def unseen_prompts(examples: Sequence[Example], manifest: Manifest) -> UnseenPrompts:
     """The prompts that the checkpoint certainly was not fitted on; all, where its manifest records nothing.
@@ -62,7 +71,7 @@ def unseen_prompts(examples: Sequence[Example], manifest: Manifest) -> UnseenPro
     """
     count = len(examples)
     if not isinstance(manifest.metrics.get("fitted_on"), str):
-        return UnseenPrompts(np.ones(count, bool), 0, 0)
+        return UnseenPrompts.everything(count)
     unseen, fitted = certainly_unseen(examples, manifest), fitted_on(examples, manifest)
     found = UnseenPrompts(unseen, int(fitted.sum()), int((~fitted & ~unseen).sum()))
     if not unseen.any():

@@ -52,7 +52,7 @@ def headline(
     at = None if sweep is None else int(np.searchsorted(sweep.thresholds, routing.threshold))
     missing = evidence.missing or _too_little(evidence, at)
     if sweep is None or at is None or missing:
-        figures["in_force"] = _unmeasured(quality_NK, routing, tokens, pools)
+        figures["in_force"] = route_figures(quality_NK, routing, routing.threshold, tokens, pools)
         figures["sentence"] = f"{_spent_clause(figures, pools)}; how much quality that keeps can't be said: {missing}."
         return figures | {"remarks": [], "alternative": None}
     rows = interval_rows(sweep)
@@ -185,7 +185,9 @@ def _no_gap(figures: Mapping[str, Any], pools: tuple[str, ...]) -> dict[str, Any
     )
     difference = f"The difference, {last} minus {first}, is {_number(figures['gap'], '+')}."
     cheap = figures["all_small"].get("cost")
-    saving = "" if cheap is None else f" Sending everything to {first} costs {percent(cheap)} of {all_to(pools)}'s cost."
+    saving = (
+        "" if cheap is None else f" Sending everything to {first} costs {percent(cheap)} of {all_to(pools)}'s cost."
+    )
     return {"sentence": sentence[0].upper() + sentence[1:], "remarks": [difference + saving]}
 
 
@@ -206,13 +208,14 @@ def _too_little(evidence: Evidence, at: int | None) -> str:
     return ""
 
 
-def _unmeasured(quality_NK: Array, routing: ReportedRouting, tokens: Array, pools: tuple[str, ...]) -> dict[str, Any]:
-    """Share and cost at the threshold in force, over all prompts."""
+def route_figures(
+    quality_NK: Array, routing: ReportedRouting, threshold: float, tokens: Array, pools: Sequence[str]
+) -> dict[str, Any]:
+    """Share and cost at a threshold over all prompts, whether or not they have labels."""
     if len(pools) == 1:
-        below = quality_NK[:, 0] < routing.threshold
-        return {"threshold": routing.threshold, "large_share": float(below.mean())}
-    route = routes_at(quality_NK, routing.rule, routing.threshold, len(pools))
-    row = {"threshold": routing.threshold, "large_share": float((route == len(pools) - 1).mean())}
+        return {"threshold": threshold, "large_share": float((quality_NK[:, 0] < threshold).mean())}
+    route = routes_at(quality_NK, routing.rule, threshold, len(pools))
+    row = {"threshold": threshold, "large_share": float((route == len(pools) - 1).mean())}
     if routing.costs is not None:
         of = np.asarray(routing.costs) / routing.costs[-1]
         row["cost"] = float(of[route] @ tokens / tokens.sum())

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from depo_gateway.training.evaluation.markdown import table
 
@@ -70,10 +71,20 @@ class Figure:
 Block = Heading | Paragraph | TableBlock | Figure
 
 
-def blocks_markdown(blocks: Sequence[Block], figures: bool = True) -> str:
-    """The blocks as Markdown. `figures`: False leaves pictures out, for a terminal."""
-    parts = (_markdown(block) for block in blocks if figures or not isinstance(block, Figure))
-    return "\n\n".join(parts) + "\n"
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A report's figures, for report.json, and its blocks; its figure stands between beginning and tables."""
+
+    figures: dict[str, Any]
+    pools: tuple[str, ...]
+    beginning: Sequence[Block]  # the answer, and what must be known with it
+    tables: Sequence[Block]  # two tables at most
+    appendix: Sequence[Block]
+
+
+def blocks_markdown(blocks: Sequence[Block]) -> str:
+    """The blocks as Markdown."""
+    return "\n\n".join(map(_markdown, blocks)) + "\n"
 
 
 def _markdown(block: Block) -> str:

@@ -161,7 +161,11 @@ def _relative_costs(policies: Integers, tokens: Array, costs: Sequence[float]) -
 
 
 def _sweep(
-    found: OffPolicyEstimates, values: PolicyValues, thresholds: Array, cost: Array | None, costs: Sequence[float] | None
+    found: OffPolicyEstimates,
+    values: PolicyValues,
+    thresholds: Array,
+    cost: Array | None,
+    costs: Sequence[float] | None,
 ) -> Sweep:
     count = len(thresholds)
     routed, by_length, constants = (
