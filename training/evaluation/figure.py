@@ -15,7 +15,7 @@ import numpy as np
 
 INK, GREY, ORANGE = "#0b3c6f", "#6b6b6b", "#c2570c"  # their lightness differs as well
 MARKS_OF_SERIES = 7  # at most so many markers on a line
-FIGURE_INCHES, DOTS = (7.0, 4.9), 130
+FIGURE_INCHES, DOTS = (6.2, 4.8), 140
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def draw_figure(figure: CurveFigure, png: Path) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": "depo", "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"font.size": 12, "svg.hashsalt": "depo", "svg.fonttype": "path"}):
         drawn, axes = pyplot.subplots(figsize=FIGURE_INCHES, layout="constrained")
         if figure.missing:
             axes.set_axis_off()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from depo_gateway.estimator.calibration import RULES
 from depo_gateway.training.evaluation.figure import CurveFigure, MarkedPoint
 from depo_gateway.training.evaluation.headline import (
     FEW_PROMPTS,
@@ -67,7 +68,7 @@ def figure_alt(head: Mapping[str, Any], pools: Sequence[str]) -> str:
 
 FIGURE_CAPTION = (
     "Solid with circles: the rule, at every threshold; shaded: its 95% interval. Dotted with triangles: the longest"
-    " prompts go up. Dashed: random. The large filled circle is the threshold in force, a diamond the one named besides."
+    " prompts go up. Dashed: random. Large filled circle: the threshold in force; diamond: the other one named."
 )
 
 
@@ -77,7 +78,8 @@ def threshold_blocks(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
     if not head["measured"]:
         return [title, _unmeasured_table(head, rows, pools)]
     costed = "cost" in head["in_force"]
-    header = ["", f"sent to {pools[-1]}", *(["cost"] if costed else []), "quality", "quality kept", "above random"]
+    header = ["routing", f"sent to {pools[-1]}", *(["cost"] if costed else [])]
+    header += ["quality", "quality kept", "above random"]
     lines = [_end_cells(f"all-{pools[0]}", head["all_small"], "0%", costed)]
     marked = None
     for row in _shown_rows(head, rows):
@@ -92,7 +94,7 @@ def threshold_blocks(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
         known = not np.isnan(quality)
         cells += [f"{quality:.3f}" if known else UNKNOWN, kept_text(row["kept_quality"]) or UNKNOWN]
         lines.append([*cells, difference_text(row["kept_above_random"]) or UNKNOWN])
-    lines.append(_end_cells(all_to(pools), head["all_large"], "100%", costed))
+    lines.append([*_end_cells(all_to(pools), head["all_large"], "100%", costed)[:-2], "100%", ""])
     cost = f"Cost: as a fraction of {all_to(pools)}'s. " if costed else ""
     terms = (
         f"{all_to(pools)}: every prompt goes to {pools[-1]}. {cost}Quality: the mean label, from 0 to 1. Quality kept:"
@@ -118,7 +120,7 @@ def _unmeasured_table(
     marked = next((i for i, row in enumerate(rows) if row["threshold"] == head["threshold"]), None)
     if marked is not None:
         lines[marked][0] += ", in force"
-    header = ["", f"sent to {pools[-1]}", *(["cost"] if costed else [])]
+    header = ["routing", f"sent to {pools[-1]}", *(["cost"] if costed else [])]
     return TableBlock(f"Rule {head['rule']} at thresholds, without quality", header, lines, marked)
 
 
@@ -126,8 +128,8 @@ def method_blocks(part: Mapping[str, Any], pools: Sequence[str]) -> list[Block]:
     """Table two where there is one source: the ways to route, compared by APGR."""
     if "apgr" not in part or np.isnan(part["perfect_apgr"]):
         return []
-    estimates = {name: ApgrEstimate(**of) for name, of in part["apgr"].items() if name not in ("random",)}
-    shown = {name: of for name, of in estimates.items() if not name.endswith("(cheap)")}
+    names = {"length": "length", **{f"{rule} (full)": f"rule {rule}" for rule in RULES}}
+    shown = {name: ApgrEstimate(**part["apgr"][key]) for key, name in names.items() if key in part["apgr"]}
     means = APGR_MEANS.format(first=pools[0], last=pools[-1])
     return [
         Heading(2, "Compared with other ways to route"),
@@ -171,7 +173,7 @@ def source_blocks(
 def change_blocks(changes: Mapping[str, Any], head: Mapping[str, Any], pools: Sequence[str]) -> list[Block]:
     """Table two of records: from the routing that served to this checkpoint."""
     served, costed = changes["served"], "cost" in changes["served"]
-    header = ["", f"sent to {pools[-1]}", *(["cost"] if costed else []), "quality kept"]
+    header = ["routing", f"sent to {pools[-1]}", *(["cost"] if costed else []), "quality kept"]
     cells = ["as served", percent(served["large_share"])] + ([percent(served["cost"])] if costed else [])
     lines = [[*cells, kept_text(served["kept_quality"]) if "kept_quality" in served else UNKNOWN]]
     names = {"in_force": f"this checkpoint at {threshold_text(head['threshold'])}"}

@@ -3,7 +3,8 @@
 Quality is given as a fraction of what sending everything to the last pool would reach, with a 95% interval of that
 ratio. The cheaper threshold is found by a fixed sequence of tests: from the threshold in force down, as long as the
 upper end of the paired interval of the loss is at most MAX_LOSS. The order is fixed beforehand and the first failure
-ends it, so looking at many thresholds does not make a lucky one likelier.
+ends it, so looking at many thresholds does not make a lucky one likelier. Where none is found, a dearer threshold is
+named: the lowest, from the top down, that is shown to lose at most MAX_LOSS against the last pool.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from depo_gateway.training.evaluation.threshold_sweep import Sweep, interval_of,
 
 MAX_LOSS = 0.02  # of the last pool's quality; the loss of the cheaper threshold is below it with 97.5% confidence
 MIN_SAVING = 0.02  # of the last pool's cost; a smaller saving is not worth a change
+FEW_DIFFERING = 10  # with fewer prompts whose outcome differs, a bootstrap's interval is too narrow
+RULE_OF_THREE = 3.0  # events that none of N draws showed may have a probability of 3 / N: the 95% bound
+NOTHING_CHEAPER = "nothing cheaper is shown to keep as much"
 FEW_PROMPTS = 50  # with fewer labelled prompts, or effective records, no quality is claimed
 
 
@@ -31,6 +35,7 @@ class Evidence:
     sweep: Sweep | None  # None: nothing measures quality
     count: float  # prompts with every pool's label, or effective records
     missing: str = ""  # why nothing measures quality, as a clause
+    differing: int | None = None  # prompts with another outcome in force than from the last pool, where known
 
 
 def headline(
@@ -47,6 +52,8 @@ def headline(
         "threshold_source": routing.source,
         "costs": None if routing.costs is None else dict(zip(pools, routing.costs, strict=True)),
         "measured": False,
+        "prompts": round(evidence.count),
+        "differing": evidence.differing,
     }
     sweep = evidence.sweep
     at = None if sweep is None else int(np.searchsorted(sweep.thresholds, routing.threshold))
@@ -66,11 +73,13 @@ def headline(
     }
     if not figures["gap"]["value"] > 0:
         return figures | _no_gap(figures, pools)
-    lower = cheaper_threshold(sweep, at)
-    if lower is not None:
-        lost = sweep.kept(paired_difference(_one(sweep.routed, at), _one(sweep.routed, lower)))
-        saved = float(sweep.spent[at] - sweep.spent[lower])
-        figures["alternative"] = {**rows[lower], "saved": saved, "lost": interval_of(lost, 0)}
+    other, direction = cheaper_threshold(sweep, at), "cheaper"
+    if other is None:
+        other, direction = dearer_threshold(sweep, at), "dearer"
+    if other is not None:
+        saved = float(sweep.spent[at] - sweep.spent[other])
+        change = {"direction": direction, "saved": saved, "lost": _lost(sweep, at, other)}
+        figures["alternative"] = {**rows[other], **change}
     kept = kept_text(figures["in_force"]["kept_quality"])
     whose = "its" if "cost" in figures["in_force"] else f"{all_to(pools)}'s"
     spent = _spent_clause(figures, pools, last=False)
@@ -82,11 +91,31 @@ def cheaper_threshold(sweep: Sweep, at: int) -> int | None:
     """The index of the lowest threshold below `at` that is shown to lose at most MAX_LOSS; None if it saves little."""
     found = at
     for lower in range(at - 1, -1, -1):
-        lost = interval_of(sweep.kept(paired_difference(_one(sweep.routed, at), _one(sweep.routed, lower))), 0)
-        if not lost["high"] <= MAX_LOSS:
+        if not _lost(sweep, at, lower)["high"] <= MAX_LOSS:
             break
         found = lower
     return found if sweep.spent[at] - sweep.spent[found] >= MIN_SAVING else None
+
+
+def dearer_threshold(sweep: Sweep, at: int) -> int | None:
+    """The index of the lowest threshold above `at` that is shown to lose at most MAX_LOSS of the last pool's quality.
+
+    None if no threshold is, if the one in force is already, or if it saves little against the last pool.
+    """
+    found = None
+    for higher in range(len(sweep.thresholds) - 1, at - 1, -1):
+        kept = interval_of(sweep.kept(_one(sweep.routed, higher)), 0)
+        if not kept["low"] >= 1 - MAX_LOSS:
+            break
+        found = higher
+    if found is None or min(sweep.spent[found] - sweep.spent[at], 1 - sweep.spent[found]) < MIN_SAVING:
+        return None
+    return found
+
+
+def _lost(sweep: Sweep, at: int, other: int) -> dict[str, float]:
+    """The loss from one threshold to another, as a fraction of the last pool's quality."""
+    return interval_of(sweep.kept(paired_difference(_one(sweep.routed, at), _one(sweep.routed, other))), 0)
 
 
 def percent(value: float) -> str:
@@ -111,7 +140,14 @@ def difference_text(of: Mapping[str, float]) -> str:
     """Points with a sign and their interval: "+2.1 [+0.8, +3.3]"; "" where it is not known."""
     if np.isnan(of["value"]):
         return ""
-    return f"{100 * of['value']:+.1f} [{100 * of['low']:+.1f}, {100 * of['high']:+.1f}]"
+    value, low, high = (_signed(of[name]) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _signed(value: float) -> str:
+    """Points with a sign, but for 0."""
+    shown = round(100 * value, 1)
+    return f"{shown:+.1f}" if shown else "0.0"
 
 
 def threshold_text(threshold: float) -> str:
@@ -140,15 +176,17 @@ def _alternative_clause(figures: Mapping[str, Any], pools: tuple[str, ...]) -> s
     if found is None:
         if figures["in_force"]["large_share"] == 0:
             return ""
-        what = "saves" if costed else f"takes off {pools[-1]}"
-        return f"; no lower threshold {what} {points(MIN_SAVING)} points or more and surely loses less than {points(MAX_LOSS)}"
-    saved = points(found["saved"])
-    change = f"save {saved} points more" if costed else f"send {saved} points less to {pools[-1]}"
+        return f"; {NOTHING_CHEAPER}"
+    saved, dearer = points(found["saved"]), found["direction"] == "dearer"
+    change = f"{'cost' if dearer else 'save'} {saved} points more"
+    if not costed:
+        change = f"send {saved} points {'more' if dearer else 'less'} to {pools[-1]}"
     lost = found["lost"]
     verb, sign = ("lose", 1) if lost["value"] >= 0 else ("gain", -1)
     low, high = sorted((100 * sign * lost["low"], 100 * sign * lost["high"]))
     amount = f"{100 * abs(lost['value']):.1f} [{low:.1f}, {high:.1f}]"
-    return f"; {threshold_text(found['threshold'])} would {change} and {verb} {amount}"
+    nothing = f"{NOTHING_CHEAPER}, and " if dearer else ""
+    return f"; {nothing}threshold {threshold_text(found['threshold'])} would {change} and {verb} {amount}"
 
 
 def _remarks(figures: Mapping[str, Any], pools: tuple[str, ...]) -> list[str]:
@@ -159,13 +197,19 @@ def _remarks(figures: Mapping[str, Any], pools: tuple[str, ...]) -> list[str]:
     if above["value"] == above["low"] == above["high"] == 0:
         remarks = ["At this threshold every prompt goes to the same pool, so nothing is routed."]
     elif above["low"] > 0:
-        remarks = [f"Random routing with the same shares would keep less: the difference is {shown} points."]
+        remarks = [f"This routing keeps more than random routing with the same shares would: {shown} points."]
     elif above["high"] < 0:
         remarks = [f"This is worse than random routing with the same shares: {shown} points of quality kept."]
     else:
         remarks = [
             f"This is not shown to be better than random routing with the same shares: {shown} points of quality kept."
         ]
+    differing, count = figures["differing"], figures["prompts"]
+    if differing is not None and 0 < row["large_share"] < 1 and differing < FEW_DIFFERING:
+        remarks.append(
+            f"Only {differing} of the {count} prompts have another outcome here than under {all_to(pools)}, so the"
+            f" interval is too narrow: {points(RULE_OF_THREE / count)} points of loss could stay unseen."
+        )
     gap = figures["gap"]
     if not gap["low"] > 0:
         remarks.append(
@@ -180,15 +224,14 @@ def _no_gap(figures: Mapping[str, Any], pools: tuple[str, ...]) -> dict[str, Any
     first, last = pools[0], pools[-1]
     clause = _spent_clause(figures, pools)
     sentence = (
-        f"{last} is no better than {first} on these prompts (quality {large:.3f} against {small:.3f}), so there is nothing"
-        f" to route for: {clause[0].lower()}{clause[1:]}, and gain nothing."
+        f"{last} is no better than {first} on these prompts (quality {large:.3f} against {small:.3f}), so there is"
+        f" nothing to route for: {clause[0].lower()}{clause[1:]}, and gain nothing."
     )
     difference = f"The difference, {last} minus {first}, is {_number(figures['gap'], '+')}."
-    cheap = figures["all_small"].get("cost")
-    saving = (
-        "" if cheap is None else f" Sending everything to {first} costs {percent(cheap)} of {all_to(pools)}'s cost."
-    )
-    return {"sentence": sentence[0].upper() + sentence[1:], "remarks": [difference + saving]}
+    if "cost" in figures["all_small"]:
+        cost = percent(figures["all_small"]["cost"])
+        difference += f" Sending everything to {first} costs {cost} of {all_to(pools)}'s cost."
+    return {"sentence": sentence[0].upper() + sentence[1:], "remarks": [difference]}
 
 
 def _number(of: Mapping[str, float], sign: str = "") -> str:

@@ -63,7 +63,7 @@ class LoggedTraffic:
     def select(self, rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> LoggedTraffic:
         """The records in `rows` (N,), their conversations renumbered."""
         arrays = ("observed", "token", "pool", "propensity", "free", "tokens")
-        records, texts = (tuple(compress(of, rows.tolist())) for of in (self.records, self.texts))
+        records, texts = tuple(compress(self.records, rows.tolist())), tuple(compress(self.texts, rows.tolist()))
         return replace(
             self,
             **{name: getattr(self, name)[rows] for name in arrays},

@@ -34,7 +34,8 @@ def apgr_rows(estimates: Mapping[str, ApgrEstimate]) -> list[tuple[str, str, str
     rows = [("random", "0.500", "", "")]
     for name, of in estimates.items():
         against = "" if name == "length" else with_interval(of.difference, of.difference_low, of.difference_high, "+")
-        rows.append((name, f"{of.apgr:.3f}", f"[{of.low:.3f}, {of.high:.3f}]", against))
+        shown = "prompt length" if name == "length" else name
+        rows.append((shown, f"{of.apgr:.3f}", f"[{of.low:.3f}, {of.high:.3f}]", against))
     return rows
 
 

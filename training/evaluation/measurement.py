@@ -33,13 +33,18 @@ def sweep_rows(
 
 
 def models_note(models: Mapping[str, Sequence[str]]) -> str:
-    """ "small is a; large is the mean of b and c."."""
+    """ "small is a; large is the mean of 3 models."."""
     named = [
-        f"{pool} is {found[0] if len(found) == 1 else 'the mean of ' + ', '.join(found)}"
+        f"{pool} is {found[0] if len(found) == 1 else f'the mean of {len(found)} models'}"
         for pool, found in models.items()
         if list(found) != [pool]
     ]
     return "; ".join(named) + "." if named else ""
+
+
+def model_lists(models: Mapping[str, Sequence[str]]) -> list[str]:
+    """The models of each pool that is a mean of several."""
+    return [f"The models whose mean is {pool}: {', '.join(found)}." for pool, found in models.items() if len(found) > 1]
 
 
 def fitted_note(figures: Mapping[str, Any], scores: str) -> str:
@@ -60,7 +65,8 @@ def fitted_note(figures: Mapping[str, Any], scores: str) -> str:
     if notes:
         return f"{'; '.join(notes)} (--include-fitted includes them; {scores} has every prompt)."
     if figures["fitted_share"]:
-        return f"The checkpoint was fitted on {figures['fitted_share']:.1%} of these prompts; results on those are optimistic."
+        share = f"{figures['fitted_share']:.1%}"
+        return f"The checkpoint was fitted on {share} of these prompts; results on those are optimistic."
     return "The checkpoint was fitted on none of them."
 
 
@@ -80,11 +86,14 @@ def routing_note(routing: ReportedRouting, pools: Sequence[str], assumption: str
 
 def definitions(units: str, few: int) -> list[str]:
     """The rules behind the first page."""
+    margin = points(MAX_LOSS)
     return [
         f"Intervals cover 95% and come from a bootstrap that resamples {units}; a ratio or a difference is resampled as"
         " such, both parts on the same resamples. Rounded figures may differ from their sums by one in the last digit."
         f" With fewer than {few} labelled prompts or effective records no quality is claimed.",
-        f"The cheaper threshold is the lowest that is reached from the one in force, step by step down, while the upper end"
-        f" of the interval of the loss stays at or below {points(MAX_LOSS)} points of the last pool's quality; it is named if"
-        f" it saves {points(MIN_SAVING)} points or more. Thresholds are spaced by the share they give, not by outcomes.",
+        "The cheaper threshold is the lowest that is reached from the one in force, step by step down, while the upper"
+        f" end of the interval of the loss stays at or below {margin} points of the last pool's quality; it is named if"
+        f" it saves {points(MIN_SAVING)} points or more. Where there is none, nothing cheaper is shown to keep as much,"
+        " and a dearer threshold is named if there is one: the lowest, step by step from the top, that is shown to lose"
+        f" at most {margin} points against the last pool. Steps are spaced by share, not by outcomes.",
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import RULES
@@ -23,6 +24,7 @@ from depo_gateway.training.evaluation.reported_routing import ReportedRouting
 from depo_gateway.training.evaluation.routing_metrics import THRESHOLDS
 from depo_gateway.training.evaluation.threshold_sweep import (
     Sweep,
+    differing_outcomes,
     interval_of,
     interval_rows,
     sweep_logs,
@@ -40,6 +42,7 @@ class TrafficSweeps:
 
     logs: Logs  # for doubly_robust and snips
     known: Logs  # with every pool's label, for direct
+    quality_of_known: Array  # predicted
     tokens: Mapping[str, Array]  # by method
     sweeps: Mapping[str, Mapping[str, Sweep]]  # by rule, then method
     figures: dict[str, Any]  # the counts, for report.json
@@ -53,7 +56,7 @@ def traffic_sweeps(
     Args:
         length: of the prompts (N,), for the length baseline.
     """
-    complete = ~np.isnan(traffic.observed).any(1)
+    complete = np.asarray(~np.isnan(traffic.observed).any(1))
     free = np.flatnonzero(traffic.free)
     every = traffic.logs(quality_NK)
     keep, left_out = off_policy.usable_records(every)
@@ -74,10 +77,12 @@ def traffic_sweeps(
             sweeps[rule]["direct"] = sweep_outcomes(observed, *of_known, tokens["direct"])
     clipped = [sweep.found.clipped for methods in sweeps.values() for sweep in methods.values()]
     figures = _counts(traffic, logs, complete, left_out) | {"clip": clip, "clipped": max(clipped, default=0.0)}
-    return TrafficSweeps(logs, known, tokens, sweeps, figures)
+    return TrafficSweeps(logs, known, quality_NK[complete], tokens, sweeps, figures)
 
 
-def _counts(traffic: LoggedTraffic, logs: Logs, complete: Array, left_out: Mapping[str, int]) -> dict[str, Any]:
+def _counts(
+    traffic: LoggedTraffic, logs: Logs, complete: NDArray[np.bool_], left_out: Mapping[str, int]
+) -> dict[str, Any]:
     return {
         "read": traffic.read,
         "unused": dict(traffic.unused),
@@ -111,7 +116,11 @@ def best_method(found: TrafficSweeps, routing: ReportedRouting) -> tuple[str, Ev
             if not np.isnan(values).any():
                 effective = min(sweep.found.effective[at], sweep.found.expected[at])
                 count = len(found.known.pool) if name == "direct" else float(effective)
-                evidence[name] = Evidence(sweep, count)
+                differing = None
+                if name == "direct":
+                    known = (found.known.observed, found.quality_of_known)
+                    differing = differing_outcomes(*known, routing.rule, routing.threshold)
+                evidence[name] = Evidence(sweep, count, differing=differing)
     if not evidence:
         why = "" if found.figures["explored"] else " (routing.explore is 0 and nothing was shadowed)"
         return "none", Evidence(None, 0, f"the records don't show what the other pool would have answered{why}")

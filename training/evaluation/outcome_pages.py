@@ -29,6 +29,7 @@ from depo_gateway.training.evaluation.headline import FEW_PROMPTS, Evidence, hea
 from depo_gateway.training.evaluation.measurement import (
     definitions,
     fitted_note,
+    model_lists,
     models_note,
     routing_note,
     sweep_rows,
@@ -42,7 +43,7 @@ from depo_gateway.training.evaluation.reported_routing import (
     read_routing,
     with_target_met,
 )
-from depo_gateway.training.evaluation.threshold_sweep import sweep_outcomes, sweep_thresholds
+from depo_gateway.training.evaluation.threshold_sweep import differing_outcomes, sweep_outcomes, sweep_thresholds
 from depo_gateway.training.outcomes.table import examples_of, question_key, read_tables
 
 FEW_GROUPS = 10  # with fewer, a bootstrap of whole groups is rough
@@ -130,7 +131,7 @@ def _measured(
     full, complete = scored.quality["full"], scored.complete
     count = int(complete.sum())
     at = np.array(thresholds or sweep_thresholds(full, routing.rule, [routing.threshold]))
-    sweep = None
+    sweep, differing = None, None
     if count and len(pools) > 1:
         known = scored.select(complete)
         units = np.unique(np.array(known.groups, dtype=object).astype(str), return_inverse=True)[1]
@@ -138,8 +139,9 @@ def _measured(
             units = np.arange(count)
         of_known = (known.observed, known.quality["full"], known.length)
         sweep = sweep_outcomes(*of_known, routing.rule, at, units, routing.costs)
+        differing = differing_outcomes(*of_known[:2], routing.rule, routing.threshold)
     missing = "the checkpoint scores one pool, and nothing else is compared" if len(pools) == 1 else ""
-    evidence = Evidence(sweep, count, missing)
+    evidence = Evidence(sweep, count, missing, differing)
     tokens = np.ones(len(full))
     head = headline(evidence, routing, full, tokens, pools)
     return {
@@ -175,6 +177,7 @@ def _pages(
     tables = threshold_blocks(head, figures["sweep"], pools)
     tables += source_blocks(sources, head, pools) if sources else method_blocks(part, pools)
     appendix: list[Block] = [Heading(2, "Appendix"), *map(Paragraph, definitions(units, FEW_PROMPTS))]
+    appendix += map(Paragraph, model_lists(figures["pools"]))
     if grouped and part.get("groups", FEW_GROUPS) < FEW_GROUPS:
         appendix.append(Paragraph(f"With fewer than {FEW_GROUPS} groups, intervals are rough and usually too narrow."))
     appendix += [Heading(3, "All prompts"), *part_blocks(part)]

@@ -109,8 +109,8 @@ def part_blocks(part: Mapping[str, Any]) -> list[Block]:
         for stage, by_pool in part["calibration"].items()
         for pool, of in by_pool.items()
     ]
-    header = ("predicted quality of", "Brier score", "expected calibration error")
-    return [*blocks, TableBlock("Errors of the predicted qualities", header, errors)]
+    columns = ("predicted quality of", "Brier score", "expected calibration error")
+    return [*blocks, TableBlock("Errors of the predicted qualities", columns, errors)]
 
 
 def nan_to_null(value: Any) -> Any:

@@ -118,6 +118,13 @@ def sweep_outcomes(
     return sweep_logs(known, quality_NK, length, rule, thresholds, weight, costs, min_effective=0)["snips"]
 
 
+def differing_outcomes(observed: Array, quality_NK: Array, rule: str, threshold: float) -> int:
+    """How many prompts with every pool's outcome (N, K) have another one by the rule than from the last pool."""
+    count, pools = observed.shape
+    routed = observed[np.arange(count), routes_at(quality_NK, rule, threshold, pools)]
+    return int((routed != observed[:, -1]).sum())
+
+
 def interval_rows(sweep: Sweep) -> list[dict[str, Any]]:
     """A row of figures per threshold, with 95% intervals, for report.json. `coin`: random routing, equal shares."""
     columns = {
