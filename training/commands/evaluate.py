@@ -15,7 +15,7 @@ from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic
 from depo_gateway.training.evaluation.figure import draw_figure
-from depo_gateway.training.evaluation.front_page import FIGURE_CAPTION, curve_figure, figure_alt
+from depo_gateway.training.evaluation.front_page import FIGURE_CAPTION, UNMEASURED_CAPTION, curve_figure, figure_alt
 from depo_gateway.training.evaluation.off_policy import MAX_INVERSE_PROPENSITY
 from depo_gateway.training.evaluation.outcome_pages import report_on_outcomes
 from depo_gateway.training.evaluation.page import Figure, Report, blocks_html, blocks_markdown
@@ -73,7 +73,7 @@ def write_report(out: Path, report: Report) -> None:
     """Writes the report in its three forms, and its figure."""
     head, pools = report.figures["headline"], report.pools
     svg = draw_figure(curve_figure(head, report.figures["sweep"], pools), out / CURVE)
-    figure = Figure(CURVE, svg, figure_alt(head, pools), FIGURE_CAPTION if head["measured"] else "")
+    figure = Figure(CURVE, svg, figure_alt(head, pools), FIGURE_CAPTION if head["measured"] else UNMEASURED_CAPTION)
     blocks = [*report.beginning, figure, *report.tables, *report.appendix]
     title = f"Routing of checkpoint {report.figures['checkpoint']}"
     content = json.dumps(nan_to_null(report.figures), indent=2, ensure_ascii=False) + "\n"

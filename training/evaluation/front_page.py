@@ -21,7 +21,7 @@ from depo_gateway.training.evaluation.headline import (
     points,
     threshold_text,
 )
-from depo_gateway.training.evaluation.markdown import APGR_HEADER, apgr_rows
+from depo_gateway.training.evaluation.markdown import APGR_HEADER, apgr_rows, with_interval
 from depo_gateway.training.evaluation.page import Block, Heading, Paragraph, TableBlock
 from depo_gateway.training.evaluation.routing_metrics import ApgrEstimate
 
@@ -35,11 +35,12 @@ APGR_MEANS = (
 
 def curve_figure(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pools: Sequence[str]) -> CurveFigure:
     """The figure's content: the threshold in force and the cheaper one marked, and both ends."""
+    name = f"{threshold_text(head['threshold'])} in force"
     if not head["measured"]:
-        return CurveFigure(head["rule"], [], [], pools[-1], "No quality could be measured: see the first sentence.")
+        point = MarkedPoint(head["threshold"], head["in_force"]["large_share"], name, "o")
+        return CurveFigure(head["rule"], rows, [point], pools[-1], measured=False)
     known = [row for row in rows if not np.isnan(row["quality"]["value"])]
     axis = "cost" if "cost" in head["in_force"] else "large_share"
-    name = f"{threshold_text(head['threshold'])} in force"
     marked = [MarkedPoint(head["in_force"][axis], head["in_force"]["quality"]["value"], name, "o")]
     other = head["alternative"]
     if other is not None:
@@ -49,15 +50,18 @@ def curve_figure(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], poo
     for end, pool, share in (("all_small", pools[0], 0.0), ("all_large", pools[-1], 1.0)):
         x = head[end]["cost"] if axis == "cost" else share
         marked.append(MarkedPoint(x, head[end]["quality"]["value"], f"all-{pool}", "s", filled=False))
-    return CurveFigure(head["rule"], known, marked, pools[-1])
+    return CurveFigure(head["rule"], known, marked, pools[-1], [(end.x, end.quality) for end in marked[-2:]])
 
 
 def figure_alt(head: Mapping[str, Any], pools: Sequence[str]) -> str:
     """The figure in words."""
-    if not head["measured"]:
-        return "No curve: quality could not be measured."
-    axis = "cost" if "cost" in head["in_force"] else "the share of the large pool"
     row = head["in_force"]
+    if not head["measured"]:
+        return (
+            f"Share of prompts to {pools[-1]} over the threshold. Marked: threshold {threshold_text(head['threshold'])}"
+            f" with {percent(row['large_share'])}. Quality could not be measured."
+        )
+    axis = "cost" if "cost" in row else "the share of the large pool"
     return (
         f"Mean quality over {axis} for rule {head['rule']}, prompt length and random routing. Marked: threshold"
         f" {threshold_text(head['threshold'])} with {percent(row['large_share'])} to {pools[-1]} and quality"
@@ -66,6 +70,7 @@ def figure_alt(head: Mapping[str, Any], pools: Sequence[str]) -> str:
     )
 
 
+UNMEASURED_CAPTION = "The share that each threshold gives; no quality could be measured."
 FIGURE_CAPTION = (
     "Solid with circles: the rule, at every threshold; shaded: its 95% interval. Dotted with triangles: the longest"
     " prompts go up. Dashed: random. Large filled circle: the threshold in force; diamond: the other one named."
@@ -105,13 +110,9 @@ def threshold_blocks(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
     return [title, Paragraph(terms), TableBlock(caption, header, lines, marked)]
 
 
-def _unmeasured_table(
-    head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pools: Sequence[str]
-) -> TableBlock | Paragraph:
+def _unmeasured_table(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pools: Sequence[str]) -> TableBlock:
     """Shares alone."""
-    if not rows:
-        return Paragraph("No figures but the share above; more labels are needed.")
-    costed = "cost" in rows[0]
+    rows, costed = _shown_rows(head, rows), "cost" in head["in_force"]
     lines = [
         [f"threshold {threshold_text(row['threshold'])}", percent(row["large_share"])]
         + ([percent(row["cost"])] if costed else [])
@@ -173,9 +174,11 @@ def source_blocks(
 def change_blocks(changes: Mapping[str, Any], head: Mapping[str, Any], pools: Sequence[str]) -> list[Block]:
     """Table two of records: from the routing that served to this checkpoint."""
     served, costed = changes["served"], "cost" in changes["served"]
-    header = ["routing", f"sent to {pools[-1]}", *(["cost"] if costed else []), "quality kept"]
+    if not served:
+        return []
+    header = ["routing", f"sent to {pools[-1]}", *(["cost"] if costed else []), "quality", "quality kept"]
     cells = ["as served", percent(served["large_share"])] + ([percent(served["cost"])] if costed else [])
-    lines = [[*cells, kept_text(served["kept_quality"]) if "kept_quality" in served else UNKNOWN]]
+    lines = [[*cells, _quality_cell(served["quality"]), kept_text(served["kept_quality"]) or UNKNOWN]]
     names = {"in_force": f"this checkpoint at {threshold_text(head['threshold'])}"}
     if head["alternative"] is not None:
         names["alternative"] = f"this checkpoint at {threshold_text(head['alternative']['threshold'])}"
@@ -184,12 +187,17 @@ def change_blocks(changes: Mapping[str, Any], head: Mapping[str, Any], pools: Se
             change = changes[key]
             cells = [f"change to {name}", signed_points(change["large_share"])]
             cells += [signed_points(change["cost"])] if costed else []
+            cells.append(_quality_cell(change["quality"], "+"))
             lines.append([*cells, difference_text(change["kept_quality"]) or UNKNOWN])
     text = (
-        f"On the same {changes['records']} records. Changes are in percentage points, those of quality with paired 95%"
-        f" intervals, as fractions of {all_to(pools)}'s quality."
+        f"On the same {changes['records']} records; as served includes random draws (routing.explore). Changes of"
+        " share, cost and quality kept are in percentage points; intervals of differences are paired."
     )
     return [Heading(2, "The change from what served"), Paragraph(text), TableBlock("The change", header, lines)]
+
+
+def _quality_cell(of: Mapping[str, float], sign: str = "") -> str:
+    return UNKNOWN if np.isnan(of["value"]) else with_interval(of["value"], of["low"], of["high"], sign)
 
 
 def signed_points(value: float) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.training.evaluation.headline import MAX_LOSS, MIN_SAVING, points, route_figures, threshold_text
 from depo_gateway.training.evaluation.reported_routing import ReportedRouting
@@ -24,12 +22,10 @@ def sweep_rows(
     tokens: Array,
     pools: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """The curve's rows for report.json; without a measured quality, shares and costs at some thresholds."""
+    """The curve's rows for report.json; without a measured quality, shares and costs."""
     if sweep is not None:
         return interval_rows(sweep)
-    shown = thresholds[:: max(1, len(thresholds) // 6)]
-    shown = np.unique([*shown.tolist(), routing.threshold])
-    return [route_figures(quality_NK, routing, float(threshold), tokens, pools) for threshold in shown]
+    return [route_figures(quality_NK, routing, float(threshold), tokens, pools) for threshold in thresholds]
 
 
 def models_note(models: Mapping[str, Sequence[str]]) -> str:

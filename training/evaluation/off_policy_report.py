@@ -133,7 +133,7 @@ def change_from_served(
 ) -> dict[str, Any]:
     """The routing that served, and the change to the threshold in force and to `also`, on the same records.
 
-    Shares and costs where no quality is known.
+    Without any quality where the method is none; empty where no record was routed freely.
     """
     logs = found.known if method == "direct" else found.logs
     tokens = found.tokens["direct" if method == "direct" else "doubly_robust"]
@@ -142,10 +142,10 @@ def change_from_served(
     if routing.costs is not None and served:
         of = np.asarray(routing.costs) / routing.costs[-1]
         served["cost"] = float(of[logs.pool] @ tokens / tokens.sum())
-    sweep = found.sweeps[routing.rule].get(method)
     changes: dict[str, Any] = {"served": served, "records": len(logs.pool)}
-    if sweep is None:
+    if not served:
         return changes
+    sweep = found.sweeps[routing.rule]["direct" if method == "direct" else "doubly_robust"]
     value = off_policy.logged_quality(logs)
     served["quality"] = interval_of(value, 0)
     served["kept_quality"] = interval_of(sweep.kept(value), 0)
@@ -155,6 +155,7 @@ def change_from_served(
             routed = PolicyValues(sweep.routed.point[[at]], sweep.routed.draws[:, [at]])
             changes[name] = {
                 "large_share": float(sweep.shares[at, -1]) - served["large_share"],
+                "quality": interval_of(off_policy.paired_difference(routed, value), 0),
                 "kept_quality": interval_of(sweep.kept(off_policy.paired_difference(routed, value)), 0),
             }
             if sweep.cost is not None:

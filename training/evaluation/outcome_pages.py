@@ -175,7 +175,10 @@ def _pages(
     beginning.append(Paragraph(" ".join(filter(None, notes))))
     beginning.append(Paragraph(routing_note(routing, pools, "every prompt is taken to need the same number of tokens")))
     tables = threshold_blocks(head, figures["sweep"], pools)
-    tables += source_blocks(sources, head, pools) if sources else method_blocks(part, pools)
+    if sources:
+        tables += source_blocks(sources, head, pools)
+    elif head["measured"]:
+        tables += method_blocks(part, pools)
     appendix: list[Block] = [Heading(2, "Appendix"), *map(Paragraph, definitions(units, FEW_PROMPTS))]
     appendix += map(Paragraph, model_lists(figures["pools"]))
     if grouped and part.get("groups", FEW_GROUPS) < FEW_GROUPS:

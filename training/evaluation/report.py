@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.arrays import Array
+from depo_gateway.training.evaluation.headline import FEW_PROMPTS
 from depo_gateway.training.evaluation.markdown import APGR_HEADER, apgr_rows
 from depo_gateway.training.evaluation.page import Block, Paragraph, TableBlock
 from depo_gateway.training.evaluation.routing_metrics import (
@@ -96,6 +97,8 @@ def part_blocks(part: Mapping[str, Any]) -> list[Block]:
         remark = "The large pool is no better than the small one here, so there is no gap to measure."
         return [Paragraph(f"{summary} {remark}")]
     blocks: list[Block] = [Paragraph(f"{summary} Perfect knowledge would have APGR {part['perfect_apgr']:.3f}.")]
+    if part["with_all_labels"] < FEW_PROMPTS:
+        blocks.append(Paragraph(f"Fewer than {FEW_PROMPTS} prompts with labels of every pool: not reliable."))
     estimates = {name: ApgrEstimate(**of) for name, of in part["apgr"].items() if name != "random"}
     blocks.append(TableBlock("APGR of every routing", APGR_HEADER, apgr_rows(estimates)))
     for rule, rows in part["thresholds"].items():

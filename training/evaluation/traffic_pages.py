@@ -101,7 +101,8 @@ def _measured(
     length = np.array([len(prompt) for prompt, _ in traffic.texts], float)
     found = traffic_sweeps(traffic, full, length, routing, clip)
     method, evidence = best_method(found, routing)
-    head = headline(evidence, routing, full, traffic.tokens, pools)
+    decided = (found.logs.predicted, found.tokens["doubly_robust"]) if len(found.logs.pool) else (full, traffic.tokens)
+    head = headline(evidence, routing, *decided, pools)
     method = method if head["measured"] else "none"
     sweep = evidence.sweep if head["measured"] else None
     thresholds = sweep_thresholds(full, routing.rule, [routing.threshold])
@@ -110,7 +111,7 @@ def _measured(
     weights = traffic_calibration_data(traffic).weights
     return {
         "headline": head | {"method": method},
-        "sweep": sweep_rows(sweep, full, routing, thresholds, traffic.tokens, pools),
+        "sweep": sweep_rows(sweep, decided[0], routing, thresholds, decided[1], pools),
         "change": change_from_served(found, method, routing, also),
         "all": outcome_report(quality, traffic.observed, length, pools, groups=conversations, weights=weights),
         "logs": logs_report(found),
@@ -188,17 +189,19 @@ def _served_note(figures: Mapping[str, Any]) -> str:
     parts, differing = [], []
     for pool, models in figures["served_models"].items():
         named = [f"{model or 'a model that the records do not name'} ({count})" for model, count in models.items()]
-        parts.append(f"{pool} was answered by {', '.join(named)}" if named else f"{pool} answered nothing")
+        parts.append(f"{pool}: {', '.join(named)}" if named else f"{pool}: nothing")
         fitted = figures["fitted_models"][pool]
         if list(fitted) != [pool] and set(models) - {UNKNOWN_MODEL} - set(fitted):
-            differing.append(f"{pool} by {', '.join(fitted)}")
-    note = f"{'; '.join(parts)}."
+            differing.append(f"{pool} {', '.join(fitted)}")
+    note = f"Answered by (requests): {'; '.join(parts)}."
     if differing:
-        note += f" The checkpoint's first labels came from other models: {'; '.join(differing)}."
+        note += f" The checkpoint's manifest names other models: {'; '.join(differing)}."
     live, pools = figures["live_large_share"], list(figures["served_models"])
     if live is not None:
-        note += f" Where the threshold decided, {percent(live)} of the requests went to {pools[-1]}."
-    return note[0].upper() + note[1:]
+        note += (
+            f" Where the threshold decided, random draws aside, {percent(live)} of the requests went to {pools[-1]}."
+        )
+    return note
 
 
 def _period_blocks(records: Sequence[Record]) -> list[Block]:

@@ -8,7 +8,7 @@ import pytest
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.records.store import Feedback, Store
-from depo_gateway.estimator.records.types import Label, Record
+from depo_gateway.estimator.records.types import Label, Record, RoutingSettings
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.__main__ import main
 from tests.training.commands.test_fit_evaluate_calibrate import fit, mistake, write_table
@@ -32,6 +32,7 @@ def traffic(
     feedback: float = 1.0,
     asked: bool = True,
     pools: tuple[str, str] = ("small", "large"),
+    settings: RoutingSettings | None = None,
 ) -> str:
     """A store of what a router that sends "hard" questions to the large pool saw, and what became of them; its URL."""
     url = f"sqlite:///{place}"
@@ -51,6 +52,7 @@ def traffic(
                 f"r{index}", 1e9 + index, conversation=f"c{index // 2}", pool=pools[pool], reason=reason,
                 propensity=propensity, pools=pools, status=500 if index % 40 == 0 else 200, prompt_tokens=20 + greedy,
                 completion_tokens=30, asked=[{"role": "user", "content": row["question"]}] if asked else None,
+                settings=settings, threshold=settings.threshold if settings else None,
             )
         )  # fmt: skip
         outcome = [row["correct"]["s"], row["correct"]["l"]]
