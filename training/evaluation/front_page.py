@@ -224,4 +224,4 @@ def _shown_rows(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> l
 
 def _end_cells(name: str, end: Mapping[str, Any], share: str, costed: bool) -> list[str]:
     cells = [name, share] + ([percent(end["cost"])] if costed else [])
-    return [*cells, f"{end['quality']['value']:.3f}", kept_text(end["kept_quality"]), ""]
+    return [*cells, f"{end['quality']['value']:.3f}", kept_text(end["kept_quality"]) or UNKNOWN, ""]

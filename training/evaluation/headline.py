@@ -208,7 +208,7 @@ def _remarks(figures: Mapping[str, Any], pools: tuple[str, ...]) -> list[str]:
     if differing is not None and 0 < row["large_share"] < 1 and differing < FEW_DIFFERING:
         remarks.append(
             f"Only {differing} of the {count} prompts have another outcome here than under {all_to(pools)}, so the"
-            f" interval is too narrow: {points(RULE_OF_THREE / count)} points of loss could stay unseen."
+            f" interval is too narrow: a loss of {points(RULE_OF_THREE / count)} points could stay unseen."
         )
     gap = figures["gap"]
     if not gap["low"] > 0:

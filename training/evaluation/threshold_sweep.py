@@ -47,11 +47,14 @@ class Sweep:
         return self.shares[:, -1] if self.cost is None else self.cost
 
     def kept(self, values: PolicyValues) -> PolicyValues:
-        """Quality as a fraction of the quality of sending everything to the last pool, resampled together."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return PolicyValues(
-                values.point / self.constants.point[-1], values.draws / self.constants.draws[:, -1, None]
-            )
+        """Quality as a fraction of the quality of sending everything to the last pool, resampled together.
+
+        NaN where that is 0.
+        """
+        point, draws = self.constants.point[-1], self.constants.draws[:, -1, None]
+        return PolicyValues(
+            values.point / (point if point else np.nan), values.draws / np.where(draws == 0, np.nan, draws)
+        )
 
 
 def sweep_thresholds(quality_NK: Array, rule: str, also: Sequence[float] = ()) -> Array:

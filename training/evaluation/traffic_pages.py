@@ -198,9 +198,7 @@ def _served_note(figures: Mapping[str, Any]) -> str:
         note += f" The checkpoint's manifest names other models: {'; '.join(differing)}."
     live, pools = figures["live_large_share"], list(figures["served_models"])
     if live is not None:
-        note += (
-            f" Where the threshold decided, random draws aside, {percent(live)} of the requests went to {pools[-1]}."
-        )
+        note += f" Where the threshold decided, random draws aside, {percent(live)} went to {pools[-1]}."
     return note
 
 

@@ -33,6 +33,7 @@ def traffic(
     asked: bool = True,
     pools: tuple[str, str] = ("small", "large"),
     settings: RoutingSettings | None = None,
+    threshold: float = 0.7,
 ) -> str:
     """A store of what a router that sends "hard" questions to the large pool saw, and what became of them; its URL."""
     url = f"sqlite:///{place}"
@@ -52,7 +53,7 @@ def traffic(
                 f"r{index}", 1e9 + index, conversation=f"c{index // 2}", pool=pools[pool], reason=reason,
                 propensity=propensity, pools=pools, status=500 if index % 40 == 0 else 200, prompt_tokens=20 + greedy,
                 completion_tokens=30, asked=[{"role": "user", "content": row["question"]}] if asked else None,
-                settings=settings, threshold=settings.threshold if settings else None,
+                settings=settings, threshold=threshold if settings else None,
             )
         )  # fmt: skip
         outcome = [row["correct"]["s"], row["correct"]["l"]]
