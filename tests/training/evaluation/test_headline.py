@@ -83,9 +83,9 @@ def test_the_ratio_is_resampled_as_a_ratio() -> None:
 
 def test_groups_widen_the_interval() -> None:
     predicted, observed = outcomes(400)
-    alike = [np.repeat(of, 5, axis=0) for of in (predicted, observed)]
+    predicted, observed = (np.repeat(of, 5, axis=0) for of in (predicted, observed))
     apart, grouped = (
-        answer(*alike, units=units)["in_force"]["kept_quality"]
+        answer(predicted, observed, units=units)["in_force"]["kept_quality"]
         for units in (np.arange(2000), np.repeat(np.arange(400), 5))
     )
     assert grouped["high"] - grouped["low"] > 1.8 * (apart["high"] - apart["low"])

@@ -2,10 +2,18 @@
 
 from html.parser import HTMLParser
 
-from depo_gateway.training.evaluation.page import Figure, Heading, Paragraph, TableBlock, blocks_html, blocks_markdown
+from depo_gateway.training.evaluation.page import (
+    Block,
+    Figure,
+    Heading,
+    Paragraph,
+    TableBlock,
+    blocks_html,
+    blocks_markdown,
+)
 
 VOID = {"meta", "img", "br", "hr", "link"}
-BLOCKS = [
+BLOCKS: list[Block] = [
     Heading(1, "At <threshold> & more"),
     Paragraph("said plainly", strong=True),
     Figure("curve.png", b"<svg/>", 'quality "over" [cost]', "A caption"),
