@@ -20,6 +20,7 @@ from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
+from tests.estimator.poisoned import poisoned
 from tests.stages import uncalibrated_stage
 
 PROMPTS = [
@@ -148,10 +149,7 @@ def test_threads_may_score_at_once(tiny_checkpoint: Path) -> None:
 def test_files_that_are_whole_but_no_model_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     manifest, files = checkpoint.load_checkpoint(tiny_checkpoint)
     for name in checkpoint.FILES:
-        place = tmp_path / name
-        checkpoint.write_checkpoint(
-            place, {**files, name: b"nonsense"}, manifest.base, manifest.pools, manifest.text, {}
-        )
+        place = poisoned(tiny_checkpoint, tmp_path / name, name, lambda _: b"nonsense")
         with pytest.raises(ValueError, match="can't be used"):
             Runtime.load(place)
     place = tmp_path / "pools"

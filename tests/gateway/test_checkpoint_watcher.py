@@ -9,6 +9,7 @@ import pytest
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.gateway import checkpoint_watcher, scoring
+from tests.estimator.poisoned import KINDS, poisoned
 from tests.gateway.backend import FakeVllm
 from tests.gateway.checkpoints import version
 from tests.gateway.conftest import StartGateway
@@ -40,3 +41,21 @@ async def test_what_was_refused_is_loaded_again_only_when_it_changes(
         assert len(loads) == 2
         (home / "2" / checkpoint.WEIGHTS).write_bytes(whole)  # mended: the same manifest
         assert await gateway.settles("gateway_estimator_info", 1, 15, version=second)
+
+
+@pytest.mark.parametrize("kind", ["weights NaN", "encoder infinite", "slope", "curve"])
+async def test_one_with_nan_or_infinite_numbers_is_refused_and_the_old_one_stays(
+    start: StartGateway, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(checkpoint_watcher, "WATCH_SECONDS", 0.02)
+    home = tmp_path / "checkpoints"
+    first = version(tiny_checkpoint, home / "1", 0.0)
+    checkpoint.publish(home / "1")
+    sections = {"estimator": {"path": str(home), "deadline_ms": 5000}}
+    async with FakeVllm() as small, FakeVllm() as large, start([small], [large], **sections) as gateway:
+        poisoned(home / "1", home / "2", *KINDS[kind][:2])
+        checkpoint.publish(home / "2")
+        assert await gateway.settles("gateway_estimator_loads_total", 1, 15, result="refused")
+        assert await gateway.metric("gateway_estimator_info", version=first) == 1
+        answer = await gateway.chat("prove the hard theorem")
+        assert answer.headers["x-depo-pool"] == "large"

@@ -29,6 +29,7 @@ import torch
 
 from depo_gateway.estimator import checkpoint, export, standing
 from depo_gateway.estimator.checkpoint import Manifest
+from depo_gateway.estimator.finite import NotFiniteError
 from depo_gateway.estimator.records.reasons import reason_named
 from depo_gateway.estimator.records.types import Labelled
 from depo_gateway.estimator.standing import Standing
@@ -123,7 +124,11 @@ def publish_candidate(data: RefreshData, out: Path, publish: bool) -> RefreshRes
     }
     with data.candidate.learner.averaged() as estimator:
         tokenizer = data.fit.initialisation.tokenizer
-        manifest = export.export_checkpoint(place, estimator, tokenizer, calibration, metrics, parent=start.parent)
+        try:
+            manifest = export.export_checkpoint(place, estimator, tokenizer, calibration, metrics, parent=start.parent)
+        except NotFiniteError as error:  # training diverged
+            verdict = dataclasses.replace(data.verdict, publish=False, reasons=(f"training diverged: {error}",))
+            return refuse_candidate(out, start, verdict, count, champion_standing(data), notes)
     now = candidate_standing(data, manifest.version)
     if publish:
         checkpoint.publish(place)
