@@ -44,7 +44,7 @@ from depo_gateway.training.evaluation.reported_routing import (
     with_target_met,
 )
 from depo_gateway.training.evaluation.threshold_sweep import differing_outcomes, sweep_outcomes, sweep_thresholds
-from depo_gateway.training.outcomes.table import examples_of, question_key, read_tables
+from depo_gateway.training.outcomes.table import Row, examples_of, question_key, read_tables
 
 FEW_GROUPS = 10  # with fewer, a bootstrap of whole groups is rough
 
@@ -81,22 +81,7 @@ def report_on_outcomes(args: argparse.Namespace, runtime: Runtime, scores: Path)
     else:
         unseen = unseen_prompts(examples, runtime.manifest)
     routing = read_routing(args, pools.names, default_routing(runtime.pools))
-    scores.parent.mkdir(parents=True, exist_ok=True)
-    prompts = list(dict.fromkeys((row.question, row.context) for row in rows))
-    index_of = {prompt: index for index, prompt in enumerate(prompts)}
-    stages = stage_qualities(runtime, *prompt_logits(runtime, prompts))
-    of_rows = np.array([index_of[row.question, row.context] for row in rows])
-    write_scores(scores, [row.question for row in rows], stages["full"][of_rows], runtime.pools)
-    of_examples = np.array([index_of[example.prompt, example.context] for example in examples])
-    source_of = {(question_key(row.question), row.context): row.source for row in rows}
-    scored = ScoredOutcomes(
-        {stage: of_prompts[of_examples] for stage, of_prompts in stages.items()},
-        labels_by_head(examples, pools.names)["quality"],
-        np.array([len(example.prompt) for example in examples], float),
-        tuple(example.group or _alone(example) for example in examples),
-        np.array([source_of[question_key(example.prompt), example.context] for example in examples]),
-    )
-    scored = scored.select(unseen.kept)
+    scored = _scored_outcomes(rows, examples, pools.names, runtime, scores).select(unseen.kept)
     kept = [example for example, unfitted in zip(examples, unseen.kept, strict=True) if unfitted]
     grouped = any(example.group for example in kept)
     routing = with_target_met(routing, runtime.calibration, scored.quality["full"], np.ones(len(scored.observed)))
@@ -111,13 +96,41 @@ def report_on_outcomes(args: argparse.Namespace, runtime: Runtime, scores: Path)
     }
     names = sorted(set(scored.sources.tolist()))
     if len(names) > 1:
-        figures["sources"] = {}
-        for name in names:
-            own = scored.select(scored.sources == name)
-            head = _measured(own, routing, pools.names, grouped, [routing.threshold])["headline"]
-            shown = {key: head[key] for key in ("measured", "in_force", "gap") if key in head}
-            figures["sources"][name] = _part(own, runtime.pools, grouped) | shown
+        of_sources = {name: scored.select(scored.sources == name) for name in names}
+        figures["sources"] = {
+            name: _part(own, runtime.pools, grouped) | _in_force(own, routing, pools.names, grouped)
+            for name, own in of_sources.items()
+        }
     return Report(figures, pools.names, *_pages(figures, pools.names, routing, scores.name, grouped))
+
+
+def _scored_outcomes(
+    rows: Sequence[Row], examples: Sequence[Example], pools: tuple[str, ...], runtime: Runtime, scores: Path
+) -> ScoredOutcomes:
+    """The examples with their predictions; writes the scores of every row to `scores`."""
+    scores.parent.mkdir(parents=True, exist_ok=True)
+    prompts = list(dict.fromkeys((row.question, row.context) for row in rows))
+    index_of = {prompt: index for index, prompt in enumerate(prompts)}
+    stages = stage_qualities(runtime, *prompt_logits(runtime, prompts))
+    of_rows = np.array([index_of[row.question, row.context] for row in rows])
+    write_scores(scores, [row.question for row in rows], stages["full"][of_rows], runtime.pools)
+    of_examples = np.array([index_of[example.prompt, example.context] for example in examples])
+    source_of = {(question_key(row.question), row.context): row.source for row in rows}
+    return ScoredOutcomes(
+        {stage: of_prompts[of_examples] for stage, of_prompts in stages.items()},
+        labels_by_head(examples, pools)["quality"],
+        np.array([len(example.prompt) for example in examples], float),
+        tuple(example.group or _alone(example) for example in examples),
+        np.array([source_of[question_key(example.prompt), example.context] for example in examples]),
+    )
+
+
+def _in_force(
+    scored: ScoredOutcomes, routing: ReportedRouting, pools: tuple[str, ...], grouped: bool
+) -> dict[str, Any]:
+    """One source's figures at the threshold in force."""
+    head = _measured(scored, routing, pools, grouped, [routing.threshold])["headline"]
+    return {key: head[key] for key in ("measured", "in_force", "gap") if key in head}
 
 
 def _measured(
