@@ -100,7 +100,7 @@ def cheaper_threshold(sweep: Sweep, at: int) -> int | None:
 def dearer_threshold(sweep: Sweep, at: int) -> int | None:
     """The index of the lowest threshold above `at` that is shown to lose at most MAX_LOSS of the last pool's quality.
 
-    None if no threshold is, if the one in force is already, or if it saves little against the last pool.
+    None if no threshold is, or if that one is not shown to gain, or saves little against the last pool.
     """
     found = None
     for higher in range(len(sweep.thresholds) - 1, at - 1, -1):
@@ -110,7 +110,7 @@ def dearer_threshold(sweep: Sweep, at: int) -> int | None:
         found = higher
     if found is None or min(sweep.spent[found] - sweep.spent[at], 1 - sweep.spent[found]) < MIN_SAVING:
         return None
-    return found
+    return found if _lost(sweep, at, found)["high"] < 0 else None
 
 
 def _lost(sweep: Sweep, at: int, other: int) -> dict[str, float]:

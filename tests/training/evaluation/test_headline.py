@@ -133,6 +133,19 @@ def test_where_nothing_cheaper_keeps_as_much_a_dearer_threshold_is_named() -> No
     )
 
 
+def test_a_dearer_threshold_that_gains_nothing_is_not_named() -> None:
+    """The small pool is right where it serves, and the large one is not always: going up only costs."""
+    chance = np.random.default_rng(3)
+    hard = chance.uniform(size=1500) < 0.5
+    predicted = np.where(hard[:, None], [0.4, 0.9], [0.9, 0.9]) - chance.uniform(0, 0.3, (1500, 1)) * [1, 0]
+    truth = np.where(hard[:, None], [0.2, 0.9], [1.0, 0.9])
+    observed = (chance.uniform(size=truth.shape) < truth).astype(float)
+    found = answer(predicted, observed, replace(ROUTING, threshold=0.7))
+    assert found["in_force"]["kept_quality"]["low"] > 1
+    assert found["alternative"] is None
+    assert found["sentence"].endswith("; nothing cheaper is shown to keep as much.")
+
+
 def test_without_costs_the_sentence_speaks_of_shares() -> None:
     predicted, observed = outcomes(3000)
     found = answer(predicted, observed, replace(ROUTING, costs=None, threshold=0.95))
