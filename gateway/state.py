@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from depo_gateway.estimator.held_publish import HeldPublish
 from depo_gateway.estimator.records.types import RoutingSettings
 from depo_gateway.gateway.candidate import Candidate
 from depo_gateway.gateway.config import Config
@@ -46,6 +47,7 @@ class Gateway:
     recorder: Recorder | None = None  # None: nothing is recorded
     shares: dict[str, float] = field(default_factory=dict)  # each pool's moving share, for `on_overload: share`
     apis: Apis = field(default_factory=lambda: APIS)
+    held: HeldPublish | None = None  # a checkpoint that the learner holds back for its owner
     recent: RecentRequests = field(default_factory=lambda: RecentRequests(time.time()))
     active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)

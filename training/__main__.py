@@ -19,6 +19,10 @@ COMMANDS = {
         "depo_gateway.training.commands.refresh",
         "learn from served traffic and publish a better checkpoint; --follow repeats",
     ),
+    "accept": (
+        "depo_gateway.training.commands.accept",
+        "publish the checkpoint that refresh holds back because it raises the cost",
+    ),
     "calibrate": (
         "depo_gateway.training.commands.calibrate",
         "fit probabilities and thresholds for targets, as a new checkpoint",

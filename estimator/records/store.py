@@ -101,7 +101,7 @@ class Store:
             sa.event.listen(self._engine, "begin", _begin_sqlite)
 
     def create(self) -> None:
-        """Creates missing tables, and the column that version 0.1 lacks; several processes may do so at once.
+        """Creates missing tables, and the column that earlier versions lack; several processes may do so at once.
 
         Raises:
             ValueError: another version of this software created the database.
@@ -118,7 +118,7 @@ class Store:
                     "use that version, or another database"
                 )
             METADATA.create_all(connection)
-            if not self._settings_column(connection):  # version 0.1 created the table
+            if not self._settings_column(connection):  # an earlier version created the table
                 connection.execute(sa.text("ALTER TABLE records ADD COLUMN settings TEXT"))
             if found is None:
                 connection.execute(VERSIONS.insert(), {"version": DATABASE_SCHEMA})
@@ -270,7 +270,7 @@ class Store:
         return [record_of(row, self._stored_settings) for row in rows]
 
     def _settings_column(self, connection: sa.Connection) -> bool:
-        """Whether the table of records has the column `settings`; version 0.1 creates it without."""
+        """Whether the table of records has the column `settings`; earlier versions create it without."""
         if not self._has_settings:
             names = [column["name"] for column in sa.inspect(connection).get_columns(RECORDS.name)]
             self._has_settings = "settings" in names

@@ -48,7 +48,7 @@ RECORDS = sa.Table(
     *(sa.Column(name, sa.BigInteger) for name in ("prompt_tokens", "completion_tokens")),
     *(sa.Column(name, sa.Text, nullable=False) for name in ("finish_reason", "prompt_hash", "parameters")),
     *(sa.Column(name, sa.Text) for name in ("asked", "answer", "reference")),
-    # A digest. Version 0.1 neither writes nor reads the column, so both versions may use one database
+    # A digest. Earlier versions neither write nor read the column, so they may use the same database
     sa.Column("settings", sa.Text),
     # Clients may choose their request ids and use one again. A batch whose commit was cut off can come twice: this
     # keeps it single.

@@ -62,7 +62,7 @@ class Record:
     parameters: Mapping[str, Any] = field(default_factory=dict)  # the request's other fields: sampling, tools
     answer: str | None = None  # text of the first choice
     reference: str | None = None  # the right answer, from the client (x-depo-reference)
-    settings: RoutingSettings | None = None  # in force; None: on record since 0.2 only
+    settings: RoutingSettings | None = None  # in force; None: an earlier version wrote the record
     seq: int = 0  # the store's own number, rising; 0: not stored yet
 
     @property

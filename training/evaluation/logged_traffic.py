@@ -141,7 +141,7 @@ def traffic_of(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextC
         np.array([pools.index(item.record.pool) for item in usable], np.int64),
         np.array([item.record.propensity for item in usable], float),
         np.array([not reason for reason in reasons], bool),
-        _tokens([item.record for item in usable]),
+        record_tokens([item.record for item in usable]),
         np.unique(np.array(conversations, dtype=object).astype(str), return_inverse=True)[1],
         unused,
         _count_not_free([item.record for item in usable], pools),
@@ -212,7 +212,7 @@ def _table(rows: Sequence[Mapping[str, float]], pools: tuple[str, ...]) -> Array
     return np.array([[row.get(pool, np.nan) for pool in pools] for row in rows], float)
 
 
-def _tokens(records: Sequence[Record]) -> Array:
+def record_tokens(records: Sequence[Record]) -> Array:
     """(N,) tokens of prompt and answer; 1 each where no record has a count."""
     known = np.array(
         [np.nan if r.prompt_tokens is None else r.prompt_tokens + (r.completion_tokens or 0) for r in records]

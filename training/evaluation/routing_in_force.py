@@ -1,7 +1,7 @@
 """How the gateways route now, as the records say: models, rule, threshold or target, costs, and the live large share.
 
-Since version 0.2 each record names the settings that it was served with. Of older records the rule follows from their
-scores and confidences, and the threshold is on each; models and costs are unknown.
+Each record names the settings that it was served with, except those that an earlier version wrote. Of these the rule
+follows from scores and confidences, and the threshold is on each; models and costs are unknown.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def is_routed(record: Record) -> bool:
 def served_models(records: Sequence[Record], pools: Sequence[str]) -> dict[str, dict[str, int]]:
     """The models that answered each of `pools`, and how many requests each answered, the most frequent first.
 
-    UNKNOWN_MODEL counts the requests whose record does not name the model: those that version 0.1 wrote. Answers to
+    UNKNOWN_MODEL counts the requests whose record does not name the model: those that an earlier version wrote. Answers to
     shadow calls are not counted; learner.yaml names their models.
     """
     counts: dict[str, Counter[str]] = {pool: Counter() for pool in pools}
