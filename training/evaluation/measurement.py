@@ -90,6 +90,6 @@ def definitions(units: str, few: int) -> list[str]:
         "The cheaper threshold is the lowest that is reached from the one in force, step by step down, while the upper"
         f" end of the interval of the loss stays at or below {margin} points of the last pool's quality; it is named if"
         f" it saves {points(MIN_SAVING)} points or more. Where there is none, nothing cheaper is shown to keep as much,"
-        " and a dearer threshold is named if it is shown to gain: the lowest, step by step from the top, that is shown to"
-        f" lose at most {margin} points against the last pool. Steps are spaced by share, not by outcomes.",
+        " and a dearer threshold is named if it is shown to gain: the lowest, step by step from the top, that is shown"
+        f" to lose at most {margin} points against the last pool. Steps are spaced by share, not by outcomes.",
     ]
