@@ -15,11 +15,11 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
   padding: 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; line-height: 1.35; margin: .5rem 0 1rem; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; border-top: 1px solid #ccc; padding-top: 1rem; }
-h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
+h3 { font-size: 1.05em; margin: 1.6rem 0 .4rem; }
 p { margin: .5rem 0; max-width: 48rem; }
 figure { margin: 1.2rem 0; max-width: 44rem; }
 figure img { width: 100%; height: auto; display: block; }
-figcaption { font-size: .9rem; color: #444; }
+figcaption { font-size: .9em; color: #444; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
