@@ -54,7 +54,7 @@ def is_convex(model: Estimator, config: LearnerConfig) -> bool:
 
 
 def fit_estimator(model: Estimator, tokenizer: Tokenizer, examples: Sequence[Example], config: FitConfig) -> Fit:
-    """Fits an untrained estimator to examples. Raises ValueError for fewer questions than folds, and for one question."""
+    """Fits an untrained estimator to examples. Raises ValueError for too few questions."""
     learner = new_learner(model, tokenizer, config.learner)
     items: list[Item] = []
     with tqdm(total=len(examples), desc="read prompts", unit="prompt", disable=None) as progress:
