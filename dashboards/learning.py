@@ -53,8 +53,8 @@ NOW = Row(
         stat(
             "Trainings in the time range",
             "published: better, and served. held: it would raise the cost and waits for its owner. "
-            "refused: not better, see refusals.jsonl; this is normal. failed: the training ended with an error and will "
-            "be retried.",
+            "refused: not better, see refusals.jsonl; this is normal. failed: the training ended with an error and "
+            "will be retried.",
             (f"round(sum by (verdict) (increase(learner_refreshes_total{{{L}}}[$__range])))", "{{verdict}}"),
             decimals=0,
             width=4,
