@@ -52,8 +52,9 @@ NOW = Row(
         ),
         stat(
             "Trainings in the time range",
-            "published: better, and served. held: it would raise the cost and waits for its owner. refused: not better, "
-            "see refusals.jsonl; this is normal. failed: the training ended with an error and will be retried.",
+            "published: better, and served. held: it would raise the cost and waits for its owner. "
+            "refused: not better, see refusals.jsonl; this is normal. failed: the training ended with an error and "
+            "will be retried.",
             (f"round(sum by (verdict) (increase(learner_refreshes_total{{{L}}}[$__range])))", "{{verdict}}"),
             decimals=0,
             width=4,
@@ -61,7 +62,8 @@ NOW = Row(
         ),
         stat(
             "Held back",
-            "A checkpoint that would raise the cost by more than gate.max_cost_increase. `depo-train accept` publishes it.",
+            "A checkpoint that would raise the cost by more than gate.max_cost_increase. "
+            "`depo-train accept` publishes it.",
             (f"max(learner_publish_held{{{L}}})", "held"),
             texts={0: ("no", GOOD), 1: ("yes", WARN)},
             width=2,
@@ -140,7 +142,7 @@ SHADOW = Row(
                 ),
                 "{{outcome}}",
             ),
-            width=6,
+            width=4,
             stacked=True,
         ),
         lines(
@@ -155,7 +157,7 @@ SHADOW = Row(
                 "{{pool}} {{outcome}}",
             ),
             "reqps",
-            width=6,
+            width=5,
             stacked=True,
         ),
         lines(
@@ -166,11 +168,21 @@ SHADOW = Row(
                 (f"3600 * sum(rate(learner_shadow_cost_total{{{L}}}[$__rate_interval]))", "shadowing"),
                 (f"3600 * sum(rate(gateway_cost_total{{{G}}}[$__rate_interval]))", "clients"),
             ],
-            width=6,
+            width=5,
+        ),
+        lines(
+            "Tokens",
+            "Of shadowing and judging: an hour, and since midnight UTC. shadow.tokens_per_day is the day's cap.",
+            [
+                (f"3600 * sum(rate(learner_shadow_tokens_total{{{L}}}[$__rate_interval]))", "an hour"),
+                (f'sum(learner_spent_today{{{L},unit="tokens"}})', "today"),
+            ],
+            width=5,
         ),
         states(
             "Paused, or without priority",
-            "cost: the hourly cap. day: a daily cap. busy: clients wait at a backend. unreachable: a pool or the judge does not answer. "
+            "cost: the hourly cap. day: a daily cap. "
+            "busy: clients wait at a backend. unreachable: a pool or the judge does not answer. "
             "records: the database does not. priority refused: a backend does not accept shadow.priority, and shadow "
             "calls queue like clients' requests.",
             [
@@ -181,7 +193,7 @@ SHADOW = Row(
                 (zero(f"max(learner_priority_refused{{{L}}})"), "priority refused"),
             ],
             {0: ("no", GOOD), 1: ("yes", WARN)},
-            width=6,
+            width=5,
             alerts=["DepoShadowingPaused"],
         ),
     ],
@@ -243,10 +255,12 @@ ROUND = Row(
             "Change at publication",
             "By how much publishing the checkpoint in service changed the large share, and the cost relative to "
             "all-large's, as the learner measured both. No line: it was not published by a learner, or the change was "
-            "unknown.",
+            "unknown. held: of the checkpoint that waits for its owner.",
             [
                 (f"max(gateway_publish_share_change{{{G}}})", "large share"),
                 (f"max(gateway_publish_cost_change{{{G}}})", "cost"),
+                (f"max(learner_publish_held_share_change{{{L}}})", "held: large share"),
+                (f"max(learner_publish_held_cost_change{{{L}}})", "held: cost"),
             ],
             "percentunit",
             at_least=None,

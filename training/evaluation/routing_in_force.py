@@ -63,8 +63,8 @@ def is_routed(record: Record) -> bool:
 def served_models(records: Sequence[Record], pools: Sequence[str]) -> dict[str, dict[str, int]]:
     """The models that answered each of `pools`, and how many requests each answered, the most frequent first.
 
-    UNKNOWN_MODEL counts the requests whose record does not name the model: those that an earlier version wrote. Answers
-    to shadow calls are not counted; learner.yaml names their models.
+    UNKNOWN_MODEL counts requests whose record does not name the model: an earlier version wrote it. Answers to shadow
+    calls are not counted; learner.yaml names their models.
     """
     counts: dict[str, Counter[str]] = {pool: Counter() for pool in pools}
     for record in records:
