@@ -43,21 +43,22 @@ _CHOSEN_STEMS = (
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a reference names: the letters, and the option's own text if it is given. `allowed`: all options' letters."""
+    """What a reference names: its letters, and the option's own text if it is given."""
 
     letters: frozenset[str]
     text: str = ""
 
     @property
     def allowed(self) -> str:
+        """The letters of all options: A to J, or to the reference's own."""
         return ALPHABET[: max(FEWEST_LETTERS, *(ALPHABET.index(letter) + 1 for letter in self.letters))]
 
 
 def grade_choice(completion: str, reference: str) -> RewardVerdict:
     """1 if the completion chooses the reference's letter, or answers with that option's own text.
 
-    The reference is a letter ("C", "(c)"), a letter and the option's text ("C. Vitamin D"), several letters ("A, C"), or
-    an index from 0.
+    The reference is a letter ("C", "(c)"), a letter and the option's text ("C. Vitamin D"), several letters ("A, C"),
+    or an index from 0.
     """
     expected = option_of(reference_part(reference))
     if expected is None:
@@ -105,20 +106,21 @@ def letters_of(text: str, expected: Option) -> frozenset[str] | None:
 
 def _preferred(text: str, allowed: str) -> frozenset[str] | None:
     """The letter of the last "X is correct", "I choose X", "Correct: X"."""
-    found = []
     is_correct = re.compile(
         rf"(?<![A-Za-z0-9_'])([{allowed}])[)\]*_.\"'}}]*\s+(?:is|would\s+be|must\s+be|seems|looks)\s+{_CORRECT}"
     )
-    for match in is_correct.finditer(text):
-        found.append((match.start(), frozenset(match[1])))
-    for match in _CHOSEN.finditer(text) if mentions(text, _CHOSEN_STEMS) else ():
-        if read := letters_at(text, match.end(), allowed):
-            found.append((match.end(), read[0]))
+    found = [(match.start(), frozenset(match[1])) for match in is_correct.finditer(text)]
+    chosen = _CHOSEN.finditer(text) if mentions(text, _CHOSEN_STEMS) else ()
+    found += [(match.end(), read[0]) for match in chosen if (read := letters_at(text, match.end(), allowed))]
     return max(found, key=lambda each: each[0])[1] if found else None
 
 
 def _first_of_line(text: str, allowed: str) -> frozenset[str] | None:
-    """The one letter with which lines begin as options do: `B.`, `(B)`, `**B**`, `b)`, or `B` alone on its line."""
+    """The one letter with which lines begin as options do: `B.`, `(B)`, `**B**`, `b)`, or `B` alone on its line.
+
+    Without such lines, the letter with which the text begins, if a reason or the option's text follows it. If lines
+    begin with several, the last line counts, if it is a letter alone.
+    """
     either = allowed + allowed.lower()
     begins = re.compile(
         rf"^[ \t*_>#-]*(?:(?:option|choice)\s+)?(?:\(([{either}])\)|\[([{either}])\]|([{either}])\)|([{allowed}])[.:]"
@@ -126,20 +128,23 @@ def _first_of_line(text: str, allowed: str) -> frozenset[str] | None:
         re.MULTILINE,
     )
     letters = [next(filter(None, match.groups())).upper() for match in begins.finditer(text)]
+    if not letters:
+        return _first_of_text(text, allowed)
     if len(set(letters)) == 1:
         return frozenset(letters[:1])
-    small = re.match(rf"[\s*_]*([{allowed.lower()}])\.\s", text)
-    if not letters and small:
+    alone = _ALONE.fullmatch(text.rstrip().rpartition("\n")[2])
+    return frozenset(alone[1].upper()) if alone and alone[1].upper() in allowed else None
+
+
+def _first_of_text(text: str, allowed: str) -> frozenset[str] | None:
+    """The letters with which a text begins: `b. text`, `B Text`, `B because`, `B, since`."""
+    if small := re.match(rf"[\s*_]*([{allowed.lower()}])\.\s", text):
         return frozenset(small[1].upper())
-    first = re.match(rf"\s*([{allowed}])\s+(?=[A-Z\d])", text)
-    if not letters and first and first[1] not in "AI" and not re.match(r"[A-Z](?![A-Za-z])", text[first.end() :]):
-        return frozenset(first[1])
+    capital = re.match(rf"\s*([{allowed}])\s+(?=[A-Z\d])(?![A-Z](?![A-Za-z]))", text)
+    if capital and capital[1] not in "AI":  # `A Nile crocodile`
+        return frozenset(capital[1])
     read = letters_at(text, 0, allowed)
-    if not letters and read and read[0] != {"I"} and _GROUND.match(text, read[1]):
-        return read[0]
-    last_line = text.rstrip().rpartition("\n")[2]
-    alone = _ALONE.fullmatch(last_line)
-    return frozenset(alone[1].upper()) if alone and alone[1].upper() in allowed and letters else None
+    return read[0] if read and read[0] != {"I"} and _GROUND.match(text, read[1]) else None
 
 
 def _is_text_of(answer: str, expected: Option) -> bool:

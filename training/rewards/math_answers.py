@@ -15,7 +15,7 @@ from depo_gateway.training.rewards import math_notation
 from depo_gateway.training.rewards.answers import answer_part, boxed, formulas, hashed, reference_part, statements
 from depo_gateway.training.rewards.choice import letters_of, option_of
 from depo_gateway.training.rewards.math_notation import bare_text, elements_of, literal_of, mathematical, word_of
-from depo_gateway.training.rewards.number import numbers, plain_numbers
+from depo_gateway.training.rewards.number import numbers_in, plain_numbers
 from depo_gateway.training.rewards.reasoning import final_text
 from depo_gateway.training.rewards.verdicts import NO_REFERENCE, NOT_READABLE, RIGHT, RewardVerdict, verdict_of
 
@@ -82,7 +82,7 @@ def answer_of(text: str) -> str | None:
 
 
 def _stated(statement: str) -> str | None:
-    """The answer at the beginning of what follows "the answer is"; None if there is neither formula, number nor word."""
+    """The answer with which a statement begins; None if it has neither formula, number nor word."""
     found = formulas(statement)
     if found and not re.search(r"\w", statement[: found[0][0]].replace("x =", "")):
         end = found[0][1]
@@ -114,7 +114,7 @@ def _last_of(text: str) -> str | None:
             parts.insert(0, text[start:end])
         return ", ".join(mathematical(part) for part in parts)
     plain = plain_numbers(text)
-    found = list(numbers(plain))
+    found = list(numbers_in(plain))
     if not found:
         return None
     last = found[-1]
@@ -264,7 +264,7 @@ def _is_close(one: object, other: object) -> bool:
 
 
 def _is_equal_otherwise(one: object, other: object) -> bool:
-    """Whether expressions are equal if `i` alone is the imaginary unit, or if the variables below roots are positive."""
+    """Whether expressions are equal if `i` is the imaginary unit, or if the variables below roots are positive."""
     if not (isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr)):
         return False
     imaginary = [each.subs(_I, sympy.I) if each.free_symbols == {_I} else each for each in (one, other)]

@@ -1,8 +1,8 @@
-r"""Settles, before math-verify, what it misreads in an answer: signs, currency, mixed numbers, fonts, letters, bases."""
+"""Settles what math-verify misreads in an answer: signs, currency, mixed numbers, fonts, letters, bases."""
 
 import re
 
-from depo_gateway.training.rewards.number import Number, numbers, plain_numbers
+from depo_gateway.training.rewards.number import Number, numbers_in, plain_numbers
 from depo_gateway.training.rewards.plain_text import keyboard_text, without_layout
 
 _SYMBOLS = str.maketrans(
@@ -89,7 +89,7 @@ def literal_of(answer: str) -> Number | None:
     """The number that an answer consists of, with at most a currency, `x =` and a unit; None if it is anything else."""
     plain = plain_numbers(answer).replace("\\(", "").replace("\\)", "").strip()
     plain = re.sub(r"^\$(.*)\$$", r"\1", plain).strip()
-    found = list(numbers(plain))
+    found = list(numbers_in(plain))
     if len(found) != 1 or isinstance(found[0].value, tuple):
         return None
     before, after = plain[: found[0].start], plain[found[0].end :]
@@ -135,7 +135,7 @@ def has_dots(answer: str) -> bool:
 
 
 def elements_of(answer: str) -> list[str]:
-    """The parts of a list without brackets around it: "2, 3", "2 or 3". Commas of thousands and in brackets do not part."""
+    """The parts of a list without brackets around it: "2, 3", "2 or 3". `10,000` and `(1, 2)` are one part."""
     text = without_layout(keyboard_text(answer)).replace("$", "").strip()
     parts, depth, start = [], 0, 0
     position = 0

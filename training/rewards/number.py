@@ -51,8 +51,8 @@ _CURRENCY = re.compile(r"[$€£¥₹]\s*$")
 _SIGNS_A_VALUE = re.compile(r"(?:[=:(\[{,<>]|\b(?:is|be|are|equals|was|to|of))\s*$", re.IGNORECASE)
 # What may stand between "the answer is" and the number that it states.
 _LEADING = re.compile(
-    r"[\s$€£¥₹(\[{\"'*_=:+-]*(?:(?:US|approximately|approx\.?|about|around|roughly|exactly|equal to|only|just|simply|a total of|now"
-    r"|therefore|thus|then|minus|negative|[A-Za-z]\w{0,2}\s*=)[\s$€£¥₹(\[{+-]*)*",
+    r"[\s$€£¥₹(\[{\"'*_=:+-]*(?:(?:US|approximately|approx\.?|about|around|roughly|exactly|equal to|only|just"
+    r"|simply|a total of|now|therefore|thus|then|minus|negative|[A-Za-z]\w{0,2}\s*=)[\s$€£¥₹(\[{+-]*)*",
     re.IGNORECASE,
 )
 _ARITHMETIC = re.compile(r"[\d\s.,+\-*/()$€£¥%]*=[\s$€£¥]*")
@@ -62,8 +62,29 @@ _BOLD = re.compile(r"(?:\*\*|__)([^*_\n]+)(?:\*\*|__)")
 _WORDS = {
     word: index
     for index, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-        " eighteen nineteen twenty".split()
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+        ]
     )
 }
 
@@ -115,23 +136,23 @@ def number_of(text: str) -> Number | None:
     """
     box = boxed(text)
     if box is not None:
-        found = list(numbers(box)) or _in_words(box)
+        found = list(numbers_in(box)) or _in_words(box)
         if found:
             return found[-1]
     line = hashed(text)
     for stated in [line] if line else statements(text):
-        found = list(numbers(stated)) or _in_words(stated)
+        found = list(numbers_in(stated)) or _in_words(stated)
         if found:
             return _stated(plain_numbers(stated), found)
     paragraph = text.rstrip().rpartition("\n\n")[2]
     for bold in reversed(_BOLD.findall(paragraph)):
-        found = list(numbers(bold))
+        found = list(numbers_in(bold))
         if len(found) == 1 and len(re.findall(r"[A-Za-z]+", bold)) <= 2 and not re.match(r"\s*\d+[.):]", bold):
             return found[0]
     return _last_number(text) or next(iter(_in_words(text)), None)
 
 
-def numbers(text: str) -> Iterator[Number]:
+def numbers_in(text: str) -> Iterator[Number]:
     """The numbers of a text in their order. Exponents of units, and digits within words, are none."""
     text = plain_numbers(text)
     for match in _NUMBER.finditer(text):
@@ -155,7 +176,7 @@ def _last_number(text: str) -> Number | None:
 
 
 def plain_numbers(text: str) -> str:
-    """The text as `numbers` reads it: plain signs, fractions as a/b, no LaTeX layout or bold type."""
+    """The text as `numbers_in` reads it: plain signs, fractions as a/b, no LaTeX layout or bold type."""
     text = without_layout(keyboard_text(text))
     if "frac" in text:
         text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text)
@@ -205,7 +226,7 @@ def _decimal(text: str) -> Fraction:
 
 
 def _is_negative(text: str, start: int) -> bool:
-    """Whether a minus before the number is its sign: not between two operands, in a range, a word or a list of lines."""
+    """Whether a minus before the number is its sign: not between two operands, in a range, a word or a list."""
     before = text[max(0, start - 40) : start]
     if "-" not in before and "n" not in before.lower():  # of minus, negative
         return False
@@ -215,7 +236,7 @@ def _is_negative(text: str, start: int) -> bool:
     left = before[: minus.start("sign")]
     if minus["sign"] != "-":
         return minus["sign"].lower() == "negative" or not left.rstrip()[-1:].isdigit()
-    if minus["before"] and minus["before"] in ")]}%" or minus["before"].isdigit():
+    if (minus["before"] and minus["before"] in ")]}%") or minus["before"].isdigit():
         return False
     if not minus["space"]:  # attached to what stands before it: `COVID-19` is no sign, `=-5` is one
         return not minus["before"].isalpha()

@@ -6,7 +6,10 @@ _OPEN = r"[\s*_`\"'$(\[{<]*"
 _CLOSE = r"[*_`\"'$)\]}>]*"
 _BEFORE, _AFTER = r"(?<![A-Za-zÀ-ɏ0-9_\\'])", r"(?![A-Za-zÀ-ɏ0-9_^]|'[A-Za-z])(?!\s*(?:[=<≤≥^]|\\(?![)\]])))"
 # `A` and `I` before a lower-case word are an article and a pronoun, except before words that give a reason.
-_REASON = r"(?:because|since|as|due|for|given|based|which|where|while|but|not|though|rather|instead|however|or|and|with|are)\b"
+_REASON = (
+    r"(?:because|since|as|due|for|given|based|which|where|while|but|not|though|rather|instead|however|or|and|with"
+    r"|are)\b"
+)
 _WORD_AFTER = re.compile(rf"\s+(?!{_REASON})[a-zà-ÿ]|'[a-z]")
 _FILLER = re.compile(
     r"(?:[\s*_:]|(?:the|probably|likely|clearly|definitely|actually|indeed|simply|therefore|thus|then|either|both|correct"

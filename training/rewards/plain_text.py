@@ -30,7 +30,7 @@ _THIN = re.compile(r"\\[,;:! ]|~|\\(?:quad|qquad|thinspace)(?![A-Za-z])")
 
 
 def keyboard_text(text: str) -> str:
-    """The text in compatibility form (NFKC), with a keyboard's quotes and minus signs, fractions and powers spelled out."""
+    """The text in compatibility form (NFKC), with a keyboard's quotes and signs, fractions and powers spelled out."""
     if text.isascii():
         return text
     text = _INVISIBLE.sub("", text)
@@ -40,7 +40,7 @@ def keyboard_text(text: str) -> str:
 
 
 def without_layout(latex: str) -> str:
-    r"""LaTeX without sizes, colours and fonts; `9{,}500` and `9,\!500` are `9,500`, `\$` and `\%` lose their backslash."""
+    r"""LaTeX without sizes, colours and fonts: `9{,}500` and `9,\!500` as `9,500`, `\$` and `\%` without backslash."""
     if "\\" not in latex and "{" not in latex and "~" not in latex:
         return latex
     latex = latex.replace("{,}", ",").replace("\\!", "")

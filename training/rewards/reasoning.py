@@ -6,7 +6,7 @@ _NAMES = r"(?:seed:)?(?:think|thinking|thoughts?|reason|reasoning|analysis|refle
 _OPENING = re.compile(rf"<{_NAMES}>|◁think▷|<\|begin_of_thought\|>|\[THINK\]", re.IGNORECASE)
 _CLOSING = re.compile(rf"</{_NAMES}>|◁/think▷|<\|end_of_thought\|>|\[/THINK\]", re.IGNORECASE)
 # gpt-oss: the answer is the message of the channel `final`, whose marks a server may have removed.
-_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>")
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)(?:(?!<\|message\|>).){0,99}<\|message\|>")
 _BARE_CHANNEL = re.compile(r"analysis(?=[A-Z\d\"'])")
 _BARE_FINAL = re.compile(r"assistant\s?final(?=\W|[A-Z\d])")
 _ENDS = (

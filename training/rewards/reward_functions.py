@@ -34,6 +34,20 @@ class PairReward:
         self._unanswered += len(completions) - len(rows)
         return rewards
 
+    def check_references(self, answers: Sequence[str | None]) -> None:
+        """Raises ValueError, which names rows from 1, if the verifier cannot use an answer. A row may have none."""
+        rows = [row for row, answer in enumerate(answers) if answer is not None]
+        faults = self._grader.unusable([str(answers[row]) for row in rows])
+        unusable = [(row, fault) for row, fault in zip(rows, faults, strict=True) if fault is not None]
+        if unusable:
+            row, fault = unusable[0]
+            others = ", ".join(str(row + 1) for row, _ in unusable[1:10]) + (", ..." if len(unusable) > 10 else "")
+            raise ValueError(
+                f"the answer of the data set's row {row + 1}, {beginning_of(str(answers[row]))}, {fault}"
+                + (f"; {len(unusable) - 1} more rows have such answers: {others}" if others else "")
+                + "; correct or remove them, or set another reward"
+            )
+
     def counts(self) -> dict[str, int]:
         """As Grader.counts; a row without an answer counts as a reference that cannot be used."""
         counts = self._grader.counts()

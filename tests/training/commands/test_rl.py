@@ -268,6 +268,7 @@ def test_flags_override_the_file() -> None:
         (["--dataset", "nowhere.jsonl"], "dataset nowhere.jsonl does not exist"),
         (["--prompt_column", "question"], "the dataset has no column 'question', only prompt, answer"),
         (["--reward", "maths"], "unknown verifier 'maths'"),
+        (["--reward", "choice"], "names no letter, as A, (B) or C. text do, and no index; "),
         (["--per_device_train_batch_size", "400"], "train_dataset has 64 prompts, but one generation takes 100"),
         (["--resume"], "out has no checkpoint to resume from"),
         (["--depo_encoder", "nowhere", "--depo", "plus"], "encoder 'nowhere' can't be loaded"),

@@ -4,6 +4,7 @@ from contextlib import closing
 import pytest
 
 from depo_gateway.training.rewards.verifiers import Grader
+from tests.training.rewards.reported_cases import misgraded
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,16 @@ DIFFERENT = [
 @pytest.mark.parametrize(("pair", "reward"), [(pair, 1) for pair in EQUAL] + [(pair, 0) for pair in DIFFERENT])
 def test_math_compares_answers_not_texts(mathematics: Grader, pair: tuple[str, str], reward: float) -> None:
     assert mathematics.grade([pair]) == [reward]
+
+
+def test_the_kinds_of_fault_that_users_of_graders_report() -> None:
+    assert misgraded("math") == []
+
+
+def test_numbers_that_math_verify_rounds_are_compared_exactly(mathematics: Grader) -> None:
+    wrong = [(r"\boxed{\frac{1}{2^{98}}}", r"\frac{1}{2^{99}}"), (r"\boxed{e^{-40}}", r"e^{-41}")]
+    right = [(r"\boxed{\frac{2}{2^{100}}}", r"\frac{1}{2^{99}}"), (r"\boxed{\frac{e}{e^{42}}}", r"e^{-41}")]
+    assert mathematics.grade(wrong + right) == [0, 0, 1, 1]
 
 
 def test_math_grades_a_batch_in_order_and_counts_what_has_no_reference(mathematics: Grader) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from depo_gateway.training.rewards.reward_functions import reward_function, text_of
+from depo_gateway.training.rewards.reward_functions import PairReward, reward_function, text_of
 from depo_gateway.training.rewards.worker_pool import RewardError
 
 OWN = """
@@ -75,6 +75,19 @@ def test_a_verifier_as_a_reward_function() -> None:
     with closing(reward_function("math")) as reward:
         assert reward.__name__ == "math"
         assert reward(**BATCH) == [1, 0, 0]
+
+
+def test_answers_that_cannot_be_used_are_named_by_row() -> None:
+    with closing(reward_function("number")) as reward:
+        assert isinstance(reward, PairReward)
+        reward.check_references(["1", None, "2 1/2"])
+        words = (
+            "^the answer of the data set's row 2, 'none at all', holds no number that the verifier number can read; "
+        )
+        with pytest.raises(ValueError, match=words + "correct or remove them, or set another reward$"):
+            reward.check_references(["1", "none at all", None])
+        with pytest.raises(ValueError, match=words + "2 more rows have such answers: 4, 5; correct"):
+            reward.check_references(["1", "none at all", None, "x", "y"])
 
 
 def test_the_users_function_is_recognised_by_its_parameters(own: Callable[[str], Any]) -> None:

@@ -150,6 +150,19 @@ def test_gradings_that_fail_are_counted(tmp_path: Path) -> None:
     assert 0 < found["training_missing_rewards_ratio", ""] < 1
 
 
+def test_completions_without_a_result_are_counted(tmp_path: Path) -> None:
+    from contextlib import closing
+
+    from depo_gateway.training.rewards.reward_functions import reward_function
+
+    with closing(reward_function("choice", "answer", 5.0)) as choice:
+        found, logged, _ = ran(tmp_path / "out", None, reward=[choice])
+    unreadable, unusable = ([row[f"depo/reward_{name}"] for row in logged] for name in ("unreadable", "references"))
+    assert found["training_unreadable_completions_total", ""] == sum(unreadable)
+    assert found["training_lost_rewards_total", "reference"] == sum(unusable)
+    assert sum(unreadable) + sum(unusable) > 0
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
