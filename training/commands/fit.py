@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 
 from depo_gateway.estimator import checkpoint, export
 from depo_gateway.estimator.calibration import Calibration
+from depo_gateway.estimator.encoder import DEFAULT_ENCODER
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import WHOLE, LearnerConfig
-from depo_gateway.estimator.model import DEFAULT_ENCODER, Estimator, ModelConfig, create_model
+from depo_gateway.estimator.model import Estimator, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import POOLINGS, TextConfig
 from depo_gateway.estimator.vocabulary import narrow_tokenizer
