@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertModel
@@ -77,21 +78,21 @@ def encoder_of_checkpoint(base: Base, files: Mapping[str, bytes]) -> BertModel |
     return read_exported_encoder(files[checkpoint.ENCODER], DEFAULT_HEADS)
 
 
-def _read(place: str | Path, local_files_only: bool = False) -> tuple[Any, Tokenizer]:
-    """What transformers loads by a directory or by a name. Raises OSError or ValueError."""
-    encoder = AutoModel.from_pretrained(
-        place, attn_implementation="eager", dtype=torch.float32, local_files_only=local_files_only
-    )
-    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local_files_only)
-    return encoder, load_tokenizer(tokenizer.backend_tokenizer.to_str())
+def _read(place: str | Path) -> tuple[Any, Tokenizer]:
+    """What transformers loads from a directory or by a name. Raises OSError or ValueError."""
+    encoder = AutoModel.from_pretrained(place, attn_implementation="eager", dtype=torch.float32)
+    return encoder, load_tokenizer(AutoTokenizer.from_pretrained(place).backend_tokenizer.to_str())
 
 
 def _read_from_hub(name: str) -> tuple[Any, Tokenizer]:
     """An encoder of the local Hugging Face cache, else of the hub. Raises OSError or ValueError."""
-    try:
-        return _read(name, local_files_only=True)
-    except (OSError, ValueError):  # not in the cache, or not all of it
-        connect_to_hub()
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        try:
+            return _read(Path(cached).parent)
+        except OSError:  # not all of it is in the cache
+            pass
+    connect_to_hub()
     return _read(name)
 
 

