@@ -84,8 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _quiet_libraries() -> None:
     """Silences the libraries that load encoders, except for errors; in logs also their progress bars.
 
-    Variables that are set already take precedence. It must be called before the libraries are imported.
+    TRL would report each run to Hugging Face. Variables that are set already take precedence. It must be called before
+    the libraries are imported.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     if not sys.stderr.isatty():

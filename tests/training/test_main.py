@@ -77,6 +77,21 @@ def test_only_what_is_missing_is_named_before_anything_is_read() -> None:
     assert done.stderr.startswith("depo-train evaluate: needs matplotlib; install it: ")
 
 
+@pytest.mark.parametrize(("variable", "disabled"), [({}, True), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, False)])
+def test_no_run_is_reported_unless_the_user_wants_it(
+    variable: dict[str, str], disabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    program = f"""
+import sys
+from depo_gateway.training.__main__ import main
+assert main(["calibrate", "--checkpoint", "x", "--outcomes", "y", "--out", "z"]) == 2
+from huggingface_hub import constants
+sys.exit(int(constants.HF_HUB_DISABLE_TELEMETRY is not {disabled}))
+"""
+    assert depo_train(program, **variable).returncode == 0
+
+
 def test_an_encoder_on_a_hub_that_is_not_there_is_one_line_in_seconds(tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
     table.write_text('{"question": "x", "correct": {"s": 1}}\n')
