@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--publish", action="store_true", help="point `current` beside --out at it: gateways that watch load it"
     )
-    parser.add_argument("--encoder", default=DEFAULT_ENCODER, help="Hugging Face name or directory (%(default)s)")
+    parser.add_argument(
+        "--encoder", default=DEFAULT_ENCODER, help="Hugging Face name or directory (%(default)s, shipped)"
+    )
     parser.add_argument(
         "--layers", type=int, default=5, help="number of the encoder's first layers to keep, 0: all (%(default)s)"
     )
