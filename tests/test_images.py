@@ -294,8 +294,9 @@ def test_fit_refresh_and_serve_without_a_network(training: Image, project: Path)
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("HF_")}
     done = subprocess.run(
         [*alone, training.directory / "bin" / "python", ROOT / ".ci" / "offline.py"],
-        cwd=project, env={**own, "OMP_NUM_THREADS": "1", "HOME": str(project)},
-        capture_output=True, text=True, timeout=600, check=False,
+        cwd=project,
+        env={**own, "OMP_NUM_THREADS": "1", "HOME": str(project), "PYTHONPYCACHEPREFIX": str(project / "pycache")},
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert ("NOT in a network namespace" in done.stdout) == (not alone), done.stdout
