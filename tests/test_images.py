@@ -291,7 +291,7 @@ def test_fit_refresh_and_serve_without_a_network(training: Image, project: Path)
     alone = ["unshare", "--map-root-user", "--net"]
     if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         alone = []
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("HF_")}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     done = subprocess.run(
         [*alone, training.directory / "bin" / "python", ROOT / ".ci" / "offline.py"],
         cwd=project,

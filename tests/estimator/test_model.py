@@ -106,6 +106,7 @@ def test_an_encoder_is_rounded_to_int8_only_where_it_will_be_stored_so(tiny_enco
 
 
 def test_a_part_of_the_pools_predicts_what_the_whole_does_for_them(tiny_encoder: Path) -> None:
+    torch.manual_seed(0)
     ids, mask = collate([Prepared((2, 5, 6, 3), False, ())])
     for wide, trunk in ((True, False), (True, True), (False, True), (False, False)):
         whole, _ = create_model(
