@@ -120,7 +120,7 @@ def train(settings: Mapping[str, str], *words: str, codes: tuple[int, ...] = (0,
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode in codes, (words, done.stdout, done.stderr)
     return done.stderr if done.returncode else done.stdout
