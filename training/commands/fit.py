@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 from depo_gateway.estimator import checkpoint, export
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration
+from depo_gateway.estimator.encoder import DEFAULT_ENCODER
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import WHOLE, LearnerConfig
-from depo_gateway.estimator.model import DEFAULT_ENCODER, Estimator, ModelConfig, create_model
+from depo_gateway.estimator.model import Estimator, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import POOLINGS, TextConfig
 from depo_gateway.estimator.vocabulary import narrow_tokenizer
@@ -71,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--publish", action="store_true", help="point `current` beside --out at it: gateways that watch load it"
     )
-    parser.add_argument("--encoder", default=DEFAULT_ENCODER, help="Hugging Face name or directory (%(default)s)")
+    parser.add_argument(
+        "--encoder", default=DEFAULT_ENCODER, help="Hugging Face name or directory (%(default)s, shipped)"
+    )
     parser.add_argument(
         "--layers", type=int, default=5, help="number of the encoder's first layers to keep, 0: all (%(default)s)"
     )
