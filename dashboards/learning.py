@@ -103,7 +103,7 @@ LABELS = Row(
         ),
         lines(
             "Order effects of a judging model",
-            "Pairs per hour that it graded in both orders. first, second: the winner depended on the position; where these"
+            "Pairs per hour that it graded in both orders. first, second: the position decided the winner; where these"
             " are a third of all, the judge is too weak.",
             (
                 zero(
