@@ -1,5 +1,6 @@
 """collect --judge: labels without references, by a scripted judging model or webhook on loopback."""
 
+import gc
 import json
 import re
 from collections.abc import Callable
@@ -224,7 +225,7 @@ def test_a_judge_that_can_not_judge_is_not_paid_for_all_prompts(
 
 
 def test_a_judge_that_is_down_ends_it_with_one_line(
-    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out.jsonl"
     assert judged(chats, out, "model=http://127.0.0.1:9") == 1
@@ -233,6 +234,8 @@ def test_a_judge_that_is_down_ends_it_with_one_line(
         with server(lambda body, calls, reply=reply: reply, ("umpire",)) as judge:  # type: ignore[misc]
             assert judged(chats, out, f"{url}={judge.url}") == 1
         said = capsys.readouterr().err
+        gc.collect()
+        assert not [entry for entry in caplog.records if entry.name == "asyncio"]  # "exception was never retrieved"
         assert said.startswith("the judge does not answer: ")
         assert f" answers {reply[0]}" in said
         assert said.endswith(f"; {out} is kept, and the same command continues it\n")
