@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         "examples": len(examples),
         **fit.settings,
         "held_out": nan_to_null(reports),
-        "fitted_on": fingerprints(questions),
+        "fitted_on": fingerprints(questions if fit.prior is not None and fit.prior.used else examples),
     }
     if fit.prior is not None:
         metrics["prior"] = asdict(fit.prior)

@@ -15,7 +15,7 @@ from depo_gateway.estimator.logistic import sigmoid
 
 COMPONENTS = 3  # at most; on GSM8K and MATH 20 were no better
 EASINESS_RIDGE, ABILITY_RIDGE = 0.3, 0.1  # in outcomes: keep what all models or none can do finite
-ROUNDS = 30  # of alternating Newton steps, each at most 1
+ROUNDS, TOLERANCE = 30, 0.01  # of alternating Newton steps, each at most 1; the last one moved nothing by more
 
 
 def question_factors(outcomes_QJ: Array) -> Array:
@@ -44,8 +44,12 @@ def fit_rasch(outcomes_QJ: Array) -> tuple[Array, Array]:
     mean = (known.sum(0) + 0.5) / (seen.sum(0) + 1.0)
     ability = np.log(mean / (1 - mean))
     for _ in range(ROUNDS):
-        easiness = easiness + _step(known, seen, easiness, ability, 1, EASINESS_RIDGE * easiness, EASINESS_RIDGE)
-        ability = ability + _step(known, seen, easiness, ability, 0, ABILITY_RIDGE * ability, ABILITY_RIDGE)
+        step_Q = _step(known, seen, easiness, ability, 1, EASINESS_RIDGE * easiness, EASINESS_RIDGE)
+        easiness = easiness + step_Q
+        step_J = _step(known, seen, easiness, ability, 0, ABILITY_RIDGE * ability, ABILITY_RIDGE)
+        ability = ability + step_J
+        if max(np.abs(step_Q).max(), np.abs(step_J).max()) < TOLERANCE:
+            break
     return easiness, ability
 
 
