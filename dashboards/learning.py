@@ -111,6 +111,20 @@ LABELS = Row(
             ),
             stacked=True,
         ),
+        lines(
+            "Order effects of a judging model",
+            "Pairs per hour that it graded in both orders. first, second: the winner depended on the position; where "
+            "these are a third of all, the judge is too weak.",
+            (
+                zero(
+                    f"3600 * sum by (favoured) (rate(learner_comparisons_total{{{L}}}[$__rate_interval]))",
+                    "favoured",
+                    "nothing yet",
+                ),
+                "{{favoured}}",
+            ),
+            stacked=True,
+        ),
     ],
 )
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from depo_gateway.estimator.records.types import Example as Example
     from depo_gateway.estimator.records.types import Record as Record
     from depo_gateway.estimator.runtime import Runtime as Runtime
-    from depo_gateway.training.rewards.verifiers import reward_function as reward_function
+    from depo_gateway.training.rewards.reward_functions import reward_function as reward_function
     from depo_gateway.training.rl.config import DepoConfig as DepoConfig
     from depo_gateway.training.rl.tickets import PromptSelector as PromptSelector
     from depo_gateway.training.rl.tickets import Ticket as Ticket
@@ -26,7 +26,7 @@ _MODULES = {
     "Record": "depo_gateway.estimator.records.types",
     "Runtime": "depo_gateway.estimator.runtime",
     "Ticket": "depo_gateway.training.rl.tickets",
-    "reward_function": "depo_gateway.training.rewards.verifiers",
+    "reward_function": "depo_gateway.training.rewards.reward_functions",
 }
 
 __all__ = [

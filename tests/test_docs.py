@@ -1,5 +1,6 @@
 """The documentation names what exists, and all of it."""
 
+import argparse
 import ast
 import dataclasses
 import re
@@ -15,6 +16,7 @@ from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway import config
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.openai.apis import APIS
+from depo_gateway.training.commands import collect
 from depo_gateway.training.online import settings as learner_settings
 from depo_gateway.training.online.metrics import LearnerMetrics
 from depo_gateway.training.rl.metrics import RunMetrics
@@ -92,6 +94,14 @@ def test_every_setting_of_the_learner_is_documented_and_no_other() -> None:
     table = table_of("learner")
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert {key for row in rows for key in re.findall(r"`([^`]+)`", row)} == known
+
+
+def test_every_flag_of_collect_is_documented_and_no_other() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    collect.add_arguments(parser)
+    table = OPERATIONS["collect"].split("## All flags")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `(--[a-z-]+)` \|", table, re.MULTILINE)
+    assert sorted(named) == sorted(flag for action in parser._actions for flag in action.option_strings)
 
 
 def test_every_metric_is_documented_with_its_labels() -> None:

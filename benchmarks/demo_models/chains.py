@@ -32,7 +32,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging
 
 from benchmarks.demo_models.gguf import write_gguf
-from depo_gateway.training.rewards.verifiers import VERIFIERS
+from depo_gateway.training.rewards.verifiers import Grader
 
 OPERATORS = "+-*"
 TRAFFIC = (5.0, 3.0, 2.0)  # the operators' weights in evaluation prompts
@@ -207,8 +207,8 @@ def passes(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
         **inputs, max_new_tokens=64, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
     )
     completions = tokenizer.batch_decode(output_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    number = VERIFIERS["number"]
-    return [number(text, answer_of(prompt)[-1]) for prompt, text in zip(prompts, completions, strict=True)]
+    pairs = [(text, answer_of(prompt)[-1]) for prompt, text in zip(prompts, completions, strict=True)]
+    return [reward or 0.0 for reward in Grader("number").grade(pairs)]
 
 
 def report(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> str:

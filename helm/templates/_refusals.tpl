@@ -247,7 +247,7 @@ learner.base is builtin, which scores two pools of {{ len .Values.config.pools }
 {{- if and (eq $kind "webhook") (not $judge.url) }}
 learner.config.judge is a webhook without an address: set learner.config.judge.url, where answers are posted.
 {{- end }}
-{{- range $name, $of := dict "pool" "model" "url" "webhook" "api_key_env" "webhook" }}
+{{- range $name, $of := dict "pool" "model" "rubric" "model" "max_tokens" "model" "url" "webhook" "api_key_env" "webhook" }}
 {{- if and (get $judge $name) (ne $kind $of) }}
 learner.config.judge.{{ $name }} is read by kind: {{ $of }} alone, and learner.config.judge.kind is {{ $kind }}: remove one.
 {{- end }}

@@ -164,6 +164,8 @@ def learner_takes(key: str, value: Any) -> bool:
     below: dict[str, Any] = {"pools": {name: GATEWAY_BASE["pools"]["small"]}, "records": {"url": "sqlite:///a"}}
     if key == "judge.pool" and value is not None:
         below |= nested("judge.kind", "model")
+    if key in ("judge.rubric", "judge.max_tokens") and value is not None:
+        below |= {"judge": {"kind": "model", "pool": "small"}}
     if key == "refresh.learn.newest":
         below |= nested("refresh.learn.min_labels", 20)
     elif key == "refresh.learn.min_labels":

@@ -35,7 +35,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from depo_gateway import __version__
 from depo_gateway.estimator import calibration, checkpoint
-from depo_gateway.training.rewards.verifiers import reward_function
+from depo_gateway.training.rewards.reward_functions import PairReward, reward_function
 from depo_gateway.training.rewards.worker_pool import RewardError
 from depo_gateway.training.rl import dataset, run_state
 from depo_gateway.training.rl import metrics as run_metrics
@@ -278,6 +278,10 @@ def build_trainer(arguments: RlArguments, config: DepoConfig, model: ModelConfig
             arguments.system_prompt,
             bool(tokenizer.chat_template) and not arguments.plain_prompts,
         )
+        if not config.process_index and "answer" in rows.column_names:
+            for reward in rewards:
+                if isinstance(reward, PairReward):
+                    reward.check_references(rows["answer"])
     given = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     quantized = get_quantization_config(model)
     if quantized is not None:

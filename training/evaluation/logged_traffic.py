@@ -12,7 +12,8 @@ import argparse
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,19 @@ class LoggedTraffic:
         free = self.free
         numbers = np.unique(self.conversation[free], return_inverse=True)[1]
         return Logs(self.pool[free], self.propensity[free], self.observed[free], predicted[free], numbers)
+
+    def select(self, rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> LoggedTraffic:
+        """The records in `rows` (N,), their conversations renumbered."""
+        arrays = ("observed", "token", "pool", "propensity", "free", "tokens")
+        records, texts = tuple(compress(self.records, rows.tolist())), tuple(compress(self.texts, rows.tolist()))
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in arrays},
+            records=records,
+            texts=texts,
+            conversation=np.unique(self.conversation[rows], return_inverse=True)[1],
+            not_free=_count_not_free(records, self.pools),
+        )
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, outcomes: str) -> None:
@@ -130,7 +144,7 @@ def traffic_of(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextC
         record_tokens([item.record for item in usable]),
         np.unique(np.array(conversations, dtype=object).astype(str), return_inverse=True)[1],
         unused,
-        dict(Counter(filter(None, reasons))),
+        _count_not_free([item.record for item in usable], pools),
     )
 
 
@@ -172,6 +186,10 @@ def _unusable(record: Record, pools: tuple[str, ...]) -> str:
     if record.pool not in pools:
         return "of a pool that the checkpoint does not score"
     return ""
+
+
+def _count_not_free(records: Sequence[Record], pools: tuple[str, ...]) -> dict[str, int]:
+    return dict(Counter(filter(None, (_not_free(record, pools) for record in records))))
 
 
 def _not_free(record: Record, pools: tuple[str, ...]) -> str:

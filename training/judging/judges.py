@@ -1,7 +1,8 @@
 """The judges, which score the answers that pools gave to a record: by a reference, by a model, or by a webhook.
 
 A judge takes a record and {pool: text} and returns {pool: quality in [0, 1]}, only for pools on whose answer it has a
-verdict. A pool without a verdict gets no label, which is not the same as quality 0.
+verdict. A pool without a verdict gets no label, which is not the same as quality 0. The learner's labels and those of
+`depo-train collect --judge` come from these judges.
 """
 
 import asyncio
@@ -24,15 +25,16 @@ from depo_gateway.training.judging.openai_client import (
     retry,
     together,
 )
+from depo_gateway.training.judging.order_effects import Grades
 from depo_gateway.training.judging.pool_client import MISCONFIGURED, PoolClient
 from depo_gateway.training.judging.rubric import (
     BEST_GRADE,
     parse_grades,
     request_text,
     rubric_prompt,
-    without_reasoning,
 )
-from depo_gateway.training.rewards.verifiers import Grader, exact
+from depo_gateway.training.rewards.exact import grade_exact
+from depo_gateway.training.rewards.verifiers import Grader
 from depo_gateway.training.rewards.worker_pool import RewardError
 
 WEBHOOK_TRIES = 3
@@ -52,6 +54,8 @@ class JudgeConfig:
     url: str | None = None  # webhook
     api_key_env: str | None = None  # webhook: the environment variable with its bearer token
     timeout_s: float = 30.0  # one verdict
+    rubric: str | None = None  # model: the criteria of a grade; None: CRITERIA of rubric.py
+    max_tokens: int | None = None  # model: of a verdict, reasoning included; None: VERDICT_TOKENS
 
 
 OpenJudge = Callable[[JudgeConfig, aiohttp.ClientSession, PoolClient], AbstractAsyncContextManager[Judge]]
@@ -73,9 +77,7 @@ async def open_math(config: JudgeConfig, session: aiohttp.ClientSession, pools: 
 @asynccontextmanager
 async def open_model(config: JudgeConfig, session: aiohttp.ClientSession, pools: PoolClient) -> AsyncIterator[Judge]:
     """A pool grades each pair of answers by the rubric."""
-    assert config.pool is not None  # the settings were checked
-    pool = config.pool
-    yield lambda record, answers: _judge_by_model(pools, pool, record, answers)
+    yield lambda record, answers: _judge_by_model(pools, config, record, answers)
 
 
 @asynccontextmanager
@@ -87,7 +89,8 @@ async def open_webhook(config: JudgeConfig, session: aiohttp.ClientSession, pool
 async def _judge_exact(record: Record, answers: Mapping[str, str]) -> Mapping[str, float]:
     if record.reference is None:
         return {}
-    return {pool: exact(without_reasoning(text), record.reference) for pool, text in answers.items()}
+    verdicts = {pool: grade_exact(text, record.reference) for pool, text in answers.items()}
+    return {pool: verdict.reward for pool, verdict in verdicts.items() if verdict.reward is not None}
 
 
 async def _judge_math(grader: Grader, record: Record, answers: Mapping[str, str]) -> Mapping[str, float]:
@@ -102,7 +105,7 @@ async def _judge_math(grader: Grader, record: Record, answers: Mapping[str, str]
 
 
 async def _judge_by_model(
-    pools: PoolClient, judge: str, record: Record, answers: Mapping[str, str]
+    pools: PoolClient, config: JudgeConfig, record: Record, answers: Mapping[str, str]
 ) -> Mapping[str, float]:
     """Each pair is graded in both orders; a pool's quality is its mean grade over the best grade.
 
@@ -113,20 +116,29 @@ async def _judge_by_model(
     request = request_text(record)
     for one, other in itertools.combinations(answers, 2):
         straight, swapped = await together(
-            _verdict(pools, judge, request, answers[one], answers[other]),
-            _verdict(pools, judge, request, answers[other], answers[one]),
+            _verdict(pools, config, request, answers[one], answers[other]),
+            _verdict(pools, config, request, answers[other], answers[one]),
         )
         if straight is not None and swapped is not None:
+            pools.metrics.count_comparison(straight, swapped)
             grades.setdefault(one, []).append((straight[0] + swapped[1]) / 2)
             grades.setdefault(other, []).append((straight[1] + swapped[0]) / 2)
     return {pool: sum(values) / len(values) / BEST_GRADE for pool, values in grades.items()}
 
 
-async def _verdict(pools: PoolClient, judge: str, request: str, first: str, second: str) -> tuple[float, float] | None:
-    text = rubric_prompt(request, first, second)
-    parameters = {"temperature": 0, "max_tokens": VERDICT_TOKENS}
-    reply = await pools.ask(judge, [{"role": "user", "content": text}], parameters, VERDICT_TOKENS)
+async def _verdict(pools: PoolClient, config: JudgeConfig, request: str, first: str, second: str) -> Grades | None:
+    assert config.pool is not None  # the settings were checked
+    text = rubric_prompt(request, first, second, config.rubric)
+    most = verdict_tokens(config)
+    reply = await pools.ask(
+        config.pool, [{"role": "user", "content": text}], {"temperature": 0, "max_tokens": most}, most
+    )
     return None if reply is None else parse_grades(reply.text)
+
+
+def verdict_tokens(config: JudgeConfig) -> int:
+    """The most tokens of a model's verdict."""
+    return config.max_tokens or VERDICT_TOKENS
 
 
 async def _judge_by_webhook(
@@ -146,17 +158,17 @@ async def _judge_by_webhook(
             try:
                 return webhook_scores(reply.content, answers)
             except ValueError as error:
-                log.warning("judge.url: %s; the record has no label", error)
+                log.warning("the judge's webhook: %s; the record has no label", error)
                 return {}
         if reply.status in BUSY | MISCONFIGURED:
             raise AttemptError(f"answers {reply.status}")
-        log.warning("judge.url answers %d; the record has no label", reply.status)
+        log.warning("the judge's webhook answers %d; the record has no label", reply.status)
         return {}
 
     try:
         return await retry(attempt, WEBHOOK_TRIES)
     except NoAnswerError as error:
-        raise NoAnswerError(f"judge.url {error}") from None
+        raise NoAnswerError(f"the judge's webhook {error}") from None
 
 
 def webhook_scores(content: bytes, answers: Mapping[str, str]) -> Mapping[str, float]:

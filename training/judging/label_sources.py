@@ -24,6 +24,7 @@ from depo_gateway.training.judging.judges import (
     open_webhook,
 )
 from depo_gateway.training.judging.pool_client import PoolClient
+from depo_gateway.training.judging.rubric import without_reasoning
 
 NO_JUDGE = "none"  # judge.kind: labels hold token confidence alone
 SILENT_RECORDS = 50  # judged records in a row without a verdict, after which a warning is logged
@@ -58,6 +59,10 @@ def _check_model(config: JudgeConfig, pools: Collection[str]) -> None:
         known = ", ".join(pools) or "none are configured"
         given = "" if config.pool is None else f", not {config.pool!r}"
         raise ValueError(f"judge.kind: model requires judge.pool, the pool that judges{given}; the pools are: {known}")
+    if config.max_tokens is not None:
+        at_least(config.max_tokens, 16, "judge.max_tokens")
+    if config.rubric is not None and not config.rubric.strip():
+        raise ValueError("judge.rubric is empty; write the criteria of a grade, or leave it out")
 
 
 def _check_webhook(config: JudgeConfig, pools: Collection[str]) -> None:
@@ -84,10 +89,10 @@ SOURCES: dict[str, LabelSource] = {
             False,
             50,
             open_model,
-            ("pool",),
+            ("pool", "rubric", "max_tokens"),
             _check_model,
             silence="the pool {pool} does not reply with the requested JSON object, perhaps because the model is too"
-            " small, or there are never two pools' answers to compare",
+            " small or judge.max_tokens cuts its reasoning off, or there are never two pools' answers to compare",
         ),
         LabelSource(
             "webhook",
@@ -116,7 +121,7 @@ def check_judge(config: JudgeConfig, pools: Collection[str]) -> None:
     source = SOURCES.get(config.kind)
     if source is not None and source.check is not None:
         source.check(config, pools)
-    for key in ("pool", "url", "api_key_env"):
+    for key in ("pool", "url", "api_key_env", "rubric", "max_tokens"):
         if getattr(config, key) is not None and (source is None or key not in source.keys):
             kinds = " or ".join(other.name for other in SOURCES.values() if key in other.keys)
             raise ValueError(f"judge.{key} is read by kind: {kinds} alone, and judge.kind is {config.kind}")
@@ -163,14 +168,16 @@ async def _no_verdict(record: Record, answers: Mapping[str, str]) -> Mapping[str
 
 
 def _watched(judge: Judge, source: LabelSource, config: JudgeConfig, count_verdict: Callable[[str], None]) -> Judge:
-    """The judge, its verdicts counted, with a warning once it has had none for long."""
+    """The judge, which sees answers without the model's reasoning; its verdicts counted, with a warning once it has had
+    none for long.
+    """
     silent = 0  # records in a row
 
     async def watched(record: Record, answers: Mapping[str, str]) -> Mapping[str, float]:
         nonlocal silent
         if not answers:
             return {}
-        verdict = await judge(record, answers)
+        verdict = await judge(record, {pool: without_reasoning(text) for pool, text in answers.items()})
         count_verdict("labelled" if verdict else "none")
         if verdict and silent >= SILENT_RECORDS:
             log.info("the judge (judge.kind: %s) has a verdict again", config.kind)

@@ -30,6 +30,7 @@ from depo_gateway.training.judging.openai_client import (
     retry,
     token_confidence,
 )
+from depo_gateway.training.judging.order_effects import Grades
 
 POOL_TRIES = 3
 QUEUE_LENGTH_SECONDS = 2.0  # for so long a backend's queue length is not read again
@@ -61,6 +62,8 @@ class CallMetrics(Protocol):
 
     def report_refused_priority(self, pool: str) -> None: ...
 
+    def count_comparison(self, straight: Grades, swapped: Grades) -> None: ...  # a judge's, in both orders
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -91,7 +94,8 @@ class PoolClient:
         self.pools = pools
         self.spent_tokens = 0  # since this object was made
         self.spent = 0.0  # since this object was made, in the unit of pools.*.cost
-        self._session, self._metrics, self._priority = session, metrics, priority
+        self.metrics = metrics
+        self._session, self._priority = session, priority
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(5.0, timeout_s))
         self._turn = itertools.count()
         self._refused: set[tuple[str, str]] = set()  # (url, field)
@@ -121,9 +125,9 @@ class PoolClient:
         try:
             reply = await retry(attempt, POOL_TRIES)
         except NoAnswerError as error:
-            self._metrics.count_call(pool, "failed")
+            self.metrics.count_call(pool, "failed")
             raise NoAnswerError(f"pool {pool}: {backend.url} {error}") from None
-        self._metrics.count_call(pool, "refused" if reply is None else "ok")
+        self.metrics.count_call(pool, "refused" if reply is None else "ok")
         return reply
 
     async def waiting(self, pool: str) -> float:
@@ -158,7 +162,7 @@ class PoolClient:
             return
         self._refused.add((url, field))
         if field == "priority":
-            self._metrics.report_refused_priority(pool)
+            self.metrics.report_refused_priority(pool)
             log.warning(
                 "%s refuses shadow.priority: shadow calls queue with the same priority as client requests; start that "
                 "vLLM with --scheduling-policy priority",
@@ -176,7 +180,7 @@ class PoolClient:
         self.spent_tokens += tokens
         cost = tokens * config.cost / 1000
         self.spent += cost
-        self._metrics.add_cost(cost)
+        self.metrics.add_cost(cost)
 
     async def _waiting_at(self, backend: BackendConfig) -> float:
         url = base_url(backend.url) + "/metrics"

@@ -11,6 +11,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 from depo_gateway.estimator.held_publish import HeldPublish
+from depo_gateway.training.judging.order_effects import Grades, order_effect
 from depo_gateway.training.online.spend_ledger import Spent
 
 STALE_SECONDS = 180.0  # a loop without a heartbeat for so long counts as dead
@@ -53,6 +54,12 @@ class LearnerMetrics:
             "learner_verdicts_total",
             "Records judged, by whether the judge had a verdict",
             ["outcome"],
+            registry=registry,
+        )
+        self.comparisons = Counter(
+            "learner_comparisons_total",
+            "Pairs of answers that a judging model graded in both orders, by the position that decided its verdict",
+            ["favoured"],
             registry=registry,
         )
         self.refreshes = Counter(
@@ -104,6 +111,8 @@ class LearnerMetrics:
         # These start at 0: Prometheus sees no increase of a counter that appears with its first event.
         for verdict in ("published", "held", "refused", "failed"):
             self.refreshes.labels(verdict)
+        for position in ("none", "first", "second"):
+            self.comparisons.labels(position)
         for part in ("records", "shadow", "refresh", "disk"):
             self.errors.labels(part)
         self.info = Gauge("learner_info", "The checkpoint that `current` names", ["version"], registry=registry)
@@ -129,6 +138,9 @@ class LearnerMetrics:
 
     def add_cost(self, cost: float) -> None:
         self.shadow_cost.inc(cost)
+
+    def count_comparison(self, straight: Grades, swapped: Grades) -> None:
+        self.comparisons.labels(order_effect(straight, swapped)).inc()
 
     def report_refused_priority(self, pool: str) -> None:
         self.priority_refused.labels(pool).set(1)

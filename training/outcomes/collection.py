@@ -1,36 +1,17 @@
-"""Prompts -> graded completions of every pool, one outcome row a prompt."""
+"""Prompts -> labelled completions of every pool, one outcome row a prompt."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from depo_gateway.training.outcomes.sampling_client import (
-    Backend,
-    BackendError,
-    Outcome,
-    Refusal,
-    Sampling,
-    sample_outcome,
-)
-from depo_gateway.training.outcomes.table_file import json_lines, prompt_key
-from depo_gateway.training.rewards.worker_pool import RewardError
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One line of the prompts file."""
-
-    messages: tuple[Mapping[str, Any], ...]
-    reference: str
-    row: Mapping[str, Any]  # the fields that the outcome row repeats: question or messages, group, source
-
-    @property
-    def key(self) -> str:
-        return prompt_key(self.row)
+from depo_gateway.training.judging.spend_cap import SpentError
+from depo_gateway.training.outcomes.completions import ModelLabel, mean_confidence
+from depo_gateway.training.outcomes.labelling import Labeller
+from depo_gateway.training.outcomes.prompts import Prompt
+from depo_gateway.training.outcomes.sampling_client import Backend, Refusal, Sampling, sample_completions
+from depo_gateway.training.outcomes.table_file import COMPLETIONS
 
 
 async def collect_outcomes(
@@ -38,42 +19,49 @@ async def collect_outcomes(
     backends: Sequence[Backend],
     prompts: Sequence[Prompt],
     sampling: Sampling,
+    label: Labeller,
     concurrency: int,
     refusals: dict[str, list[str]],
 ) -> AsyncIterator[dict[str, Any]]:
-    """Rows as they are finished, in no order. A prompt without a graded completion of any backend gives no row.
+    """Rows as they are finished, in no order. A prompt that every backend refuses, and one that the judge did not
+    answer, give no row; one whose completions all have no label gives a row with their counts alone.
 
     Args:
         refusals: by model, the messages of its refusals; appended to.
+
+    Raises:
+        BackendError, RewardError, JudgeError: it cannot go on.
+        SpentError: the judge's cap is used up; the rows of all prompts in progress came before.
     """
     gates = {backend.pool: asyncio.Semaphore(concurrency) for backend in backends}
     waiting = iter(prompts)
+    spent: SpentError | None = None
 
     async def row_of(prompt: Prompt) -> dict[str, Any] | None:
-        async with asyncio.TaskGroup() as group:
-            tasks = {
-                backend.model: group.create_task(
-                    sample_outcome(session, gates[backend.pool], backend, prompt.messages, prompt.reference, sampling)
-                )
-                for backend in backends
-            }
-        graded: dict[str, Outcome] = {}
-        for name, task in tasks.items():
-            result = task.result()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {
+                    backend.model: group.create_task(
+                        sample_completions(session, gates[backend.pool], backend, prompt.messages, sampling)
+                    )
+                    for backend in backends
+                }
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        results = {name: task.result() for name, task in tasks.items()}
+        for name, result in results.items():
             if isinstance(result, Refusal):
                 refusals.setdefault(name, []).append(result.message)
-            elif result.correct is not None:
-                graded[name] = result
-        if not graded:
+        completions = {name: result for name, result in results.items() if not isinstance(result, Refusal)}
+        labels = await label(prompt, completions) if completions else None
+        if labels is None:
             return None
-        row = {**prompt.row, "correct": {name: result.correct for name, result in graded.items()}}
-        confidence = {name: r.token_confidence for name, r in graded.items() if r.token_confidence is not None}
-        return {**row, "token_confidence": confidence} if confidence else row
+        return _row(prompt, labels, {name: mean_confidence(some) for name, some in completions.items()})
 
     running: set[asyncio.Task[dict[str, Any] | None]] = set()
     try:
         while True:
-            while len(running) < 2 * concurrency and (prompt := next(waiting, None)) is not None:
+            while spent is None and len(running) < 2 * concurrency and (prompt := next(waiting, None)) is not None:
                 running.add(asyncio.create_task(row_of(prompt)))
             if not running:
                 break
@@ -81,37 +69,23 @@ async def collect_outcomes(
             for task in finished:
                 try:
                     row = task.result()
-                except* (BackendError, RewardError) as group:
-                    raise group.exceptions[0] from None
+                except SpentError as error:
+                    spent, row = error, None
                 if row is not None:
                     yield row
     finally:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+    if spent is not None:
+        raise spent
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The distinct prompts of a JSON-lines file, in order. ValueError names file and line."""
-    prompts: dict[str, Prompt] = {}
-    for number, record in json_lines(path):
-        place = f"{path}, line {number}"
-        has = [name for name in ("question", "messages") if name in record]
-        if len(has) != 1:
-            raise ValueError(f'{place}: needs either "question" or "messages"')
-        content = record[has[0]]
-        if has == ["question"] and not (isinstance(content, str) and content.strip()):
-            raise ValueError(f'{place}: "question" must be a text')
-        if has == ["messages"] and not (
-            isinstance(content, list) and content and all(isinstance(turn, dict) and "role" in turn for turn in content)
-        ):
-            raise ValueError(f'{place}: "messages" must be a list of OpenAI messages')
-        if not isinstance(record.get("answer"), str | int | float) or isinstance(record["answer"], bool):
-            raise ValueError(f'{place}: needs "answer", the reference that completions are graded against')
-        messages = content if has == ["messages"] else [{"role": "user", "content": content}]
-        row: dict[str, Any] = {name: record[name] for name in (has[0], "group", "source") if name in record}
-        prompt = Prompt(tuple(messages), str(record["answer"]), row)
-        prompts.setdefault(prompt.key, prompt)
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts")
-    return list(prompts.values())
+def _row(prompt: Prompt, labels: Mapping[str, ModelLabel], confidence: Mapping[str, float | None]) -> dict[str, Any]:
+    """The row of an outcome table."""
+    qualities = {name: label.quality for name, label in labels.items() if label.quality is not None}
+    confidences = {name: confidence[name] for name in labels if confidence[name] is not None}
+    row = {**prompt.row, "correct": qualities}
+    if confidences:
+        row["token_confidence"] = confidences
+    return {**row, COMPLETIONS: {name: dict(label.counts) for name, label in labels.items()}}

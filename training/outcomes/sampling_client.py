@@ -1,9 +1,9 @@
-"""Client by which `depo-train collect` samples k graded completions of one pool's OpenAI server."""
+"""Client by which `depo-train collect` samples k completions of one pool's OpenAI server."""
 
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -12,18 +12,17 @@ from depo_gateway.training.judging.openai_client import (
     BUSY,
     AttemptError,
     NoAnswerError,
-    base_url,
     error_text,
-    mean,
     post_json,
     retry,
     token_confidence,
 )
-from depo_gateway.training.rewards.verifiers import Grader
-from depo_gateway.training.rewards.worker_pool import RewardError
+from depo_gateway.training.outcomes.completions import ABORTED, CUT_OFF, Completion
+from depo_gateway.training.rewards.reasoning import final_text
 
 SAMPLING_TRIES = 6  # the waits between them sum to 15 s, in which a backend may restart
 PROBE_SECONDS = 60.0
+ABORTS = frozenset({"abort", "error"})  # finish reasons of vLLM and SGLang: the server gave the completion up
 Messages = Sequence[Mapping[str, Any]]
 SIMPLEST: Messages = ({"role": "user", "content": "1+1="},)
 
@@ -40,18 +39,18 @@ class Backend:
     url: str  # without /v1
     model: str
     headers: Mapping[str, str]
+    extra_body: Mapping[str, Any] = field(default_factory=dict)  # further fields of each request
     many: bool = True  # takes n > 1
     logprobs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn and graded."""
+    """How completions are drawn."""
 
     k: int
     temperature: float
     max_tokens: int
-    grader: Grader
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,43 +60,18 @@ class Refusal:
     message: str  # the server's
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One model on one prompt: pass rate, and the mean over completions of exp(mean token log-probability)."""
-
-    correct: float | None  # over the completions that could be graded
-    token_confidence: float | None
-
-
-async def sample_outcome(
-    session: aiohttp.ClientSession,
-    gate: asyncio.Semaphore,
-    backend: Backend,
-    messages: Messages,
-    reference: str,
-    sampling: Sampling,
-) -> Outcome | Refusal:
-    """k completions, graded.
-
-    Raises:
-        BackendError: it does not answer the simplest chat either.
-        RewardError: the verifier is a function of the user's and failed.
-    """
+async def sample_completions(
+    session: aiohttp.ClientSession, gate: asyncio.Semaphore, backend: Backend, messages: Messages, sampling: Sampling
+) -> list[Completion] | Refusal:
+    """k completions. Raises BackendError where it does not answer the simplest chat either."""
     sizes = [sampling.k] if backend.many else [1] * sampling.k
     batches = await asyncio.gather(*(_sample(session, gate, backend, messages, sampling, size) for size in sizes))
-    choices: list[Mapping[str, Any]] = []
+    completions: list[Completion] = []
     for batch in batches:
         if isinstance(batch, Refusal):
             return batch
-        choices += batch
-    pairs = [(choice["message"].get("content") or "", reference) for choice in choices]
-    rewards = await asyncio.to_thread(sampling.grader.grade, pairs)
-    graded = [reward for reward in rewards if reward is not None]
-    outside = [reward for reward in graded if not 0 <= reward <= 1]
-    if outside:
-        raise RewardError(f"the verifier {sampling.grader.name} gave {outside[0]:g}; an outcome is between 0 and 1")
-    confidences = [value for choice in choices if (value := token_confidence(choice)) is not None]
-    return Outcome(mean(graded) if graded else None, round(mean(confidences), 4) if confidences else None)
+        completions += batch
+    return completions
 
 
 async def _sample(
@@ -107,8 +81,8 @@ async def _sample(
     messages: Messages,
     sampling: Sampling,
     count: int,
-) -> Sequence[Mapping[str, Any]] | Refusal:
-    """The choices of one request for `count` completions."""
+) -> list[Completion] | Refusal:
+    """The completions of one request for `count`."""
     async with gate:
         try:
             status, answer = await complete_chat(session, backend, sampling_request(backend, messages, sampling, count))
@@ -118,8 +92,40 @@ async def _sample(
             return Refusal(str(error))
     if status != 200:
         return Refusal(f"{status} {error_text(answer)}")
-    choices: Sequence[Mapping[str, Any]] = answer["choices"]
-    return choices
+    return completions_of(answer)
+
+
+def completions_of(answer: Mapping[str, Any]) -> list[Completion]:
+    """The completions in a chat's answer.
+
+    vLLM's `--reasoning-parser` puts reasoning into another field of the message (`reasoning`; before 0.11.1
+    `reasoning_content`), and its log-probabilities are of all tokens, reasoning included. Only the content is graded.
+    """
+    choices = answer["choices"]
+    lengths = [len((choice.get("logprobs") or {}).get("content") or []) for choice in choices]
+    total = (answer.get("usage") or {}).get("completion_tokens")
+    if isinstance(total, int) and total > sum(lengths):  # it counts tokens without log-probabilities, too
+        if len(choices) == 1:
+            lengths = [total]
+        elif all(lengths):  # llama.cpp counts one choice alone, which is less than the sum
+            lengths = [round(length * total / sum(lengths)) for length in lengths]
+    return [
+        Completion(
+            choice["message"].get("content") or "",
+            _end(choice),
+            token_confidence(choice),
+            length or None,
+        )
+        for choice, length in zip(choices, lengths, strict=True)
+    ]
+
+
+def _end(choice: Mapping[str, Any]) -> str:
+    """Why a completion did not finish; "" if it did. A server that gives no reason may stop inside the reasoning."""
+    reason = choice.get("finish_reason")
+    if reason == "length" or (not reason and final_text(choice["message"].get("content") or "") is None):
+        return CUT_OFF
+    return ABORTED if reason in ABORTS else ""
 
 
 def sampling_request(backend: Backend, messages: Messages, sampling: Sampling, count: int) -> dict[str, Any]:
@@ -133,36 +139,39 @@ def sampling_request(backend: Backend, messages: Messages, sampling: Sampling, c
         body["n"] = count
     if backend.logprobs:
         body |= {"logprobs": True, "top_logprobs": 1}
-    return body
+    return {**body, **backend.extra_body}
 
 
-async def connect(
-    session: aiohttp.ClientSession,
-    pool: str,
-    url: str,
-    wanted: str | None,
-    key_variable: str | None,
-    sampling: Sampling,
-) -> Backend:
-    """The backend at `url`: its model, and which fields it supports. BackendError where nothing answers."""
-    base = base_url(url)
-    headers = {}
-    if key_variable is not None:
-        if key_variable not in os.environ:
-            raise ValueError(f"--api-key-env {pool}: the environment has no {key_variable}")
-        headers["Authorization"] = f"Bearer {os.environ[key_variable]}"
+def key_headers(flag: str, variable: str | None) -> dict[str, str]:
+    """The headers with the API key in an environment variable. ValueError names the flag where it is not set."""
+    if variable is None:
+        return {}
+    if variable not in os.environ:
+        raise ValueError(f"{flag}: the environment has no {variable}")
+    return {"Authorization": f"Bearer {os.environ[variable]}"}
+
+
+async def served_model(
+    session: aiohttp.ClientSession, name: str, base: str, wanted: str | None, headers: Mapping[str, str], flag: str
+) -> str:
+    """The model that the server at `base` serves. `flag`: how the user chooses among several.
+
+    Raises:
+        BackendError: nothing answers there.
+        ValueError: it serves several models, or not the wanted one.
+    """
     try:
         async with session.get(f"{base}/v1/models", headers=headers) as response:
             if response.status != 200:
-                raise BackendError(f"{pool}: {base}/v1/models answers {response.status}")
-            models = [entry["id"] for entry in (await response.json(content_type=None))["data"]]
+                raise BackendError(f"{name}: {base}/v1/models answers {response.status}")
+            models: list[str] = [entry["id"] for entry in (await response.json(content_type=None))["data"]]
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
-        raise BackendError(f"{pool}: no OpenAI server at {base} ({str(error) or type(error).__name__})") from None
+        raise BackendError(f"{name}: no OpenAI server at {base} ({str(error) or type(error).__name__})") from None
     if wanted is None and len(models) != 1:
-        raise ValueError(f"{pool}: {base} serves {', '.join(models) or 'no model'}; choose by --model {pool}=NAME")
+        raise ValueError(f"{name}: {base} serves {', '.join(models) or 'no model'}; choose by {flag}")
     if wanted is not None and wanted not in models:
-        raise ValueError(f"{pool}: {base} serves {', '.join(models)}, not {wanted!r}")
-    return await probe(session, Backend(pool, base, wanted or models[0], headers), sampling)
+        raise ValueError(f"{name}: {base} serves {', '.join(models)}, not {wanted!r}")
+    return wanted or models[0]
 
 
 async def probe(session: aiohttp.ClientSession, backend: Backend, sampling: Sampling) -> Backend:
@@ -173,7 +182,7 @@ async def probe(session: aiohttp.ClientSession, backend: Backend, sampling: Samp
     reason = ""
     for logprobs in (True, False):
         for many in (True, False) if sampling.k > 1 else (True,):
-            trial = Backend(backend.pool, backend.url, backend.model, backend.headers, many, logprobs)
+            trial = replace(backend, many=many, logprobs=logprobs)
             count = sampling.k if many else 1
             status, answer = await complete_chat(session, trial, sampling_request(trial, SIMPLEST, sampling, count))
             if status == 200 and len(answer["choices"]) == count:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from depo_gateway.estimator.heads import ORIGINAL, head_names
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import prompt_of_messages
+from depo_gateway.training.outcomes.completions import MOST_CUT_OFF, CompletionCounts, check_counts
+from depo_gateway.training.outcomes.table_file import COMPLETIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Row:
     group: str
     source: str
     others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # labels of further heads, by head
+    completions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # counts by outcome, by model
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +87,17 @@ def _row(line: str, place: str, stem: str) -> Row:
     if not question.strip():
         raise ValueError(f"{place}: the question is empty")
     correct = _labels(raw.get("correct"), place, "correct")
-    if not correct:
+    completions = raw.get(COMPLETIONS, {})
+    try:
+        check_counts(completions)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if not correct and not completions:  # a row with counts alone: no completion of the prompt has a label
         raise ValueError(f"{place}: correct must name at least one model")
     token_confidence = _labels(raw.get("token_confidence", {}), place, "token_confidence")
     group, source = (_name(raw.get(name), place, name) for name in ("group", "source"))
     others = {head: _labels(raw[head], place, head) for head in head_names() if head not in ORIGINAL and head in raw}
-    return Row(_clean(question), _clean(context), correct, token_confidence, group, source or stem, others)
+    return Row(_clean(question), _clean(context), correct, token_confidence, group, source or stem, others, completions)
 
 
 def _clean(text: str) -> str:
@@ -126,6 +134,31 @@ def read_tables(paths: Sequence[Path]) -> list[Row]:
     if not rows:
         raise ValueError(f"no rows in {', '.join(map(str, paths))}")
     return rows
+
+
+def cut_off_models(rows: Sequence[Row], pools: Pools) -> str:
+    """Which pools' models had more than MOST_CUT_OFF of their completions cut off, in words; "" if none, as far as
+    the rows tell. Labels leave such completions out, and they are mostly of hard prompts.
+    """
+    found = []
+    for name, models in zip(pools.names, pools.models, strict=True):
+        for model in models:
+            counts = CompletionCounts()
+            for row in rows:
+                counts.add(row.completions.get(model, {}))
+            if counts.cut_off > MOST_CUT_OFF:
+                found.append(f"{counts.cut_off:.0%} of the completions of {model} (pool {name})")
+    return " and ".join(found)
+
+
+def check_cut_off(rows: Sequence[Row], pools: Pools, command: str) -> None:
+    """Raises ValueError where cut_off_models names any."""
+    found = cut_off_models(rows, pools)
+    if found:
+        raise ValueError(
+            f"{found} were cut off before their end, and the labels leave them out, most of them of hard prompts:"
+            f" collect again with a higher --max-tokens, or {command} with --allow-cut-off"
+        )
 
 
 def question_key(question: str) -> str:

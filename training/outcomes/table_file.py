@@ -13,7 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from depo_gateway.training.outcomes.completions import check_counts
+
 Rows = dict[str, dict[str, Any]]
+REQUIRED_SETTINGS = {"k", "temperature", "verifier", "max_tokens", "models"}
+EXTRA_BODY = "extra_body"  # the setting that is there only if requests had further fields
+COMPLETIONS = "completions"  # a row's field that counts each model's completions by outcome; version 0.1 wrote none
 
 
 @contextmanager
@@ -94,8 +99,14 @@ def _rows_of(content: bytes, path: Path) -> Rows:
     for number, row in _objects(content, path):
         correct = row.get("correct")
         rates = list(correct.values()) if isinstance(correct, dict) else []
-        graded = rates and all(isinstance(rate, int | float) and 0 <= rate <= 1 for rate in rates)
-        if not graded or not ("question" in row or "messages" in row):
+        graded = all(isinstance(rate, int | float) and 0 <= rate <= 1 for rate in rates)
+        counted = COMPLETIONS in row and isinstance(correct, dict)
+        if counted:
+            try:
+                check_counts(row[COMPLETIONS])
+            except ValueError:
+                counted = graded = False
+        if not graded or not (rates or counted) or not ("question" in row or "messages" in row):
             raise ValueError(f"{path}, line {number}: not a row of an outcome table; give --out a new file")
         rows[prompt_key(row)] = row
     return rows
@@ -110,17 +121,18 @@ def _check_settings(path: Path, rows: Rows, settings: Mapping[str, Any]) -> None
             before = json.loads(place.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             before = {}
-        if not isinstance(before, dict) or set(before) != set(settings) or not isinstance(before["models"], list):
+        known = isinstance(before, dict) and REQUIRED_SETTINGS <= set(before) <= REQUIRED_SETTINGS | {EXTRA_BODY}
+        if not known or not isinstance(before["models"], list):
             raise ValueError(f"{place} is not the settings of a table; move it away, or give --out a new file")
     elif rows:
         before = {**settings, "models": sorted({name for row in rows.values() for name in row["correct"]})}
     if rows and before != settings:
         differences = [
-            f"from {', '.join(map(str, before[name]))}, not from {', '.join(map(str, value))}"
+            f"from {', '.join(map(str, before[name]))}, not from {', '.join(map(str, settings[name]))}"
             if name == "models"
-            else f"with {name} {before[name]}, not {value}"
-            for name, value in settings.items()
-            if before[name] != value
+            else f"with {name} {before.get(name, 'none')}, not {settings.get(name, 'none')}"
+            for name in {**settings, **before}
+            if before.get(name) != settings.get(name)
         ]
         raise ValueError(
             f"{path} was collected {' and '.join(differences)}: give --out another file, or use the settings of before"

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from depo_gateway.training.rewards.import_path import import_callable, one_line
+from depo_gateway.training.rewards.verdicts import FAILURE, GRADED, TIMEOUT, RewardVerdict
 
 START_SECONDS = 120.0  # to import the verifier's module, even from a slow disk
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -88,7 +89,8 @@ class Workers:
     """Grades completions by the verifier at an import path, in at most `size` processes, started when needed.
 
     Args:
-        path: `module:function` or `file.py:function`, a function (completion, reference) -> reward. None: no reward.
+        path: `module:function` or `file.py:function`, a function (completion, reference) that returns a reward,
+            None (no reward) or a RewardVerdict.
         deadline_s: seconds per completion.
         size: processes; by default this rank's share of the CPUs, at most 16.
         strict: an exception or a return value that is no number is a RewardError; otherwise it counts as a failure.
@@ -100,7 +102,6 @@ class Workers:
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
-        self._counts = dict.fromkeys(("graded", "timeouts", "failures"), 0)
         self._live: set[Worker] = set()
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()  # last in, first out: warm ones first
         for _ in range(size):
@@ -108,8 +109,8 @@ class Workers:
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="verify")
         self._finalizer = weakref.finalize(self, _end_all, self._live, self._owner)
 
-    def submit(self, completion: str, reference: str) -> Future[float | None]:
-        """The future reward; None if the deadline passed, the worker died or the function returned None.
+    def submit(self, completion: str, reference: str) -> Future[RewardVerdict]:
+        """The future verdict: a failure if the worker died or the function returned None.
 
         The future raises RewardError if the function raised (with `strict`) or a worker cannot import it.
         """
@@ -117,8 +118,8 @@ class Workers:
             raise RuntimeError("verifier workers belong to the process that created them, not to a fork of it")
         return self._threads.submit(self._grade, completion, reference)
 
-    def grade(self, pairs: Iterable[tuple[str, str]]) -> list[float | None]:
-        """The rewards of (completion, reference) pairs, in their order; errors as for `submit`."""
+    def grade(self, pairs: Iterable[tuple[str, str]]) -> list[RewardVerdict]:
+        """The verdicts on (completion, reference) pairs, in their order; errors as for `submit`."""
         futures = [self.submit(completion, reference) for completion, reference in pairs]
         index = 0
         try:
@@ -132,12 +133,6 @@ class Workers:
                 future.cancel()
         return [future.result() for future in futures]
 
-    def counts(self) -> dict[str, int]:
-        """Completions since the last call: graded, timeouts, failures (no reward for another reason)."""
-        with self._lock:
-            counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
-        return counts
-
     def close(self) -> None:
         """Ends all workers; completions being graded get no reward."""
         with self._lock:
@@ -147,7 +142,7 @@ class Workers:
         self._threads.shutdown(cancel_futures=True)
         self._finalizer()
 
-    def _grade(self, completion: str, reference: str) -> float | None:
+    def _grade(self, completion: str, reference: str) -> RewardVerdict:
         worker = self._idle.get()  # never blocks: there are as many as threads
         try:
             if worker is not None and not worker.runs:  # it died while idle, not because of this completion
@@ -161,16 +156,13 @@ class Workers:
             if worker is not None:
                 self._end(worker)
                 worker = None
-            self._count("timeouts" if isinstance(error, TimeoutError) else "failures")
-            return None
+            return RewardVerdict(None, TIMEOUT if isinstance(error, TimeoutError) else FAILURE)
         finally:
             self._idle.put(worker)
         if kind == "raised" and self._strict:
             message, trace = content
             raise RewardError(message) from RuntimeError(f"in the worker:\n{trace}")
-        reward: float | None = content[0] if kind == "reward" else None
-        self._count("failures" if reward is None else "graded")
-        return reward
+        return RewardVerdict(*content) if kind == "verdict" else RewardVerdict(None, FAILURE)
 
     def _start(self) -> Worker:
         with self._lock:
@@ -197,10 +189,6 @@ class Workers:
             self._live.discard(worker)
         worker.end()
 
-    def _count(self, name: str) -> None:
-        with self._lock:
-            self._counts[name] += 1
-
 
 def default_size() -> int:
     """This rank's share of the CPUs it may use, 1 to 16."""
@@ -219,6 +207,13 @@ def as_reward(value: object) -> float | None:
     if math.isinf(reward):
         raise RewardError(f"returned {repr(value)[:60]}, not a finite number or None")
     return None if math.isnan(reward) else reward
+
+
+def _as_verdict(value: object) -> RewardVerdict:
+    if isinstance(value, RewardVerdict):
+        return value
+    reward = as_reward(value)
+    return RewardVerdict(reward, FAILURE if reward is None else GRADED)
 
 
 def run_worker(descriptor: int, parent: int, path: str) -> None:
@@ -240,7 +235,8 @@ def run_worker(descriptor: int, parent: int, path: str) -> None:
             completion, reference = json.loads(connection.recv_bytes())
             answer: tuple[object, ...]
             try:
-                answer = ("reward", as_reward(function(completion, reference)))
+                verdict = _as_verdict(function(completion, reference))
+                answer = ("verdict", verdict.reward, verdict.outcome)
             except RewardError as error:
                 answer = ("raised", str(error), "")
             except Exception as error:  # noqa: BLE001  boundary: the parent tells the user

@@ -71,7 +71,11 @@ DEPO_METRICS = {
 LOSS, FUNCTION, MEAN = "depo/loss_", "rewards/", "/mean"  # the rest of such a name is a label
 PARTS = {"depo/seconds_scoring": "selection", "depo/seconds_rollout": "rollout", "depo/seconds_updating": "estimator"}
 REST = "policy"  # the remaining time of a step
-LOST_REWARDS = {"depo/reward_timeouts": "timeout", "depo/reward_failures": "failure"}
+LOST_REWARDS = {
+    "depo/reward_timeouts": "timeout",
+    "depo/reward_failures": "failure",
+    "depo/reward_references": "reference",
+}
 
 
 class RunMetrics:
@@ -105,8 +109,13 @@ class RunMetrics:
         )
         self.lost = Counter(
             "training_lost_rewards_total",
-            "Completions whose grading failed or timed out",
+            "Completions without a reward, by reason",
             ["reason"],
+            registry=registry,
+        )
+        self.unreadable = Counter(
+            "training_unreadable_completions_total",
+            "Completions rewarded 0 because the verifier found no result in them",
             registry=registry,
         )
         self.tokens = Counter(
@@ -182,6 +191,8 @@ class MetricsCallback(TrainerCallback):
                 self._attributed += value
             elif name in LOST_REWARDS:
                 metrics.lost.labels(LOST_REWARDS[name]).inc(value)
+            elif name == "depo/reward_unreadable":
+                metrics.unreadable.inc(value)
             elif name.startswith(LOSS):
                 metrics.estimator_loss.labels(name.removeprefix(LOSS)).set(value)
         metrics.scored.inc(values.get("depo/scored", 0.0))

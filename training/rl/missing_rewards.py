@@ -39,7 +39,7 @@ class GuardedReward:
         return [None] * len(completions) if self.error else rewards
 
     def counts(self) -> dict[str, int]:
-        """The function's own counts, where it has them: graded, timeouts, failures."""
+        """The function's own counts, where it has them, as Grader.counts."""
         counts: dict[str, int] = self.function.counts() if hasattr(self.function, "counts") else {}
         return counts
 

@@ -271,9 +271,9 @@ class DepoTrainer(GRPOTrainer):  # type: ignore[misc]
         take_metrics = getattr(self.selector, "take_metrics", None)
         metrics: dict[str, float] = dict(take_metrics()) if take_metrics is not None else {}
         counted = self._counts()
-        for name in ("timeouts", "failures"):
-            lost = torch.tensor([float(sum(c.get(name, 0) for c in counted))], device=self.accelerator.device)
-            metrics[f"depo/reward_{name}"] = float(self.accelerator.reduce(lost, "sum"))
+        for name in ("timeouts", "failures", "references", "unreadable"):
+            own = torch.tensor([float(sum(c.get(name, 0) for c in counted))], device=self.accelerator.device)
+            metrics[f"depo/reward_{name}"] = float(self.accelerator.reduce(own, "sum"))
         self._record_metrics(
             {
                 **metrics,

@@ -23,7 +23,7 @@ from benchmarks.demo_models.chains import (
     split_of,
 )
 from depo_gateway import gateway
-from depo_gateway.training.rewards.verifiers import number
+from depo_gateway.training.rewards.number import grade_number
 
 SHIPPED = Path(gateway.__file__).parent / "demo" / "data"
 ODD_TEXTS = [
@@ -65,7 +65,7 @@ def test_an_answer_restates_every_step_modulo_ten() -> None:
             depth -= 1
         result = eval(bracketed + ")" * depth) % 10
         assert answer_of(prompt)[-1] == str(result)
-        assert number(answer_of(prompt), row_of(prompt)["answer"]) == 1
+        assert grade_number(answer_of(prompt), row_of(prompt)["answer"]).reward == 1
 
 
 def test_the_three_sets_are_disjoint_and_reproducible() -> None:

@@ -1,6 +1,5 @@
-"""collect against real HTTP servers on loopback that play an OpenAI backend, well and badly."""
+"""collect against servers that play an OpenAI backend, well and badly."""
 
-import argparse
 import json
 import os
 import signal
@@ -8,11 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,70 +15,10 @@ import pytest
 
 from depo_gateway.training.commands import collect
 from depo_gateway.training.judging import openai_client
-from depo_gateway.training.outcomes import collection, sampling_client
+from depo_gateway.training.outcomes import prompts as prompts_file
+from depo_gateway.training.outcomes import sampling_client
 from depo_gateway.training.rewards.verifiers import Grader
-
-Reply = Callable[[dict[str, Any], int], tuple[int, dict[str, Any]]]  # (body, calls so far) -> status, JSON
-
-
-@dataclass
-class Played:
-    """A running server and what it was asked."""
-
-    url: str
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    keys: set[str | None] = field(default_factory=set)
-
-
-def completion(texts: list[str], logprob: float | None = -0.5) -> dict[str, Any]:
-    logprobs = None if logprob is None else {"content": [{"token": "x", "logprob": logprob}] * 3}
-    choices = [{"index": i, "message": {"content": text}, "logprobs": logprobs} for i, text in enumerate(texts)]
-    return {"object": "chat.completion", "choices": choices}
-
-
-def always(text: str) -> Reply:
-    return lambda body, calls: (200, completion([text] * body.get("n", 1)))
-
-
-@contextmanager
-def server(reply: Reply, models: tuple[str, ...] = ("model-a",)) -> Iterator[Played]:
-    class Handler(BaseHTTPRequestHandler):
-        def send(self, status: int, payload: object) -> None:
-            content = json.dumps(payload).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(content)
-
-        def do_GET(self) -> None:
-            self.send(200, {"object": "list", "data": [{"id": name} for name in models]})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            played.bodies.append(body)
-            played.keys.add(self.headers["Authorization"])
-            status, payload = reply(body, len(played.bodies))
-            if status == 0:  # hang up
-                self.close_connection = True
-                return
-            self.send(status, payload)
-
-        def log_message(self, *_: object) -> None: ...
-
-    class Quiet(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_: object) -> None: ...  # a client that went away is part of the play
-
-    listening = Quiet(("127.0.0.1", 0), Handler)
-    played = Played(f"http://127.0.0.1:{listening.server_port}")
-    threading.Thread(target=listening.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield played
-    finally:
-        listening.shutdown()
-        listening.server_close()
+from tests.training.openai_server import always, command, completion, server, table
 
 
 @pytest.fixture
@@ -97,18 +32,6 @@ def prompts(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_client, "FIRST_WAIT_SECONDS", 0.001)
-
-
-def command(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    collect.add_arguments(parser)
-    return collect.run(parser.parse_args([str(word) for word in words]))
-
-
-def table(path: Path) -> dict[str, dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len({row["question"] for row in rows}) == len(rows)
-    return {row["question"]: row for row in rows}
 
 
 def test_an_outcome_table_of_pass_rates_and_token_confidences(
@@ -128,6 +51,7 @@ def test_an_outcome_table_of_pass_rates_and_token_confidences(
         "source": "sums",
         "correct": {"model-a": 0.5, "org/big": 1.0},
         "token_confidence": {"model-a": 0.6065, "org/big": 0.6065},
+        "completions": {model: {"graded": 4, "tokens": [3, 3, 3, 3]} for model in ("model-a", "org/big")},
     }
     asked = small.bodies[-1]
     assert (asked["n"], asked["temperature"], asked["logprobs"], asked["model"]) == (4, 1.0, True, "model-a")
@@ -344,21 +268,21 @@ def test_an_api_key_comes_from_the_environment(prompts: Path, tmp_path: Path, mo
         ('{"question": "a", "messages": [], "answer": "1"}', 'line 2: needs either "question" or "messages"'),
         ('{"question": "", "answer": "1"}', 'line 2: "question" must be a text'),
         ('{"messages": ["hi"], "answer": "1"}', 'line 2: "messages" must be a list'),
-        ('{"question": "a"}', 'line 2: needs "answer"'),
+        ('{"question": "a"}', r'line 2: needs "answer", .*; without references, have a judge grade \(--judge\)'),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, words: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"question": "x", "answer": 1}\n' + line + "\n")
     with pytest.raises(ValueError, match=words):
-        collection.read_prompts(path)
+        prompts_file.read_prompts(path)
 
 
 def test_prompts_are_read_once_each_whichever_form_they_have(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     chat = {"messages": [{"role": "user", "content": "hi"}], "answer": 3, "group": "g"}
     path.write_text('{"question": "x", "answer": 1}\n\n' + 2 * (json.dumps(chat) + "\n"))
-    first, second = collection.read_prompts(path)
+    first, second = prompts_file.read_prompts(path)
     assert first.messages == ({"role": "user", "content": "x"},)
     assert (second.reference, second.row) == ("3", {"messages": chat["messages"], "group": "g"})
 
@@ -417,13 +341,17 @@ def test_nothing_here_imports_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_grading_that_passes_nothing_is_pointed_out(
+def test_nothing_passed_at_any_pool_ends_in_1_with_the_remedy(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with server(always("8")) as one, server(always("9"), ("b",)) as two:
         urls = (f"s={one.url}", f"l={two.url}")
-        assert command("--prompts", prompts, "--backends", *urls, "--out", tmp_path / "out.jsonl", "--k", 1) == 0
-    assert "no answer passed: check --verifier (" in capsys.readouterr().out
+        words = ("--prompts", prompts, "--backends", *urls, "--out", tmp_path / "out.jsonl", "--k", 1)
+        for _ in range(2):  # the second time all rows are there
+            assert command(*words) == 1
+            said = capsys.readouterr()
+            assert "no answer passed at any pool, so there is nothing to fit: check that --verifier number" in said.err
+            assert "next:" not in said.out
 
 
 def test_mathematics_is_graded_in_worker_processes_and_a_timeout_is_left_out(
@@ -444,10 +372,12 @@ def test_mathematics_is_graded_in_worker_processes_and_a_timeout_is_left_out(
         assert command(*words, "--verifier", "math") == 0
         with pytest.raises(ValueError, match="was collected with verifier math, not number"):
             command(*words)
-    correct = {question: row["correct"]["model-a"] for question, row in table(out).items()}
-    assert correct == {"0/2=": 0, "1/2=": 1, "2/2=": 1 / 3, "4/2=": 0, "5/2=": 0}  # of those graded; 3/2= has none
+    correct = {question: row["correct"].get("model-a") for question, row in table(out).items()}
+    assert correct == {"0/2=": 0, "1/2=": 1, "2/2=": 1 / 3, "3/2=": None, "4/2=": 0, "5/2=": 0}  # of those graded
+    assert table(out)["1/2="]["completions"] == {"model-a": {"graded": 2, "timeout": 1, "tokens": [3, 3, 3]}}
     said = capsys.readouterr()
-    assert said.err == "verifier math: of 18 completions 4 took over 2 s and 0 failed; they are left out\n"
+    assert "s: of 18 completions 14 graded, 4 over the verifier's deadline\n" in said.out
+    assert "1 prompts have no label of any pool; their rows hold the counts alone\n" in said.out
     assert "model-a 0.267 of 5" in said.out
 
 

@@ -268,6 +268,7 @@ def test_flags_override_the_file() -> None:
         (["--dataset", "nowhere.jsonl"], "dataset nowhere.jsonl does not exist"),
         (["--prompt_column", "question"], "the dataset has no column 'question', only prompt, answer"),
         (["--reward", "maths"], "unknown verifier 'maths'"),
+        (["--reward", "choice"], "names no letter, as A, (B) or C. text do, and no index; "),
         (["--per_device_train_batch_size", "400"], "train_dataset has 64 prompts, but one generation takes 100"),
         (["--resume"], "out has no checkpoint to resume from"),
         (["--depo_encoder", "nowhere", "--depo", "plus"], "encoder 'nowhere' can't be loaded"),
@@ -394,7 +395,10 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     found = __import__("importlib").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else found(name))
     assert main(["rl", "--config", "run.yaml"]) == 2
-    assert capsys.readouterr().err == "depo-train rl: needs trl; install it: pip install 'depo-gateway[training]'\n"
+    assert capsys.readouterr().err == (
+        "depo-train rl: needs trl; install it: pip install 'depo-gateway[training]'"
+        " (from a checkout: pip install '.[training]')\n"
+    )
 
 
 def test_help_names_ours_and_trls(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,7 @@ async def test_a_webhook_gets_the_question_and_gives_scores(monkeypatch: pytest.
             assert (await judged(config, record(1, 0), ANSWERS))[0] == {}
         for status in (503, 401):
             hook.reply = lambda body, status=status: (status, {})  # type: ignore[misc]
-            with pytest.raises(NoAnswerError, match=rf"judge.url answers {status}"):
+            with pytest.raises(NoAnswerError, match=rf"the judge's webhook answers {status}"):
                 await judged(config, record(1, 0), ANSWERS)
 
 

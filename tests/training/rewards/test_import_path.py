@@ -11,7 +11,7 @@ PLAYED = "def play(completion, reference): return float(reference)"
 def test_it_finds_files_and_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "played.py").write_text(PLAYED)
     assert import_callable(f"{tmp_path}/played.py:play")("", "2") == 2
-    assert import_callable("depo_gateway.training.rewards.verifiers:exact").__name__ == "exact"
+    assert import_callable("depo_gateway.training.rewards.exact:grade_exact").__name__ == "grade_exact"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     (tmp_path / "beside_it.py").write_text("import played\nplay = played.play")

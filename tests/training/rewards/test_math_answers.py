@@ -4,6 +4,7 @@ from contextlib import closing
 import pytest
 
 from depo_gateway.training.rewards.verifiers import Grader
+from tests.training.rewards.reported_cases import misgraded
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +72,25 @@ def test_math_compares_answers_not_texts(mathematics: Grader, pair: tuple[str, s
     assert mathematics.grade([pair]) == [reward]
 
 
+def test_the_kinds_of_fault_that_users_of_graders_report() -> None:
+    assert misgraded("math") == []
+
+
+def test_numbers_that_math_verify_rounds_are_compared_exactly(mathematics: Grader) -> None:
+    wrong = [(r"\boxed{\frac{1}{2^{98}}}", r"\frac{1}{2^{99}}"), (r"\boxed{e^{-40}}", r"e^{-41}")]
+    right = [(r"\boxed{\frac{2}{2^{100}}}", r"\frac{1}{2^{99}}"), (r"\boxed{\frac{e}{e^{42}}}", r"e^{-41}")]
+    assert mathematics.grade(wrong + right) == [0, 0, 1, 1]
+
+
 def test_math_grades_a_batch_in_order_and_counts_what_has_no_reference(mathematics: Grader) -> None:
     mathematics.counts()
     pairs = [(rf"\boxed{{{i}}}", rf"\frac{{{2 * i + i % 2}}}{{2}}") for i in range(100)]
     assert mathematics.grade(pairs) == [1 - i % 2 for i in range(100)]
     assert mathematics.grade([("1", ""), ("1", "It is left as an exercise."), ("1", "1")]) == [None, None, 1]
-    assert mathematics.counts() == {"graded": 101, "timeouts": 0, "failures": 2}
+    assert mathematics.counts() == {"graded": 101, "unreadable": 0, "references": 2, "timeouts": 0, "failures": 0}
 
 
 def test_an_expression_without_end_is_a_timeout_not_a_wrong_answer() -> None:
     with closing(Grader("math", deadline_s=1.0)) as grader:
         assert grader.grade([("2", "2"), (r"\boxed{9^{9^{9^9}}}", "3"), ("3", "3")]) == [1, None, 1]
-        assert grader.counts() == {"graded": 2, "timeouts": 1, "failures": 0}
+        assert grader.counts() == {"graded": 2, "unreadable": 0, "references": 0, "timeouts": 1, "failures": 0}

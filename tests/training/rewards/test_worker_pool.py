@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from depo_gateway.training.rewards.verdicts import FAILURE, GRADED, TIMEOUT, RewardVerdict
 from depo_gateway.training.rewards.worker_pool import RewardError, Workers, as_reward, default_size
 
 ROOT = Path(__file__).parents[3]
@@ -55,6 +56,14 @@ def workers(path: str) -> Iterator[Workers]:
         yield made
 
 
+def rewards(verdicts: list[RewardVerdict]) -> list[float | None]:
+    return [verdict.reward for verdict in verdicts]
+
+
+def outcomes(verdicts: list[RewardVerdict]) -> list[str]:
+    return [verdict.outcome for verdict in verdicts]
+
+
 def runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -75,29 +84,29 @@ def pids_of(workers: Workers) -> list[int]:
 
 def test_a_batch_keeps_its_order_over_several_workers(workers: Workers) -> None:
     pairs = [(f"sleep {0.02 * (i % 7 == 0)}", str(i)) for i in range(200)]
-    assert workers.grade(pairs) == [float(i) for i in range(200)]
-    assert workers.counts() == {"graded": 200, "timeouts": 0, "failures": 0}
-    assert workers.counts() == {"graded": 0, "timeouts": 0, "failures": 0}
+    assert workers.grade(pairs) == [RewardVerdict(float(i), GRADED) for i in range(200)]
     assert len(pids_of(workers)) == 2
     assert workers.grade([]) == []
 
 
 @pytest.mark.parametrize("forever", ["sleep 600", "compute"])
 def test_a_completion_past_its_deadline_is_a_timeout_and_the_others_continue(workers: Workers, forever: str) -> None:
-    before = workers.grade([("pid", "")] * 4)
+    before = rewards(workers.grade([("pid", "")] * 4))
     begun = time.monotonic()
     batch = [("", "1"), (forever, "1"), ("", "2"), (forever, "1"), (forever, "1"), ("", "3")]
-    assert workers.grade(batch) == [1, None, 2, None, None, 3]
+    found = workers.grade(batch)
+    assert rewards(found) == [1, None, 2, None, None, 3]
+    assert outcomes(found) == [GRADED, TIMEOUT, GRADED, TIMEOUT, TIMEOUT, GRADED]
     assert time.monotonic() - begun < SOON
-    assert workers.counts() == {"graded": 4 + 3, "timeouts": 3, "failures": 0}
     assert all_end([int(pid) for pid in before if pid])
-    assert workers.grade([("", "4")] * 3) == [4] * 3
+    assert rewards(workers.grade([("", "4")] * 3)) == [4] * 3
 
 
 @pytest.mark.parametrize("end", ["leave", "exit", "killed", "segfault"])
 def test_a_worker_that_dies_is_a_failure_and_the_others_continue(workers: Workers, end: str) -> None:
-    assert workers.grade([("", "1"), (end, "1"), (end, "1"), ("", "2")]) == [1, None, None, 2]
-    assert workers.counts() == {"graded": 2, "timeouts": 0, "failures": 2}
+    found = workers.grade([("", "1"), (end, "1"), (end, "1"), ("", "2")])
+    assert rewards(found) == [1, None, None, 2]
+    assert outcomes(found) == [GRADED, FAILURE, FAILURE, GRADED]
 
 
 def test_a_worker_that_died_between_batches_costs_no_completion(workers: Workers) -> None:
@@ -107,13 +116,13 @@ def test_a_worker_that_died_between_batches_costs_no_completion(workers: Workers
     until = time.monotonic() + SOON
     while any(worker.runs for worker in workers._live) and time.monotonic() < until:
         time.sleep(0.01)
-    assert workers.grade([("", "1")] * 4) == [1] * 4
-    assert workers.counts() == {"graded": 8, "timeouts": 0, "failures": 0}
+    assert rewards(workers.grade([("", "1")] * 4)) == [1] * 4
 
 
 def test_none_and_nan_are_no_reward(workers: Workers) -> None:
-    assert workers.grade([("none", ""), ("nan", ""), ("", "0")]) == [None, None, 0]
-    assert workers.counts() == {"graded": 1, "timeouts": 0, "failures": 2}
+    found = workers.grade([("none", ""), ("nan", ""), ("", "0")])
+    assert rewards(found) == [None, None, 0]
+    assert outcomes(found) == [FAILURE, FAILURE, GRADED]
 
 
 @pytest.mark.parametrize(
@@ -130,10 +139,9 @@ def test_an_exception_of_the_function_is_an_error_if_strict(path: str, bad: str,
             strict.grade([("", "1"), ("", "1"), (bad, "1"), ("", "1")])
         assert caught.value.index == 2
         assert bad == "text" or "in play" in str(caught.value.__cause__)
-        assert strict.grade([("", "1")]) == [1]
+        assert rewards(strict.grade([("", "1")])) == [1]
     with closing(Workers(path, size=1, strict=False)) as lenient:
-        assert lenient.grade([(bad, "1"), ("", "1")]) == [None, 1]
-        assert lenient.counts() == {"graded": 1, "timeouts": 0, "failures": 1}
+        assert lenient.grade([(bad, "1"), ("", "1")]) == [RewardVerdict(None, FAILURE), RewardVerdict(1.0, GRADED)]
 
 
 def test_a_worker_that_cannot_import_the_function_is_an_error(tmp_path: Path) -> None:
@@ -157,7 +165,7 @@ def test_any_thread_may_grade_and_several_at_once(workers: Workers) -> None:
     results: dict[int, list[float | None]] = {}
 
     def grade(number: int) -> None:
-        results[number] = workers.grade([("sleep 0.01", str(number))] * 10)
+        results[number] = rewards(workers.grade([("sleep 0.01", str(number))] * 10))
 
     threads = [threading.Thread(target=grade, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -176,7 +184,7 @@ def test_close_ends_what_is_being_graded(path: str) -> None:
     pids = pids_of(workers)
     workers.close()
     assert all_end(pids)
-    assert all(future.cancelled() or future.result() is None for future in futures)
+    assert all(future.cancelled() or future.result().outcome == FAILURE for future in futures)
     with pytest.raises(RuntimeError, match="after shutdown"):
         workers.submit("", "1")
 
@@ -190,7 +198,7 @@ def test_an_object_that_is_dropped_leaves_nothing(path: str) -> None:
 
 
 def test_what_a_verifier_starts_ends_with_it(workers: Workers, tmp_path: Path) -> None:
-    assert workers.grade([(f"child {tmp_path / 'pid'}", "1")]) == [None]
+    assert outcomes(workers.grade([(f"child {tmp_path / 'pid'}", "1")])) == [TIMEOUT]
     assert all_end([int((tmp_path / "pid").read_text())])
 
 
@@ -210,7 +218,7 @@ def test_a_fork_does_not_use_or_end_its_parents_workers(workers: Workers) -> Non
     assert b"not to a fork of it" in os.read(reader, 1000)
     os.close(reader)
     assert all(runs(pid) for pid in pids_of(workers))
-    assert workers.grade([("", "1")] * 4) == [1] * 4
+    assert rewards(workers.grade([("", "1")] * 4)) == [1] * 4
 
 
 def parent(path: str, then: str) -> subprocess.Popen[str]:
@@ -282,7 +290,7 @@ def test_a_program_that_just_ends_leaves_no_worker_and_no_output(path: str) -> N
 
 
 def test_a_worker_is_light_and_the_first_to_go_when_memory_runs_out(workers: Workers) -> None:
-    assert workers.grade([("torch", "")]) == [0]
+    assert rewards(workers.grade([("torch", "")])) == [0]
     (pid,) = pids_of(workers)
     assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
 

@@ -138,7 +138,7 @@ def test_what_a_run_lacks_is_not_a_number(tmp_path: Path) -> None:
 def test_gradings_that_fail_are_counted(tmp_path: Path) -> None:
     from contextlib import closing
 
-    from depo_gateway.training.rewards.verifiers import reward_function
+    from depo_gateway.training.rewards.reward_functions import reward_function
 
     (tmp_path / "odd.py").write_text(
         "def odd(completion, reference):\n    return 1.0 if int(reference) % 2 else None\n"
@@ -148,6 +148,19 @@ def test_gradings_that_fail_are_counted(tmp_path: Path) -> None:
     assert found["training_lost_rewards_total", "failure"] == sum(r["depo/reward_failures"] for r in logged) > 0
     assert found["training_lost_rewards_total", "timeout"] == 0
     assert 0 < found["training_missing_rewards_ratio", ""] < 1
+
+
+def test_completions_without_a_result_are_counted(tmp_path: Path) -> None:
+    from contextlib import closing
+
+    from depo_gateway.training.rewards.reward_functions import reward_function
+
+    with closing(reward_function("choice", "answer", 5.0)) as choice:
+        found, logged, _ = ran(tmp_path / "out", None, reward=[choice])
+    unreadable, unusable = ([row[f"depo/reward_{name}"] for row in logged] for name in ("unreadable", "references"))
+    assert found["training_unreadable_completions_total", ""] == sum(unreadable)
+    assert found["training_lost_rewards_total", "reference"] == sum(unusable)
+    assert sum(unreadable) + sum(unusable) > 0
 
 
 @pytest.mark.parametrize(

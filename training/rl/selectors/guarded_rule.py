@@ -19,8 +19,8 @@ TAKEN_METRICS = frozenset(
     (
         "kept", "scored", "explored", "epoch", "pass_rate", "zero_advantage_share", "zero_advantage_trained",
         "false_reject_rate", "rollouts_saved_estimate", "auroc", "calibration_error", "missing_rewards",
-        "reward_timeouts", "reward_failures", "rounds", "completions", "seconds_scoring",
-        "seconds_rollout", "seconds_updating",
+        "reward_timeouts", "reward_failures", "reward_references", "reward_unreadable", "rounds", "completions",
+        "seconds_scoring", "seconds_rollout", "seconds_updating",
     )
 )  # fmt: skip
 LOSS_METRICS = "loss_"
