@@ -52,12 +52,22 @@ NOW = Row(
         ),
         stat(
             "Trainings in the time range",
-            "published: better, and served. refused: not better, see refusals.jsonl; this is normal. "
-            "failed: the training ended with an error and will be retried.",
+            "published: better, and served. held: it would raise the cost and waits for its owner. "
+            "refused: not better, see refusals.jsonl; this is normal. failed: the training ended with an error and "
+            "will be retried.",
             (f"round(sum by (verdict) (increase(learner_refreshes_total{{{L}}}[$__range])))", "{{verdict}}"),
             decimals=0,
-            width=6,
+            width=4,
             alerts=["DepoLearnerRefreshFailing", "DepoLearnerStalled"],
+        ),
+        stat(
+            "Held back",
+            "A checkpoint that would raise the cost by more than gate.max_cost_increase. "
+            "`depo-train accept` publishes it.",
+            (f"max(learner_publish_held{{{L}}})", "held"),
+            texts={0: ("no", GOOD), 1: ("yes", WARN)},
+            width=2,
+            alerts=["DepoPublishHeld"],
         ),
     ],
 )
@@ -103,8 +113,8 @@ LABELS = Row(
         ),
         lines(
             "Order effects of a judging model",
-            "Pairs per hour that it graded in both orders. first, second: the position decided the winner; where these"
-            " are a third of all, the judge is too weak.",
+            "Pairs per hour that it graded in both orders. first, second: the winner depended on the position; where "
+            "these are a third of all, the judge is too weak.",
             (
                 zero(
                     f"3600 * sum by (favoured) (rate(learner_comparisons_total{{{L}}}[$__rate_interval]))",
@@ -132,7 +142,7 @@ SHADOW = Row(
                 ),
                 "{{outcome}}",
             ),
-            width=6,
+            width=4,
             stacked=True,
         ),
         lines(
@@ -147,22 +157,32 @@ SHADOW = Row(
                 "{{pool}} {{outcome}}",
             ),
             "reqps",
-            width=6,
+            width=5,
             stacked=True,
         ),
         lines(
             "Cost per hour",
             "Of shadowing and judging, in the unit of pools.*.cost, beside the cost of clients' requests. "
-            "shadow.cost_per_hour is the cap.",
+            "shadow.cost_per_hour caps it; shadow.tokens_per_day, cost_per_day and records_per_day cap the day.",
             [
                 (f"3600 * sum(rate(learner_shadow_cost_total{{{L}}}[$__rate_interval]))", "shadowing"),
                 (f"3600 * sum(rate(gateway_cost_total{{{G}}}[$__rate_interval]))", "clients"),
             ],
-            width=6,
+            width=5,
+        ),
+        lines(
+            "Tokens",
+            "Of shadowing and judging: an hour, and since midnight UTC. shadow.tokens_per_day is the day's cap.",
+            [
+                (f"3600 * sum(rate(learner_shadow_tokens_total{{{L}}}[$__rate_interval]))", "an hour"),
+                (f'sum(learner_spent_today{{{L},unit="tokens"}})', "today"),
+            ],
+            width=5,
         ),
         states(
             "Paused, or without priority",
-            "cost: the hourly cap. busy: clients wait at a backend. unreachable: a pool or the judge does not answer. "
+            "cost: the hourly cap. day: a daily cap. "
+            "busy: clients wait at a backend. unreachable: a pool or the judge does not answer. "
             "records: the database does not. priority refused: a backend does not accept shadow.priority, and shadow "
             "calls queue like clients' requests.",
             [
@@ -173,7 +193,7 @@ SHADOW = Row(
                 (zero(f"max(learner_priority_refused{{{L}}})"), "priority refused"),
             ],
             {0: ("no", GOOD), 1: ("yes", WARN)},
-            width=6,
+            width=5,
             alerts=["DepoShadowingPaused"],
         ),
     ],
@@ -229,17 +249,36 @@ ROUND = Row(
             "Replicas by checkpoint: after a publication all should change within seconds.",
             (f"count by (version) (gateway_estimator_info{{{G}}})", "{{version}}"),
             stacked=True,
+            width=6,
+        ),
+        lines(
+            "Change at publication",
+            "By how much publishing the checkpoint in service changed the large share, and the cost relative to "
+            "all-large's, as the learner measured both. No line: it was not published by a learner, or the change was "
+            "unknown. held: of the checkpoint that waits for its owner.",
+            [
+                (f"max(gateway_publish_share_change{{{G}}})", "large share"),
+                (f"max(gateway_publish_cost_change{{{G}}})", "cost"),
+                (f"max(learner_publish_held_share_change{{{L}}})", "held: large share"),
+                (f"max(learner_publish_held_cost_change{{{L}}})", "held: cost"),
+            ],
+            "percentunit",
+            at_least=None,
+            width=6,
+            alerts=["DepoPublishHeld"],
         ),
         lines(
             "Checkpoints found by gateways",
             "Over the last hour. refused: damaged, or for other pools; the old one stays in service.",
             (f"sum by (result) (increase(gateway_estimator_loads_total{{{G}}}[1h]))", "{{result}}"),
+            width=6,
             alerts=["DepoEstimatorRefused"],
         ),
         lines(
             "Failures that the learner retries",
             "Over the last hour. records: the database. shadow: a pool or the judge. refresh: a training. disk: --out.",
             (f"sum by (part) (increase(learner_errors_total{{{L}}}[1h]))", "{{part}}"),
+            width=6,
             stacked=True,
             alerts=["DepoLearnerDown"],
         ),

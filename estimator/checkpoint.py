@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from depo_gateway.estimator.finite import NotFiniteError, check_numbers, check_onnx, check_weights
 from depo_gateway.estimator.heads import ORIGINAL
 from depo_gateway.estimator.text import TextConfig
 
@@ -68,10 +69,16 @@ def write_checkpoint(
     parent: str | None = None,
     heads: tuple[str, ...] = ORIGINAL,
 ) -> Manifest:
-    """Write a checkpoint atomically. Raises ValueError if the directory is taken."""
+    """Write a checkpoint atomically.
+
+    Raises:
+        NotFiniteError: a weight or a number of the calibration is NaN or infinite, as after a diverged training.
+        ValueError: the directory is taken, or a file is not what its name says.
+    """
     missing = set(FILES) - set(files)
     assert not missing, f"a checkpoint needs {missing}"
     ensure_free(directory)
+    check_finite(files)
     now = datetime.now(UTC)
     hashes = {name: sha256(data) for name, data in sorted(files.items())}
     version = f"{now:%Y%m%d-%H%M%S}-{sha256(''.join(hashes.values()).encode())[:8]}"
@@ -135,8 +142,22 @@ def resolve(place: str | Path) -> Path:
     raise ValueError(f"{place} is no checkpoint: it holds neither {MANIFEST} nor a `current` that names one")
 
 
+def check_finite(files: Mapping[str, bytes]) -> None:
+    """Raises ValueError for files whose weights or calibration hold NaN or infinite numbers, or can't be read."""
+    check_weights(files[WEIGHTS], WEIGHTS)
+    check_onnx(files[ENCODER], ENCODER)
+    try:
+        numbers = json.loads(files[CALIBRATION])  # as Python writes it, with NaN and Infinity
+    except ValueError as error:
+        raise ValueError(f"{CALIBRATION} is not JSON: {error}") from None
+    check_numbers(numbers, CALIBRATION)
+
+
 def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, bytes]]:
-    """A checkpoint's manifest and files, each checked against its hash. Raises ValueError with what is wrong."""
+    """A checkpoint's manifest and files, each checked against its hash, weights and calibration for finite numbers.
+
+    Raises ValueError with what is wrong.
+    """
     manifest = load_manifest(path)
     files = {}
     for name, expected in manifest.files.items():
@@ -147,6 +168,14 @@ def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, bytes]]:
         if sha256(data) != expected:
             raise ValueError(f"checkpoint {path}: {name} does not match the manifest's sha256; it is damaged or edited")
         files[name] = data
+    try:
+        check_finite(files)
+    except NotFiniteError as error:
+        raise ValueError(
+            f"checkpoint {path} can't be used: {error}; its training failed, so name another version"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} can't be used: {error}") from None
     return manifest, files
 
 

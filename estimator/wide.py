@@ -51,7 +51,7 @@ def fit_idf(token_ids: Sequence[Sequence[int]], vocabulary: int) -> NDArray[np.f
     frequency = np.zeros(vocabulary + BUCKETS, np.int64)
     for ids in token_ids:
         frequency[ngrams(ids, vocabulary)[0]] += 1
-    return (np.log((1 + len(token_ids)) / (1 + frequency)) + 1).astype(np.float32)
+    return (np.log((1 + len(token_ids)) / (1 + frequency.clip(min=1))) + 1).astype(np.float32)
 
 
 def standardise(

@@ -94,6 +94,8 @@ class Candidate:
     def _decide(self, offer: Offer) -> str:
         prepared = self._runtime.prepare(*extract_text(self._runtime.manifest.text, offer.prompt))
         scores = self._runtime.score([prepared])[0]
+        if not scores.finite:
+            raise FloatingPointError("the candidate's scores are NaN or infinite")
         quality = {name: scores.quality[column] for name, column in self._columns.items()}
         confidence = routing.confidences(quality, self._rule, offer.candidates)
         threshold = offer.threshold if self._threshold is None else self._threshold

@@ -1,11 +1,12 @@
-"""Watches, beside the requests, for a new estimator or candidate and for what labels say of the one in service."""
+"""Watches, beside the requests, for a new estimator or candidate, for what labels say of the one in service, and for
+one that is held back."""
 
 import asyncio
 import logging
 import os
 from dataclasses import replace
 
-from depo_gateway.estimator import checkpoint, standing
+from depo_gateway.estimator import checkpoint, held_publish, standing
 from depo_gateway.gateway import scoring
 from depo_gateway.gateway.candidate import Candidate
 from depo_gateway.gateway.config import Config
@@ -51,6 +52,7 @@ class CheckpointWatcher:
         loads = {"estimator": metrics.estimator_loads, "candidate": metrics.candidate_loads}
         checks = {
             "estimator": self._check_estimator, "candidate": self._check_candidate, "standing": self._check_standing,
+            "held checkpoint": self._check_held,
         }  # fmt: skip
         logged = dict.fromkeys(checks, "")
         while True:
@@ -113,6 +115,13 @@ class CheckpointWatcher:
         directory = standing.checkpoints_directory(self._gateway.live.config.estimator.path)
         if directory is not None:
             self._gateway.control.apply_standing(await asyncio.to_thread(standing.read_standing, directory))
+
+    async def _check_held(self) -> None:
+        directory = standing.checkpoints_directory(self._gateway.live.config.estimator.path)
+        held = None if directory is None else await asyncio.to_thread(held_publish.read_held, directory)
+        if held is not None and (self._gateway.held is None or self._gateway.held.version != held.version):
+            log.warning("%s", held.sentence)
+        self._gateway.held = held
 
 
 async def open_scorer(settings: Config, metrics: Metrics) -> Scorer:

@@ -27,6 +27,7 @@ from depo_gateway.estimator.configuration.shared import (
     resolve_database,
 )
 from depo_gateway.estimator.configuration.yaml_tree import at_least, within
+from depo_gateway.estimator.records.types import RoutingSettings, ServedPool
 from depo_gateway.gateway.auth_config import Auth, check_digest, check_keys, with_keys_file
 
 Modality = Literal["text", "tools", "image", "audio"]
@@ -190,6 +191,18 @@ def resolved_yaml(config: Config) -> str:
 def key_digest(key: str) -> str:
     """The sha256 of an API key in hex, as configs hold it. It needs no salt: keys are 256 random bits."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def routing_settings(config: Config) -> RoutingSettings:
+    """The part of a config that records name."""
+    routing, target = config.routing, config.routing.target
+    bounds = (
+        {}
+        if target is None
+        else {name: value for name, value in dataclasses.asdict(target).items() if value is not None}
+    )
+    pools = {name: ServedPool(pool.model, pool.cost) for name, pool in config.pools.items()}
+    return RoutingSettings(routing.rule, routing.threshold if target is None else None, bounds, pools)
 
 
 def last_pool(pools: Mapping[str, object]) -> str:

@@ -110,6 +110,16 @@ class Metrics:
         self.score_drift = Gauge(
             "gateway_score_drift", "Distance between live confidences and the calibration's", registry=registry
         )
+        self.publish_share_change = Gauge(
+            "gateway_publish_share_change",
+            "By how much publishing the checkpoint in service changed the large share, as the learner measured it",
+            registry=registry,
+        )
+        self.publish_cost_change = Gauge(
+            "gateway_publish_cost_change",
+            "By how much publishing the checkpoint in service changed the cost, relative to all-large's",
+            registry=registry,
+        )
         self.router_floor = Gauge(
             "gateway_router_floor",
             "1 while requests are routed at random by share instead of by scores",
@@ -147,7 +157,10 @@ class Metrics:
             "gateway_candidate_loads_total", "New checkpoints of the candidate", ["result"], registry=registry
         )
         self.candidate_info = Gauge("gateway_candidate_info", "The loaded candidate", ["version"], registry=registry)
-        for gauge in (self.target_share, self.target_wanted, self.score_drift):
+        for gauge in (
+            *(self.target_share, self.target_wanted, self.score_drift),
+            *(self.publish_share_change, self.publish_cost_change),
+        ):
             gauge.set(math.nan)
         self.records = Counter("gateway_records_total", "Records of finished requests", ["outcome"], registry=registry)
         self.records_waiting = Gauge("gateway_records_waiting", "Records not yet in the database", registry=registry)

@@ -8,7 +8,7 @@ from urllib.parse import unquote_to_bytes
 
 import orjson
 
-from depo_gateway.estimator.records.types import Record
+from depo_gateway.estimator.records.types import Record, RoutingSettings
 from depo_gateway.gateway.openai.api import AnswerPiece, Api, Prompt
 from depo_gateway.gateway.openai.query import Query
 from depo_gateway.gateway.openai.server_sent_events import data_lines, json_of
@@ -61,6 +61,7 @@ class RequestNotes:
     status: int = 0
     time: float = 0.0
     total_seconds: float = 0.0
+    settings: RoutingSettings | None = None
 
     @property
     def size(self) -> int:
@@ -107,6 +108,7 @@ def record_of(notes: RequestNotes, prompts: str, hash_key: bytes) -> Record:
         },
         answer=answer if full else None,
         reference=reference_text(notes.reference) if full and notes.reference else None,
+        settings=notes.settings,
     )
 
 

@@ -119,7 +119,7 @@ class Scorer:
             done, _ = await asyncio.wait((running,), timeout=left)
             if not done:
                 return self._cheap(prepared, "deadline")
-            scores = running.result()
+            scores = _checked(running.result())
         except Exception:  # boundary: a failing encoder leaves the cheap stage
             log.exception("the encoder failed")
             return self._cheap(prepared, "error")
@@ -154,7 +154,7 @@ class Scorer:
     def _finish(self, name: bytes, answer: "asyncio.Future[Scores]") -> None:
         """Caches the scores, even if they came too late for their request: the same prompt may come again."""
         del self._running[name]
-        if answer.cancelled() or answer.exception() is not None:
+        if answer.cancelled() or answer.exception() is not None or not answer.result().finite:
             return
         self._cache[name] = answer.result()
         while len(self._cache) > CACHE_ENTRIES:
@@ -166,7 +166,7 @@ class Scorer:
             return None
         started = time.perf_counter()
         try:
-            scores = self.runtime.cheap([prepared])[0]
+            scores = _checked(self.runtime.cheap([prepared])[0])
         except Exception:  # boundary: on_overload decides
             log.exception("the cheap stage failed")
             self._metrics.estimator_outcomes.labels("error").inc()
@@ -252,11 +252,18 @@ def load_runtime(path: str, pools: tuple[str, ...], rule: str) -> tuple[Runtime,
     prepared = runtime.prepare(*extract_text(runtime.manifest.text, [turn]))
     try:
         if runtime.has_cheap:
-            runtime.cheap([prepared])
-        runtime.score([prepared])
-    except ONNX_ERRORS as error:
+            _checked(runtime.cheap([prepared])[0])
+        _checked(runtime.score([prepared])[0])
+    except (FloatingPointError, *ONNX_ERRORS) as error:
         raise ValueError(f"checkpoint {path} can't be used: {' '.join(str(error).split())}") from None
     return runtime, columns
+
+
+def _checked(scores: Scores) -> Scores:
+    """The same scores. Raises FloatingPointError for NaN: routing would take it for full confidence."""
+    if not scores.finite:
+        raise FloatingPointError("the estimator's scores are NaN or infinite")
+    return scores
 
 
 def usual_shares(runtime: Runtime, pools: tuple[str, ...], rule: str, threshold: float) -> dict[str, float]:

@@ -238,7 +238,8 @@ def _recorder(settings: Config, metrics: Metrics, running: Recorder | None = Non
 async def _live(settings: Config, metrics: Metrics) -> Live:
     scorer = await checkpoint_watcher.open_scorer(settings, metrics)
     keys = {key.sha256: key.name for key in settings.auth.keys} if settings.auth else {}
-    return Live(settings, pools.open_pools(settings, metrics), keys, served_names(settings.pools), scorer)
+    names, opened = served_names(settings.pools), pools.open_pools(settings, metrics)
+    return Live(settings, opened, keys, names, scorer, config.routing_settings(settings))
 
 
 async def _drain(gateway: Gateway) -> None:

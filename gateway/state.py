@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from depo_gateway.estimator.held_publish import HeldPublish
+from depo_gateway.estimator.records.types import RoutingSettings
 from depo_gateway.gateway.candidate import Candidate
 from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.control import Accounting, Control
@@ -29,6 +31,7 @@ class Live:
     keys: Mapping[str, str]  # digest -> name; empty: the gateway is open
     names: Mapping[str, str]  # pool name or model id -> pool
     scorer: Scorer
+    settings: RoutingSettings  # the part of the config that records name
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +47,7 @@ class Gateway:
     recorder: Recorder | None = None  # None: nothing is recorded
     shares: dict[str, float] = field(default_factory=dict)  # each pool's moving share, for `on_overload: share`
     apis: Apis = field(default_factory=lambda: APIS)
+    held: HeldPublish | None = None  # a checkpoint that the learner holds back for its owner
     recent: RecentRequests = field(default_factory=lambda: RecentRequests(time.time()))
     active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -88,4 +92,4 @@ class RequestState:
     unreadable: bool = False  # a reader of the endpoint's answers failed
 
     def __post_init__(self) -> None:
-        self.notes = RequestNotes(self.api, self.id)
+        self.notes = RequestNotes(self.api, self.id, settings=self.live.settings)

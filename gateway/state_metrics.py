@@ -1,7 +1,10 @@
 """Gauges of the gateway's state: set from it whenever /metrics is scraped."""
 
+import math
+
 from prometheus_client import Gauge
 
+from depo_gateway.estimator import held_publish
 from depo_gateway.gateway.control import Control
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.state import Gateway
@@ -11,6 +14,9 @@ def show_state(gateway: Gateway) -> None:
     """Brings the gauges of `Control` and of the loaded checkpoints up to date."""
     show_control(gateway.control, gateway.metrics)
     _show_version(gateway.metrics.estimator_info, gateway.live.scorer.version)
+    change = held_publish.published_change(gateway.live.scorer.runtime.manifest)
+    gateway.metrics.publish_share_change.set(math.nan if change is None else change.share)
+    gateway.metrics.publish_cost_change.set(math.nan if change is None or change.cost is None else change.cost)
     candidate = gateway.control.candidate
     _show_version(gateway.metrics.candidate_info, None if candidate is None else candidate.version)
 

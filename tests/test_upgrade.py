@@ -116,7 +116,7 @@ def test_an_estimator_of_rl_scores_its_policy() -> None:
 
 def test_evaluate_reports_what_it_reported() -> None:
     words = ["--checkpoint", "checkpoints/first", "--outcomes", "outcomes.jsonl", "--out", "report"]
-    assert training_main(["evaluate", *words]) == 0
+    assert training_main(["evaluate", *words, "--include-fitted"]) == 0
     report = json.loads(Path("report/report.json").read_text())
     assert (report["checkpoint"], report["fitted_share"], report["all"]["prompts"]) == (FIRST, 1.0, 160)
     assert report["all"]["apgr"]["gain (full)"]["apgr"] == pytest.approx(0.7772, abs=2e-3)
@@ -265,7 +265,7 @@ def test_records_become_the_examples_that_they_became() -> None:
 
 def test_evaluate_reads_the_records() -> None:
     words = ["--checkpoint", "checkpoints", "--records", "sqlite:///records.db", "--out", "report"]
-    assert training_main(["evaluate", *words]) == 0
+    assert training_main(["evaluate", *words, "--include-fitted"]) == 0
     report = json.loads(Path("report/report.json").read_text())
     assert (report["checkpoint"], report["logs"]["read"]) == (REFRESHED, 104)
     assert (report["logs"]["complete"], report["logs"]["weighted"]) == (88, 90)

@@ -19,6 +19,10 @@ COMMANDS = {
         "depo_gateway.training.commands.refresh",
         "learn from served traffic and publish a better checkpoint; --follow repeats",
     ),
+    "accept": (
+        "depo_gateway.training.commands.accept",
+        "publish the checkpoint that refresh holds back because it raises the cost",
+    ),
     "calibrate": (
         "depo_gateway.training.commands.calibrate",
         "fit probabilities and thresholds for targets, as a new checkpoint",
@@ -31,11 +35,14 @@ COMMANDS = {
 }
 # command -> what it imports beyond the base install
 NEEDS = {
+    "collect": ("aiohttp",),
     "fit": ("torch", "transformers", "onnx", "onnxscript"),
-    "evaluate": ("matplotlib",),
-    "refresh": ("torch", "transformers", "onnx", "onnxscript"),
+    "refresh": ("torch", "transformers", "onnx", "onnxscript", "aiohttp"),
+    "calibrate": ("aiohttp",),
     "rl": ("torch", "transformers", "trl", "accelerate", "datasets", "onnx", "onnxscript"),
+    "evaluate": ("aiohttp", "matplotlib"),
 }
+INSTALL = "pip install 'depo-gateway[training]' (from a checkout: pip install '.[training]')"
 RAW = ("rl",)  # commands that parse their own arguments: run(args) gets them in args.rest
 
 
@@ -53,19 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"depo-train {version('depo-gateway')}")
     requested = next((argument for argument in arguments if not argument.startswith("-")), "")
     missing = [module for module in NEEDS.get(requested, ()) if importlib.util.find_spec(module) is None]
-    if missing:
-        names = ", ".join(missing)
-        print(
-            f"depo-train {requested}: needs {names}; install it: pip install 'depo-gateway[training]'", file=sys.stderr
-        )
+    if missing and not {"-h", "--help"} & set(arguments):
+        print(f"depo-train {requested}: needs {', '.join(missing)}; install it: {INSTALL}", file=sys.stderr)
         return 2
     _quiet_libraries()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name == requested and name not in RAW:  # importing the others would only take time
+        description = summary[0].upper() + summary[1:] + "."
+        if missing and name == requested:
+            description += f" Its options are listed where {', '.join(missing)} can be imported; install it: {INSTALL}"
+        command = commands.add_parser(name, help=summary, description=description)
+        if name == requested and name not in RAW and not missing:  # importing the others would only take time
             importlib.import_module(module).add_arguments(command)
-    raw = arguments[:1] == [requested] and requested in RAW
+    raw = arguments[:1] == [requested] and requested in RAW and not missing
     args = argparse.Namespace(command=requested, rest=arguments[1:]) if raw else parser.parse_args(arguments)
     try:
         code: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
@@ -81,8 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _quiet_libraries() -> None:
     """Silences the libraries that load encoders, except for errors; in logs also their progress bars.
 
-    Variables that are set already take precedence. It must be called before the libraries are imported.
+    TRL would report each run to Hugging Face. Variables that are set already take precedence. It must be called before
+    the libraries are imported.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     if not sys.stderr.isatty():

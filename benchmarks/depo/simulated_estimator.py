@@ -15,9 +15,10 @@ from torch import Tensor
 from benchmarks.depo.catalog import DEPO as CATALOG
 from benchmarks.depo.catalog import depo_of, parse
 from benchmarks.depo.methods import Method
+from depo_gateway.estimator.encoder import DEFAULT_ENCODER
 from depo_gateway.estimator.heads import QUALITY, pool_labels
 from depo_gateway.estimator.learner import FAITHFUL, Item, Learner
-from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, create_model
+from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.rl.selector import Selector

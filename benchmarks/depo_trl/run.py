@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PrinterCallback
 from benchmarks.depo.encoder import save_encoder
 from benchmarks.depo_trl.start import task_of
 from benchmarks.depo_trl.tasks import LIMITS, VERIFIERS, rows
-from depo_gateway.estimator.model import DEFAULT_ENCODER
+from depo_gateway.estimator.encoder import DEFAULT_ENCODER
 from depo_gateway.training.rewards.reward_functions import reward_function
 from depo_gateway.training.rl.config import DepoConfig
 from depo_gateway.training.rl.trainer import DepoTrainer

@@ -24,14 +24,24 @@ from depo_gateway.estimator.records.tables import (
     LABELS,
     METADATA,
     RECORDS,
+    ROUTING_SETTINGS,
     SHADOWED,
     VERSIONS,
     label_row,
     record_of,
     row_of,
+    settings_of,
+    settings_row,
     storable_text,
 )
-from depo_gateway.estimator.records.types import FEEDBACK, REPEATABLE_ENDPOINTS, Label, Labelled, Record
+from depo_gateway.estimator.records.types import (
+    FEEDBACK,
+    REPEATABLE_ENDPOINTS,
+    Label,
+    Labelled,
+    Record,
+    RoutingSettings,
+)
 
 WAIT_SECONDS = 5  # for another writer's lock, or a connection
 READ_SECONDS = 300  # the learner's longest query
@@ -84,12 +94,14 @@ class Store:
             raise ValueError(
                 f"the records database {self.name} needs {error.name}: pip install 'depo-gateway[postgres]'"
             ) from None
+        self._has_settings = False  # known: whether the database has the column records.settings
+        self._stored_settings: dict[str, RoutingSettings] = {}  # by digest, as the database holds them
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
 
     def create(self) -> None:
-        """Creates missing tables; several processes may do so at once.
+        """Creates missing tables, and the column that earlier versions lack; several processes may do so at once.
 
         Raises:
             ValueError: another version of this software created the database.
@@ -106,6 +118,8 @@ class Store:
                     "use that version, or another database"
                 )
             METADATA.create_all(connection)
+            if not self._settings_column(connection):  # an earlier version created the table
+                connection.execute(sa.text("ALTER TABLE records ADD COLUMN settings TEXT"))
             if found is None:
                 connection.execute(VERSIONS.insert(), {"version": DATABASE_SCHEMA})
 
@@ -121,7 +135,11 @@ class Store:
             rows = [row_of(record) for record in records]
         except orjson.JSONEncodeError as error:  # deeper than orjson writes: 254 levels
             raise StoreError(f"a record can't be written as JSON: {error}", rejected=True) from None
+        content = {row["digest"]: row for row in (settings_row(r.settings) for r in records if r.settings is not None)}
+        add = (sqlite if self._sqlite else postgresql).insert(ROUTING_SETTINGS).on_conflict_do_nothing()
         with self._transaction(write=True) as connection:
+            if content:
+                connection.execute(add, [content[digest] for digest in sorted(content)])
             connection.execute(insert, rows)
 
     def feedback(self, items: Sequence[Feedback]) -> list[bool]:
@@ -187,16 +205,13 @@ class Store:
 
     def unshadowed(self, limit: int, since: float = 0.0) -> list[Record]:
         """Answered records of repeatable endpoints, with their prompt, not yet marked as shadowed, oldest first."""
-        query = (
-            sa.select(RECORDS)
-            .where(RECORDS.c.asked.is_not(None), RECORDS.c.status == 200, RECORDS.c.pool != "")
-            .where(RECORDS.c.endpoint.in_(REPEATABLE_ENDPOINTS))
-            .where(RECORDS.c.time >= since, ~sa.exists().where(SHADOWED.c.record == RECORDS.c.seq))
-            .order_by(RECORDS.c.time, RECORDS.c.seq)
-            .limit(limit)
+        where = (
+            *(RECORDS.c.asked.is_not(None), RECORDS.c.status == 200, RECORDS.c.pool != ""),
+            RECORDS.c.endpoint.in_(REPEATABLE_ENDPOINTS),
+            *(RECORDS.c.time >= since, ~sa.exists().where(SHADOWED.c.record == RECORDS.c.seq)),
         )
         with self._transaction() as connection:
-            return [record_of(row) for row in connection.execute(query).mappings()]
+            return self._records(connection, where, limit)
 
     def mark_shadowed(self, records: Sequence[int], time: float) -> None:
         """Marks records, by seq, as shadowed or skipped. Idempotent; deleted ones are ignored."""
@@ -229,16 +244,37 @@ class Store:
             .order_by(RECORDS.c.time.desc(), RECORDS.c.seq.desc())
             .limit(limit)
         )
-        chosen = sa.select(RECORDS).where(RECORDS.c.seq.in_(newest)).order_by(RECORDS.c.time, RECORDS.c.seq)
         named = [column for column in LABELS.c if column.name != "comment"]
         theirs = sa.select(*named).where(LABELS.c.record.in_(newest)).order_by(LABELS.c.seq)
         with self._transaction() as connection:
-            records = [record_of(row) for row in connection.execute(chosen).mappings()]
+            records = self._records(connection, (RECORDS.c.seq.in_(newest),))
             labels: dict[int, list[Label]] = {record.seq: [] for record in records}
             for row in connection.execute(theirs).mappings():
                 if row["record"] in labels:
                     labels[row["record"]].append(Label(**row))
         return [Labelled(record, tuple(labels[record.seq])) for record in records]
+
+    def _records(
+        self, connection: sa.Connection, where: Sequence[sa.ColumnElement[bool]], limit: int | None = None
+    ) -> list[Record]:
+        """The records that meet all conditions, oldest first."""
+        has_settings = self._settings_column(connection)
+        columns = [column for column in RECORDS.c if has_settings or column.name != "settings"]
+        query = sa.select(*columns).where(*where).order_by(RECORDS.c.time, RECORDS.c.seq).limit(limit)
+        rows = connection.execute(query).mappings().all()
+        unread = {row["settings"] for row in rows if has_settings} - {None, *self._stored_settings}
+        if unread:
+            stored = sa.select(ROUTING_SETTINGS).where(ROUTING_SETTINGS.c.digest.in_(unread))
+            for row in connection.execute(stored).mappings():
+                self._stored_settings[row["digest"]] = settings_of(row["content"])
+        return [record_of(row, self._stored_settings) for row in rows]
+
+    def _settings_column(self, connection: sa.Connection) -> bool:
+        """Whether the table of records has the column `settings`; earlier versions create it without."""
+        if not self._has_settings:
+            names = [column["name"] for column in sa.inspect(connection).get_columns(RECORDS.name)]
+            self._has_settings = "settings" in names
+        return self._has_settings
 
     @contextlib.contextmanager
     def _transaction(self, write: bool = False) -> Iterator[sa.Connection]:

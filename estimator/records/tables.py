@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import orjson
 import sqlalchemy as sa
 
-from depo_gateway.estimator.records.types import Label, Record
+from depo_gateway.estimator.records.types import Label, Record, RoutingSettings, ServedPool
 
 DATABASE_SCHEMA = 1
 LARGEST = 2**62  # the largest token count stored
@@ -24,6 +25,13 @@ def _of_record() -> sa.Column[int]:
 
 
 VERSIONS = sa.Table("depo_schema", METADATA, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False))
+# Few and small: gateways with equal settings share a row, named by a hash of its content
+ROUTING_SETTINGS = sa.Table(
+    "routing_settings",
+    METADATA,
+    sa.Column("digest", sa.Text, primary_key=True),
+    sa.Column("content", sa.Text, nullable=False),
+)
 RECORDS = sa.Table(
     "records",
     METADATA,
@@ -40,6 +48,8 @@ RECORDS = sa.Table(
     *(sa.Column(name, sa.BigInteger) for name in ("prompt_tokens", "completion_tokens")),
     *(sa.Column(name, sa.Text, nullable=False) for name in ("finish_reason", "prompt_hash", "parameters")),
     *(sa.Column(name, sa.Text) for name in ("asked", "answer", "reference")),
+    # A digest. Earlier versions neither write nor read the column, so they may use the same database
+    sa.Column("settings", sa.Text),
     # Clients may choose their request ids and use one again. A batch whose commit was cut off can come twice: this
     # keeps it single.
     sa.UniqueConstraint("key", "id", "time"),
@@ -81,14 +91,28 @@ def row_of(record: Record) -> dict[str, Any]:
         row[name] = None if row[name] is None else storable_text(row[name])
     for name in ("prompt_tokens", "completion_tokens"):
         row[name] = None if row[name] is None else max(0, min(LARGEST, row[name]))
+    row["settings"] = None if record.settings is None else settings_row(record.settings)["digest"]
     return row
 
 
-def record_of(row: sa.RowMapping) -> Record:
+def record_of(row: sa.RowMapping, settings: Mapping[str, RoutingSettings]) -> Record:
+    """`settings`: by digest."""
     values: dict[str, Any] = {str(name): value for name, value in row.items()}
     for name in _JSON:
         values[name] = None if values[name] is None else orjson.loads(values[name])
-    return Record(**(values | {"pools": tuple(values["pools"])}))
+    known = settings.get(values.get("settings") or "")
+    return Record(**(values | {"pools": tuple(values["pools"]), "settings": known}))
+
+
+def settings_row(settings: RoutingSettings) -> dict[str, str]:
+    content = orjson.dumps(asdict(settings))  # keys keep their order: pools are cheapest first
+    return {"digest": hashlib.sha256(content).hexdigest(), "content": content.decode()}
+
+
+def settings_of(content: str) -> RoutingSettings:
+    raw = orjson.loads(content)
+    pools = {name: ServedPool(pool["model"], pool["cost"]) for name, pool in raw["pools"].items()}
+    return RoutingSettings(raw["rule"], raw["threshold"], raw["target"], pools)
 
 
 def label_row(label: Label, comment: str | None) -> dict[str, Any]:

@@ -15,6 +15,24 @@ FEEDBACK = "feedback"  # the source of an application's own labels; a judge's na
 
 
 @dataclass(frozen=True, slots=True)
+class ServedPool:
+    """One pool of a gateway's settings."""
+
+    model: str  # the backends' name for it
+    cost: float  # any unit, per 1,000 tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSettings:
+    """The settings that a gateway served a request with: what its threshold meant, and which model each pool was."""
+
+    rule: str
+    threshold: float | None  # routing.threshold; None: there is a target
+    target: Mapping[str, float]  # {"large_share": 0.3}: routing.target; {}: there is a threshold
+    pools: Mapping[str, ServedPool]  # cheapest first
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """A finished request: who sent it, the decision and its reason, how it ended, and what the router knew."""
 
@@ -44,6 +62,7 @@ class Record:
     parameters: Mapping[str, Any] = field(default_factory=dict)  # the request's other fields: sampling, tools
     answer: str | None = None  # text of the first choice
     reference: str | None = None  # the right answer, from the client (x-depo-reference)
+    settings: RoutingSettings | None = None  # in force; None: an earlier version wrote the record
     seq: int = 0  # the store's own number, rising; 0: not stored yet
 
     @property

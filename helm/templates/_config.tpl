@@ -119,6 +119,10 @@ network file systems are known to lose them, and then the file is damaged.
 {{- if include "depo-gateway.usesVolume" . }}
 {{- $_ := set $config "estimator" (merge (dict "path" "/var/lib/depo-gateway/checkpoints") (default dict $config.estimator)) }}
 {{- end }}
+{{- $routing := default dict $config.routing }}
+{{- if and .Values.learner.enabled (not (or (hasKey $routing "threshold") (hasKey $routing "target"))) }}
+{{- $_ := set $config "routing" (merge (dict "target" (dict "large_share" 0.3)) $routing) }}
+{{- end }}
 {{- if .Values.auth.existingSecret }}
 {{- $keys := ternary $config.auth dict (kindIs "map" $config.auth) }}
 {{- $_ := set $config "auth" (merge (dict "keys_file" "/etc/depo-gateway/keys/keys.yaml") $keys) }}

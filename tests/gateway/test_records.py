@@ -12,11 +12,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+import sqlalchemy as sa
 import yaml
 
 from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.records.store import Feedback, Store
-from depo_gateway.estimator.records.types import Record
+from depo_gateway.estimator.records.types import Record, RoutingSettings, ServedPool
 from depo_gateway.gateway import config, records, request_notes
 from depo_gateway.gateway.metrics import Metrics
 from depo_gateway.gateway.openai.chat import CHAT
@@ -79,6 +80,8 @@ async def test_a_request_leaves_what_the_router_knew_and_how_it_ended(start: Sta
     assert 0 < second.first_token_seconds <= second.total_seconds < 10
     assert (third.pool, third.reason) == ("large", "unsure")
     assert len(first.conversation) == 64
+    pools = {"small": ServedPool("org/small-1b", 1.0), "large": ServedPool("org/large-9b", 5.0)}
+    assert first.settings == third.settings == RoutingSettings("gain", 0.85, {}, pools)
     for record in (first, second, third):  # prompts: none
         assert (record.asked, record.answer, record.prompt_hash, record.parameters) == (None, None, "", {})
 
@@ -630,3 +633,32 @@ async def test_a_database_of_another_version_is_not_touched(
                 await asyncio.sleep(0.3)
     assert "was created by another version (schema 99, here 1)" in caplog.text
     assert stored(f"sqlite:///{path}") == []
+
+
+def test_a_database_of_version_0_1_is_read_as_it_is_and_taken_over(records_url: str) -> None:
+    store = Store(records_url)
+    store.create()
+    with store._transaction(write=True) as connection:  # version 0.1's tables
+        connection.execute(sa.text("ALTER TABLE records DROP COLUMN settings"))
+        connection.execute(sa.text("DROP TABLE routing_settings"))
+        columns = "id, time, key, endpoint, conversation, pool, reason, estimator, stage, pools, quality, propensity,"
+        values = "'old', 1, '', 'chat', '', 'small', 'confident', '', '', '[]', '{}', 1,"
+        by_old_version = (
+            f"INSERT INTO records ({columns} total_seconds, status, finish_reason, prompt_hash, parameters)"
+        )
+        connection.execute(sa.text(f"{by_old_version} VALUES ({values} 1, 200, '', '', '{{}}')"))
+    store.close()
+    assert [(record.id, record.settings) for record in stored(records_url)] == [("old", None)]
+    pools = {"small": ServedPool("org/small", 1.0)}
+    kept = [RoutingSettings("gain", None, {"large_share": bound}, pools) for bound in (0.3, 0.4)]
+    new = Store(records_url)
+    new.create()
+    new.append([Record(f"new {n}", 2.0 + n, settings=kept[n % 2]) for n in range(4)])
+    new.create()
+    with new._transaction(write=True) as connection:
+        connection.execute(
+            sa.text(f"{by_old_version} VALUES ({values.replace('old', 'again')} 1, 200, '', '', '{{}}')")
+        )
+    new.close()
+    found = {record.id: record.settings for record in stored(records_url)}
+    assert found == {"old": None, "again": None, **{f"new {n}": kept[n % 2] for n in range(4)}}

@@ -223,6 +223,42 @@ async def test_nothing_is_left_when_both_stages_fail(make: Make, runtime: Runtim
     assert outcomes(scorer) == {"error": 1}
 
 
+class NotFinite:
+    """An ONNX session whose logits are not finite for prompts with more tokens than `length`."""
+
+    def __init__(self, session: Any, value: float, length: int) -> None:
+        self._session, self._value, self._length = session, value, length
+
+    def run(self, names: Any, inputs: Any) -> Any:
+        (logits,) = self._session.run(names, inputs)
+        logits[inputs["attention_mask"].sum(1) > self._length] = self._value
+        return [logits]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+async def test_scores_that_are_not_finite_leave_the_cheap_stage_to_their_prompt_alone(
+    make: Make, runtime: Runtime, value: float
+) -> None:
+    scorer = make(of=replace(runtime, session=NotFinite(runtime.session, value, 8)))
+    long, short = "prove the hard theorem " * 4, "what is the easy sum"
+    bad, good = await asyncio.gather(scorer.score(turns(long, "")), scorer.score(turns(short, "")))
+    assert bad is not None
+    assert good is not None
+    assert (bad.stage, good.stage) == ("cheap", "full")
+    again = await scorer.score(turns(long, ""))
+    assert again is not None
+    assert again.stage == "cheap"  # it was not cached
+    assert outcomes(scorer) == {"error": 2, "full": 1}
+
+
+async def test_neither_stage_is_believed_if_its_scores_are_not_finite(make: Make, runtime: Runtime) -> None:
+    assert runtime.wide is not None
+    bias = runtime.wide.bias * float("nan")
+    scorer = make(of=replace(runtime, wide=replace(runtime.wide, bias=bias)))
+    assert await scorer.score("prove the hard theorem") is None
+    assert outcomes(scorer) == {"error": 1}
+
+
 async def test_a_tokenizer_that_fails_leaves_nothing_too(make: Make, runtime: Runtime) -> None:
     scorer = make(of=replace(runtime, tokenizer=Broken()))
     assert await scorer.score("easy") is None

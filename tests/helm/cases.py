@@ -70,6 +70,9 @@ EVERY_LEARNER_SETTING = {
         "priority": None,
         "max_tokens": 4096,
         "cost_per_hour": 5000000,
+        "cost_per_day": 60000000,
+        "tokens_per_day": 40000000,
+        "records_per_day": 20000,
         "busy_waiting": None,
         "timeout_s": 60,
         "max_age_hours": 2,
@@ -107,6 +110,7 @@ EVERY_LEARNER_SETTING = {
             "gate": {"least": 100, "calibration_error": 0.1, "spread": 0.05, "resamples": 500},
         },
     },
+    "gate": {"max_cost_increase": 0.05},
     "reference": "/etc/reference/outcomes.jsonl",
 }  # fmt: skip
 

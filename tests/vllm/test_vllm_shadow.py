@@ -17,6 +17,7 @@ from depo_gateway.training.judging.pool_client import PoolClient
 from depo_gateway.training.online.metrics import LearnerMetrics
 from depo_gateway.training.online.settings import ShadowConfig
 from depo_gateway.training.online.shadowing import Shadow
+from depo_gateway.training.online.spend_ledger import SpendLedger
 from tests.gateway.conftest import running
 from tests.vllm.conftest import PYTHON
 from tests.vllm.front import settings
@@ -61,8 +62,8 @@ async def test_served_traffic_becomes_labels_of_both_pools(
     async with aiohttp.ClientSession() as session:
         client = PoolClient(session, pools, metrics, 10, 60.0)
         async with open_judge(JudgeConfig("exact"), session, client, metrics.count_verdict) as judge:
-            config = ShadowConfig(share=1.0, confidence_of_served=True)
-            work = asyncio.create_task(Shadow(store, client, judge, "exact", config, metrics).run())
+            config, ledger = ShadowConfig(share=1.0, confidence_of_served=True), SpendLedger(tmp_path)
+            work = asyncio.create_task(Shadow(store, client, judge, "exact", config, metrics, ledger).run())
             for _ in range(600):
                 if not store.unshadowed(10):
                     break

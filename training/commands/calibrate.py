@@ -1,7 +1,7 @@
 """`depo-train calibrate`: fits probabilities, and thresholds for targets, as a new version of a checkpoint.
 
-Use rows that the checkpoint was not fitted on: its predictions for those are too confident. Outputs for which the rows
-have too few labels keep their calibration.
+Prompts that the checkpoint was fitted on are left out: its predictions for those are too confident. Outputs for which
+the others have too few labels keep their calibration.
 
 Shapes: N prompts, K pools cheapest first.
 """
@@ -28,7 +28,7 @@ from depo_gateway.training.evaluation.calibration_data import (
     split_for_guarantee,
     with_off_policy_curves,
 )
-from depo_gateway.training.evaluation.contamination import fitted_on, fitted_share, warn_of_contamination
+from depo_gateway.training.evaluation.contamination import fitted_on
 from depo_gateway.training.evaluation.predictions import text_logits
 from depo_gateway.training.evaluation.report import nan_to_null
 from depo_gateway.training.evaluation.risk_control import Guarantee, guarantee, threshold_grid
@@ -49,8 +49,13 @@ DELTA = 0.05
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or builtin")
-    logged_traffic.add_source_arguments(parser, "outcome tables whose rows it was not fitted on")
+    logged_traffic.add_source_arguments(parser, "outcome tables")
     parser.add_argument("--pools", nargs="+", metavar="NAME=MODEL", help="default: the models it was fitted on")
+    parser.add_argument(
+        "--include-fitted",
+        action="store_true",
+        help="include prompts that the checkpoint was fitted on, for which its predictions are too confident",
+    )
     parser.add_argument(
         "--allow-cut-off",
         action="store_true",
@@ -89,7 +94,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"a cost target needs --costs {' '.join(f'{pool}=X' for pool in runtime.pools)}")
     data = read_calibration_data(args, runtime)
     split = split_for_guarantee(data, fitted_on(data.examples, runtime.manifest)) if losses else None
-    warn_of_contamination("calibrate", fitted_share(data.examples, runtime.manifest))
     full, cheap = text_logits(runtime, data.texts)
     weights = data.weights if split is None else np.where(split.fitting, data.weights, 0.0)
     calibrated = calibrate(full, cheap, data.labels, weights, runtime.pools, runtime.calibration, np.ones(len(weights)))
@@ -102,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     version = _write(place, args.out, calibrated, len(data.texts), guarantees)
     sys.stdout.write(
         unchanged_message(data.labels, runtime.pools, weights)
-        + target_summary(calibrated, quality, data.observed, by_curve=data.traffic is not None)
+        + target_summary(
+            calibrated, quality, data.observed, len(np.unique(data.unit)), by_curve=data.traffic is not None
+        )
         + guarantee_lines(guarantees, runtime.pools[-1])
     )
     if args.publish:

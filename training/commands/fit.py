@@ -1,7 +1,7 @@
 """`depo-train fit`: fits an estimator to outcome tables.
 
-The fit is cross-fitted: every question is predicted by a model that was not fitted on it, which decides when to stop,
-measures the estimator and calibrates it; a final model is fitted on all questions.
+The fit is cross-fitted: every question is predicted by a model that was not fitted on it. These predictions choose the
+fit's settings, measure the estimator and calibrate it.
 
 Shapes: N examples, K pools.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,39 @@ import torch
 from tokenizers import Tokenizer
 
 from depo_gateway.estimator import checkpoint, export
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration
+from depo_gateway.estimator.encoder import DEFAULT_ENCODER
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import WHOLE, LearnerConfig
-from depo_gateway.estimator.model import DEFAULT_ENCODER, Estimator, ModelConfig, create_model
+from depo_gateway.estimator.model import Estimator, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import POOLINGS, TextConfig
 from depo_gateway.estimator.vocabulary import narrow_tokenizer
 from depo_gateway.training.evaluation.contamination import fingerprints
 from depo_gateway.training.evaluation.report import nan_to_null
+from depo_gateway.training.evaluation.share_interval import (
+    NORMAL_QUANTILE,
+    effective_count,
+    share_interval,
+    share_text,
+)
 from depo_gateway.training.fitting.calibration import calibrate
-from depo_gateway.training.fitting.cross_fit import FitConfig, fit_estimator
+from depo_gateway.training.fitting.cross_fit import (
+    EPOCH_FOLDS,
+    LARGE_FOLDS,
+    MANY_EXAMPLES,
+    SMALL_FOLDS,
+    Fit,
+    fit_estimator,
+)
+from depo_gateway.training.fitting.fit_config import FitConfig
 from depo_gateway.training.fitting.held_out_report import held_out_reports, held_out_text
-from depo_gateway.training.outcomes.table import check_cut_off, examples_of, parse_pools, read_tables
+from depo_gateway.training.fitting.prior_choice import prior_text
+from depo_gateway.training.fitting.prior_outcomes import PriorOutcomes, prior_outcomes
+from depo_gateway.training.outcomes.table import Pools, check_cut_off, examples_of, parse_pools, read_tables
+
+WIDE_SHARE = 5.0  # points either side of 50%, above which the text says that the share is not known well
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +71,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fit tables although more than 10%% of a model's completions were cut off by --max-tokens",
     )
+    parser.add_argument(
+        "--prior-outcomes",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="outcome tables of other models, on the same or other questions: with few labels of your own they make the"
+        " fit better, and cross-validation chooses whether they are used",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
     parser.add_argument(
         "--publish", action="store_true", help="point `current` beside --out at it: gateways that watch load it"
     )
-    parser.add_argument("--encoder", default=DEFAULT_ENCODER, help="Hugging Face name or directory (%(default)s)")
+    parser.add_argument(
+        "--encoder", default=DEFAULT_ENCODER, help="Hugging Face name or directory (%(default)s, shipped)"
+    )
     parser.add_argument(
         "--layers", type=int, default=5, help="number of the encoder's first layers to keep, 0: all (%(default)s)"
     )
@@ -89,8 +120,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--balance", type=float, default=0.0, help="0: equal weight per question, 1: per source (%(default)s)"
     )
-    parser.add_argument("--folds", type=int, default=fitting.folds, help="of the cross-fit (%(default)s)")
-    parser.add_argument("--max-epochs", type=int, default=fitting.max_epochs, help="at most (%(default)s)")
+    parser.add_argument(
+        "--folds",
+        type=int,
+        help=f"of the cross-fit (default {SMALL_FOLDS}; {LARGE_FOLDS} from {MANY_EXAMPLES:,} questions on;"
+        f" {EPOCH_FOLDS} with SGD)",
+    )
+    parser.add_argument(
+        "--max-epochs",
+        type=int,
+        default=fitting.max_epochs,
+        help="of SGD, which fits a trunk, trained layers and the terms above; at most (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=fitting.seed, help="of folds, weights and order (%(default)s)")
 
 
@@ -103,37 +144,63 @@ def run(args: argparse.Namespace) -> int:
     if not args.allow_cut_off:
         check_cut_off(rows, pools, "fit")
     examples = examples_of(rows, pools, args.balance)
+    prior = _prior(args.prior_outcomes, pools)
     torch.manual_seed(config.seed)
-    model, tokenizer = _create_model(args, pools.names, examples)
-    learner, predictions, epochs = fit_estimator(model, tokenizer, examples, config)
-    weights = np.array([example.weight for example in examples])
-    labels = labels_by_head(examples, pools.names, model.config.heads)
-    calibrated = calibrate(predictions[0].full, predictions[0].cheap, labels, weights, pools.names)
-    reports = held_out_reports(examples, predictions, calibrated, config)
+    questions = examples if prior is None else [*examples, *prior.examples]
+    model, tokenizer = _create_model(args, pools.names, questions)
+    fit = fit_estimator(model, tokenizer, examples, config, prior)
+    calibrated, weights = _calibrated(fit, examples)
+    reports = held_out_reports(examples, fit)
     metrics = {
         "models": dict(zip(pools.names, pools.models, strict=True)),
         "examples": len(examples),
-        "epochs": epochs,
+        **fit.settings,
         "held_out": nan_to_null(reports),
-        "fitted_on": fingerprints(examples),
+        "fitted_on": fingerprints(questions if fit.prior is not None and fit.prior.used else examples),
     }
-    with learner.averaged() as fitted:
-        manifest = export.export_checkpoint(args.out, fitted, tokenizer, calibrated, metrics, learner.trained)
+    if fit.prior is not None:
+        metrics["prior"] = asdict(fit.prior)
+    manifest = export.export_checkpoint(args.out, fit.model, tokenizer, calibrated, metrics, fit.trained)
     if args.publish:
         checkpoint.publish(args.out)
+    if fit.prior is not None:
+        sys.stdout.write(prior_text(fit.prior))
     for name, report in reports.items():
         sys.stdout.write(held_out_text(name, report))
     new_groups = "; on new groups the calibration is less accurate" if "groups" in reports else ""
     sys.stdout.write(f"Probabilities and curves are calibrated on the held-out questions{new_groups}\n")
-    sys.stdout.write(f"{args.out}: checkpoint {manifest.version}\n{next_step(args.out, calibrated)}")
+    sys.stdout.write(f"{args.out}: checkpoint {manifest.version}\n{next_step(args.out, calibrated, weights)}")
     return 0
+
+
+def _prior(paths: Sequence[Path] | None, pools: Pools) -> PriorOutcomes | None:
+    """The prior in the tables of --prior-outcomes. Says which of the pools' models it leaves out."""
+    if not paths:
+        return None
+    prior = prior_outcomes(read_tables(paths), {model for models in pools.models for model in models})
+    if prior.left_out:
+        sys.stdout.write(
+            f"--prior-outcomes: outcomes of {', '.join(prior.left_out)} are left out, because a pool has that model;"
+            " where they were graded like yours, give the table to --outcomes as well\n"
+        )
+    return prior
+
+
+def _calibrated(fit: Fit, examples: Sequence[Example]) -> tuple[Calibration, Array]:
+    """The calibration of the served model, and the weights of the prompts it was measured on."""
+    pools, rows = fit.model.config.pools, fit.measured
+    labels = labels_by_head(examples, pools, fit.model.config.heads)
+    weights = np.array([example.weight for example in examples])[rows]
+    held_out = fit.held_out[0]
+    own_labels = {head: labels_NK[rows] for head, labels_NK in labels.items()}
+    return calibrate(held_out.full[rows], held_out.cheap[rows], own_labels, weights, pools), weights
 
 
 def _fit_config(args: argparse.Namespace) -> FitConfig:
     """The settings of the fit. Raises ValueError for numbers out of range."""
     for name, value, least in (
         ("--max-epochs", args.max_epochs, 1),
-        ("--folds", args.folds, 2),
+        ("--folds", SMALL_FOLDS if args.folds is None else args.folds, 2),
         ("--balance", args.balance, 0),
     ):
         if not least <= value < np.inf:
@@ -161,10 +228,26 @@ def _create_model(
     return model, tokenizer
 
 
-def next_step(out: Path, calibrated: Calibration) -> str:
-    """What to put into gateway.yaml, and the share of the last pool at some thresholds on prompts like these."""
+def next_step(out: Path, calibrated: Calibration, weights: Array) -> str:
+    """What to put into gateway.yaml, and the share of the last pool at some thresholds on prompts like these.
+
+    `weights` (N,) of the prompts on which the shares were measured.
+    """
     step = f"next: estimator: {{path: {out}}} in gateway.yaml"
     if "gain" not in calibrated.curves:
         return step + "\n"
-    shares = ", ".join(f"{at}: {calibrated.large_share('gain', at):.0%}" for at in (0.7, 0.8, 0.85, 0.9, 0.95))
-    return f"{step}; share of {calibrated.pools[-1]} on such prompts by routing.threshold: {shares}\n"
+    count = effective_count(weights)
+    shares = ", ".join(
+        f"{at}: {share_text(calibrated.large_share('gain', at), count)}" for at in (0.7, 0.8, 0.85, 0.9, 0.95)
+    )
+    low, high = share_interval(0.5, count)
+    width = 100 * (high - low) / 2
+    text = f"{step}; share of {calibrated.pools[-1]} on such prompts by routing.threshold: {shares}\n"
+    text += f"The shares are measured on {len(weights)} held-out prompts; brackets: 95% interval\n"
+    if width > WIDE_SHARE:
+        needed = round((NORMAL_QUANTILE / 2 / (WIDE_SHARE / 100)) ** 2, -2)
+        text += (
+            f"With so few prompts, a share of 50% may be {width:.0f} points more or less: "
+            f"fit on {needed:,.0f} or more to know it within {WIDE_SHARE:.0f}\n"
+        )
+    return text

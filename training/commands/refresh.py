@@ -17,7 +17,7 @@ from depo_gateway.training.online.reference_set import reference_rows
 from depo_gateway.training.online.refresh_config import NO_TEXT, REFUSALS
 
 if TYPE_CHECKING:
-    from depo_gateway.training.online.refresh import RefreshResult
+    from depo_gateway.training.online.publication import RefreshResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep running: shadow, judge, and refresh again whenever there are new labels",
     )
     parser.add_argument(
+        "--max-cost-increase",
+        type=float,
+        metavar="X",
+        help="hold back a checkpoint that raises the cost by more than this part of all-large's (0.1)",
+    )
+    parser.add_argument(
         "--publish",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -50,23 +56,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: 0 published (or written, with --no-publish), 1 refused, with the reasons on stderr."""
+    """The command: 0 published (or written, with --no-publish), 1 refused or held back, with the reasons on stderr."""
     if args.follow:
         from depo_gateway.training.online import daemon
 
         code: int = daemon.run_daemon(args)
         return code
-    settings = learner_settings.load_settings(args.config, args.records)
+    settings = learner_settings.load_settings(args.config, args.records, args.max_cost_increase)
+    from depo_gateway.training.online.publication import owner_terms
     from depo_gateway.training.online.refresh import refresh
 
     with checkpoint_retention.directory_lock(args.out):
-        labelled = read_labelled(database_url(settings.records), settings.refresh.learn.newest)
+        store = Store(database_url(settings.records))
+        try:
+            labelled = read_labelled(store, settings.refresh.learn.newest)
+            terms = owner_terms(store, settings, args.publish)
+        finally:
+            store.close()
         reference = reference_rows(settings, args.base, args.out)
-        result = refresh(
-            labelled, args.base, args.out, settings.refresh.learn, reference, cold=args.cold, publish=args.publish
-        )
+        result = refresh(labelled, args.base, args.out, settings.refresh.learn, reference, cold=args.cold, terms=terms)
     for note in result.notes:
         sys.stderr.write(f"depo-train refresh: {note}\n")
+    if result.held is not None:
+        sys.stderr.write(f"depo-train refresh: {result.held.sentence}\n")
+        return 1
     if result.published is None:
         reasons = "; ".join(result.verdict.reasons)
         sys.stderr.write(f"depo-train refresh: refused, {reasons}; {args.out / REFUSALS} has the figures\n")
@@ -75,22 +88,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_labelled(url: str, newest: int) -> list[Labelled]:
+def read_labelled(store: Store, newest: int) -> list[Labelled]:
     """The newest labelled records. Raises ValueError where there are no records, or none with its prompt."""
-    store = Store(url)
-    try:
-        store.create()
-        records, with_text = store.count_records()
-        if not records:
-            raise ValueError(
-                f"there are no records yet in {store.name}: give the address in records.url of gateway.yaml, and"
-                " let traffic come in"
-            )
-        if not with_text:
-            raise ValueError(NO_TEXT)
-        return store.labelled(newest)
-    finally:
-        store.close()
+    store.create()
+    records, with_text = store.count_records()
+    if not records:
+        raise ValueError(
+            f"there are no records yet in {store.name}: give the address in records.url of gateway.yaml, and"
+            " let traffic come in"
+        )
+    if not with_text:
+        raise ValueError(NO_TEXT)
+    return store.labelled(newest)
 
 
 def published_text(result: RefreshResult) -> str:
@@ -108,6 +117,8 @@ def published_text(result: RefreshResult) -> str:
         f"{name} {error:.3f} (at most {figures['calibration_bound'][name]:.3f})"
         for name, error in figures["calibration_error"].items()
     )
+    if result.change is not None:
+        lines.append(f"live traffic: {result.change.describe()}; known from {result.change.source}")
     return "\n".join(
         [*lines, f"calibration error: {errors}", f"{result.place}: checkpoint {result.published.version}", ""]
     )

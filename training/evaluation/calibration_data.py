@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic, off_policy
+from depo_gateway.training.evaluation.contamination import fitted_share, unseen_prompts, warn_of_contamination
 from depo_gateway.training.evaluation.logged_traffic import LoggedTraffic
 from depo_gateway.training.evaluation.off_policy import Integers, Logs
 from depo_gateway.training.evaluation.predictions import resolve_pools, served_text
@@ -55,21 +57,40 @@ class GuaranteeSplit:
 
 
 def read_calibration_data(args: argparse.Namespace, runtime: Runtime) -> CalibrationData:
-    """The rows of --outcomes, or the labelled traffic of --records."""
+    """The rows of --outcomes, or the labelled traffic of --records.
+
+    Prompts that the checkpoint was fitted on are left out, unless --include-fitted: its predictions for those are too
+    confident. Raises ValueError where none is left.
+    """
     pools = resolve_pools(args.pools, runtime.manifest)
     if args.records is not None:
         traffic = logged_traffic.read_traffic(
             args.records, args.since, args.newest, runtime.pools, runtime.manifest.text
         )
-        return traffic_calibration_data(traffic)
+        return traffic_calibration_data(traffic.select(_unfitted(args, traffic.examples(), runtime)))
     rows = read_tables(args.outcomes)
     if not args.allow_cut_off:
         check_cut_off(rows, pools, "calibrate")
-    examples = examples_of(rows, pools)
+    read = examples_of(rows, pools)
+    examples = [example for example, kept in zip(read, _unfitted(args, read, runtime), strict=True) if kept]
     labels = labels_by_head(examples, runtime.pools, runtime.manifest.heads)
     texts = [served_text(runtime.manifest.text, example.prompt, example.context) for example in examples]
     count = len(examples)
     return CalibrationData(examples, texts, labels, np.ones(count), np.ones(count), np.arange(count))
+
+
+def _unfitted(args: argparse.Namespace, examples: Sequence[Example], runtime: Runtime) -> NDArray[np.bool_]:
+    """Which examples (N,) to calibrate on; says on stderr how many are left out, or what including them does."""
+    if args.include_fitted:
+        warn_of_contamination("calibrate", fitted_share(examples, runtime.manifest))
+        return np.ones(len(examples), np.bool_)
+    unseen = unseen_prompts(examples, runtime.manifest)
+    if left_out := sum(unseen.left_out().values()):
+        sys.stderr.write(
+            f"depo-train calibrate: {left_out} of {len(examples)} prompts are left out, because the checkpoint was"
+            " fitted on them or may have been; --include-fitted includes them\n"
+        )
+    return unseen.kept
 
 
 def traffic_calibration_data(traffic: LoggedTraffic) -> CalibrationData:

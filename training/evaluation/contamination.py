@@ -6,6 +6,7 @@ import base64
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,43 @@ def certainly_unseen(examples: Sequence[Example], manifest: Manifest) -> NDArray
     fitted, last = _recorded(manifest)
     found = [_fingerprint(example) for example in examples]
     return np.array([fingerprint <= last and fingerprint not in fitted for fingerprint in found], bool)
+
+
+@dataclass(frozen=True, slots=True)
+class UnseenPrompts:
+    """Which of N prompts a checkpoint was not fitted on, and how many of the others there are."""
+
+    kept: NDArray[np.bool_]  # (N,)
+    fitted: int  # recorded to have been fitted on
+    unknown: int  # may have been: the checkpoint records only a sample of what it was fitted on
+
+    @classmethod
+    def everything(cls, count: int) -> UnseenPrompts:
+        """All of N prompts, whatever the checkpoint was fitted on."""
+        return cls(np.ones(count, bool), 0, 0)
+
+    def left_out(self) -> dict[str, int]:
+        """The prompts that are not kept, by reason."""
+        return {"fitted": self.fitted, "unknown": self.unknown}
+
+
+def unseen_prompts(examples: Sequence[Example], manifest: Manifest) -> UnseenPrompts:
+    """The prompts that the checkpoint certainly was not fitted on; all, where its manifest records nothing.
+
+    Raises ValueError where none is left.
+    """
+    count = len(examples)
+    if not isinstance(manifest.metrics.get("fitted_on"), str):
+        return UnseenPrompts.everything(count)
+    unseen, fitted = certainly_unseen(examples, manifest), fitted_on(examples, manifest)
+    found = UnseenPrompts(unseen, int(fitted.sum()), int((~fitted & ~unseen).sum()))
+    if not unseen.any():
+        which = "" if not found.unknown else f" or may have been fitted on {found.unknown} of them: it records a sample"
+        raise ValueError(
+            f"the checkpoint was fitted on {'all ' if not found.unknown else ''}{found.fitted} of these {count} prompts"
+            f"{which}, so they don't show how it routes new ones; give other prompts, or --include-fitted"
+        )
+    return found
 
 
 def warn_of_contamination(command: str, share: float | None) -> None:

@@ -12,7 +12,8 @@ import argparse
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ class LoggedTraffic:
 
     source: str  # the database, without its password
     pools: tuple[str, ...]
+    records: tuple[Record, ...]  # (N,) as they were read, for routing_in_force.py
     read: int  # records read, including those that cannot be used at all
     texts: tuple[tuple[str, str], ...]  # (prompt, context)
     observed: Array  # (N, K) quality, NaN where there is no label
@@ -57,6 +59,19 @@ class LoggedTraffic:
         free = self.free
         numbers = np.unique(self.conversation[free], return_inverse=True)[1]
         return Logs(self.pool[free], self.propensity[free], self.observed[free], predicted[free], numbers)
+
+    def select(self, rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> LoggedTraffic:
+        """The records in `rows` (N,), their conversations renumbered."""
+        arrays = ("observed", "token", "pool", "propensity", "free", "tokens")
+        records, texts = tuple(compress(self.records, rows.tolist())), tuple(compress(self.texts, rows.tolist()))
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in arrays},
+            records=records,
+            texts=texts,
+            conversation=np.unique(self.conversation[rows], return_inverse=True)[1],
+            not_free=_count_not_free(records, self.pools),
+        )
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, outcomes: str) -> None:
@@ -118,6 +133,7 @@ def traffic_of(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextC
     return LoggedTraffic(
         source,
         pools,
+        tuple(item.record for item in usable),
         len(labelled),
         tuple(text_of(text, item.record.asked or "") for item in usable),
         _table(qualities, pools),
@@ -125,10 +141,10 @@ def traffic_of(labelled: Sequence[Labelled], pools: tuple[str, ...], text: TextC
         np.array([pools.index(item.record.pool) for item in usable], np.int64),
         np.array([item.record.propensity for item in usable], float),
         np.array([not reason for reason in reasons], bool),
-        _tokens([item.record for item in usable]),
+        record_tokens([item.record for item in usable]),
         np.unique(np.array(conversations, dtype=object).astype(str), return_inverse=True)[1],
         unused,
-        dict(Counter(filter(None, reasons))),
+        _count_not_free([item.record for item in usable], pools),
     )
 
 
@@ -172,6 +188,10 @@ def _unusable(record: Record, pools: tuple[str, ...]) -> str:
     return ""
 
 
+def _count_not_free(records: Sequence[Record], pools: tuple[str, ...]) -> dict[str, int]:
+    return dict(Counter(filter(None, (_not_free(record, pools) for record in records))))
+
+
 def _not_free(record: Record, pools: tuple[str, ...]) -> str:
     if not record.free:
         return record.reason or "without a reason"
@@ -192,7 +212,7 @@ def _table(rows: Sequence[Mapping[str, float]], pools: tuple[str, ...]) -> Array
     return np.array([[row.get(pool, np.nan) for pool in pools] for row in rows], float)
 
 
-def _tokens(records: Sequence[Record]) -> Array:
+def record_tokens(records: Sequence[Record]) -> Array:
     """(N,) tokens of prompt and answer; 1 each where no record has a count."""
     known = np.array(
         [np.nan if r.prompt_tokens is None else r.prompt_tokens + (r.completion_tokens or 0) for r in records]

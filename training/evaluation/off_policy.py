@@ -169,6 +169,34 @@ def estimate(
     )
 
 
+def logged_quality(logs: Logs, resamples: int = DEFAULT_RESAMPLES, seed: int = 0) -> PolicyValues:
+    """Mean quality of the routing that served, as one policy (1,), on the same resamples as estimate()'s.
+
+    A pool's answers without a label count as its labelled ones do.
+    """
+    pools = logs.observed.shape[1]
+    label = np.nan_to_num(logs.observed[np.arange(len(logs.pool)), logs.pool])
+    of_pool = [logs.pool == k for k in range(pools)]
+    terms = [np.ones(len(logs.pool)), label * logs.complete]
+    for k in range(pools):
+        terms += [label * (logs.seen & of_pool[k]), logs.seen & of_pool[k], ~logs.complete & of_pool[k]]
+    sums_CX = np.zeros((int(logs.conversation.max()) + 1, len(terms)))
+    np.add.at(sums_CX, logs.conversation, np.stack(terms, 1).astype(float))
+    totals = [_drawn_totals(sums_CX, resamples, np.random.default_rng(seed)), [sums_CX.sum(0, keepdims=True)]]
+    draws, point = (np.concatenate([_logged_mean(part) for part in parts]) for parts in totals)
+    return PolicyValues(point, draws[:, None])
+
+
+def _logged_mean(totals_RX: Array) -> Array:
+    """(R,): of the sums in logged_quality; NaN where a pool that served has no label at all."""
+    total = totals_RX[:, 1].copy()
+    for k in range(2, totals_RX.shape[1], 3):
+        reward, labelled, served = totals_RX[:, k : k + 3].T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            total += np.where(served > 0, reward / labelled * served, 0.0)
+    return np.asarray(total / totals_RX[:, 0])
+
+
 def random_routing(of_constants: PolicyValues, shares: Array, share_draws: Array) -> PolicyValues:
     """Random routing with the given shares (T, K) of each pool, from the values of the K constant policies."""
     used = shares > 0  # a constant policy without support must not spoil the mixtures that do not use it

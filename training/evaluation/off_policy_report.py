@@ -1,51 +1,89 @@
-"""Report of a checkpoint's rules on logged traffic: at each threshold, estimates with intervals.
+"""Report of a checkpoint's rules on logged traffic: at each threshold, estimates with intervals; and what served.
 
 Shapes: N records, K pools cheapest first, T thresholds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from depo_gateway.estimator.arrays import Array
-from depo_gateway.estimator.calibration import RULES, confidence, route
+from depo_gateway.estimator.calibration import RULES
 from depo_gateway.training.evaluation import off_policy
+from depo_gateway.training.evaluation.headline import Evidence
 from depo_gateway.training.evaluation.logged_traffic import LoggedTraffic, reason_counts
-from depo_gateway.training.evaluation.markdown import table, with_interval
-from depo_gateway.training.evaluation.off_policy import Integers, Logs, OffPolicyEstimates, PolicyValues
-from depo_gateway.training.evaluation.report import curve_axes
+from depo_gateway.training.evaluation.markdown import with_interval
+from depo_gateway.training.evaluation.off_policy import Logs, PolicyValues
+from depo_gateway.training.evaluation.page import Block, Heading, Paragraph, TableBlock
+from depo_gateway.training.evaluation.reported_routing import ReportedRouting
 from depo_gateway.training.evaluation.routing_metrics import THRESHOLDS
+from depo_gateway.training.evaluation.threshold_sweep import (
+    Sweep,
+    differing_outcomes,
+    interval_of,
+    interval_rows,
+    sweep_logs,
+    sweep_outcomes,
+    sweep_thresholds,
+)
 
-CURVE_POINTS = 13  # evenly spaced over the shares that the rule can give
 FEW_EFFECTIVE = 100  # effective records; with fewer, intervals are rough
 METHODS = {"doubly_robust": "doubly robust", "snips": "SNIPS", "direct": "known outcomes"}
 
 
-def logs_report(
-    traffic: LoggedTraffic, quality_NK: Array, length: Array, costs: tuple[float, ...] | None, clip: float
-) -> dict[str, Any]:
-    """Counts of records, and for each rule and method a row per threshold.
+@dataclass(frozen=True, slots=True)
+class TrafficSweeps:
+    """A checkpoint's rules on logged traffic: by rule and method, the records behind each method, and their counts."""
+
+    logs: Logs  # for doubly_robust and snips
+    known: Logs  # with every pool's label, for direct
+    quality_of_known: Array  # predicted
+    tokens: Mapping[str, Array]  # by method
+    sweeps: Mapping[str, Mapping[str, Sweep]]  # by rule, then method
+    figures: dict[str, Any]  # the counts, for report.json
+
+
+def traffic_sweeps(
+    traffic: LoggedTraffic, quality_NK: Array, length: Array, routing: ReportedRouting, clip: float
+) -> TrafficSweeps:
+    """Sweeps of every rule, by the methods that the records allow.
 
     Args:
-        length: of the prompts (N,), for the length baseline. costs: per token, by pool; None: report shares only.
+        length: of the prompts (N,), for the length baseline.
     """
-    complete = ~np.isnan(traffic.observed).any(1)
+    complete = np.asarray(~np.isnan(traffic.observed).any(1))
     free = np.flatnonzero(traffic.free)
     every = traffic.logs(quality_NK)
     keep, left_out = off_policy.usable_records(every)
     logs, rows = off_policy.select_records(every, keep), free[keep]
-    known = Logs(
-        traffic.pool[complete],
-        np.ones(int(complete.sum())),
-        traffic.observed[complete],
-        quality_NK[complete],
-        np.unique(traffic.conversation[complete], return_inverse=True)[1],
-    )
-    report: dict[str, Any] = {
+    units = np.unique(traffic.conversation[complete], return_inverse=True)[1]
+    observed = traffic.observed[complete]
+    known = Logs(traffic.pool[complete], np.ones(len(observed)), observed, observed, units)
+    tokens = {"doubly_robust": traffic.tokens[rows], "direct": traffic.tokens[complete]}
+    sweeps: dict[str, dict[str, Sweep]] = {}
+    for rule in RULES:
+        thresholds = sweep_thresholds(quality_NK, rule, [routing.threshold] if rule == routing.rule else [])
+        sweeps[rule] = {}
+        if len(rows):
+            of_rows = (quality_NK[rows], length[rows], rule, thresholds, tokens["doubly_robust"], routing.costs)
+            sweeps[rule] |= sweep_logs(logs, *of_rows, clip)
+        if complete.any():
+            of_known = (quality_NK[complete], length[complete], rule, thresholds, units, routing.costs)
+            sweeps[rule]["direct"] = sweep_outcomes(observed, *of_known, tokens["direct"])
+    clipped = [sweep.found.clipped for methods in sweeps.values() for sweep in methods.values()]
+    figures = _counts(traffic, logs, complete, left_out) | {"clip": clip, "clipped": max(clipped, default=0.0)}
+    return TrafficSweeps(logs, known, quality_NK[complete], tokens, sweeps, figures)
+
+
+def _counts(
+    traffic: LoggedTraffic, logs: Logs, complete: NDArray[np.bool_], left_out: Mapping[str, int]
+) -> dict[str, Any]:
+    return {
         "read": traffic.read,
         "unused": dict(traffic.unused),
         "complete": int(complete.sum()),
@@ -54,95 +92,94 @@ def logs_report(
         "not_weighted": {**traffic.not_free, **left_out},
         "label_rates": dict(zip(traffic.pools, off_policy.label_rates(logs).tolist(), strict=True)),
         "explored": bool((logs.propensity[~logs.complete] < 1).any()),
-        "clip": clip,
-        "clipped": 0.0,
-        "rules": {},
     }
-    for rule in RULES:
-        methods: dict[str, Any] = {}
-        thresholds = _thresholds(quality_NK, rule)
-        if len(rows):
-            policies = _policies(logs, rule, thresholds, length[rows])
-            found = off_policy.estimate(logs, policies, clip)
-            report["clipped"] = found.clipped
-            parts = found.doubly_robust, found.snips
-            for name, values in zip(("doubly_robust", "snips"), parts, strict=True):
-                methods[name] = _rows(found, values, thresholds, policies, traffic.tokens[rows], costs)
-        if complete.any():
-            policies = _policies(known, rule, thresholds, length[complete])
-            found = off_policy.estimate(known, policies, min_effective=0)
-            methods["direct"] = _rows(found, found.snips, thresholds, policies, traffic.tokens[complete], costs)
-        report["rules"][rule] = methods
-    return report
 
 
-def _thresholds(quality_NK: Array, rule: str) -> Array:
-    """The common thresholds, and CURVE_POINTS at even steps of the share. They do not depend on outcomes."""
-    decisive = confidence(quality_NK, rule)[:, :-1].max(1)
-    levels = np.quantile(decisive, np.linspace(0.0, 1.0, CURVE_POINTS))
-    return np.unique(np.round(np.concatenate([[0.0, 1.0], THRESHOLDS, levels]), 4).clip(0.0, 1.0))
+def logs_report(found: TrafficSweeps) -> dict[str, Any]:
+    """For report.json: the counts, and for each rule and method a row per threshold."""
+    rules = {rule: {name: interval_rows(of) for name, of in by.items()} for rule, by in found.sweeps.items()}
+    return {**found.figures, "rules": rules}
 
 
-def _policies(logs: Logs, rule: str, thresholds: Array, length: Array) -> Integers:
-    """(N, 2 T + K): the rule at each threshold, prompt length at the same shares, then each pool for all prompts."""
-    count, pools = logs.observed.shape
-    routes = np.stack([route(logs.predicted, rule, float(threshold)) for threshold in thresholds], 1)
-    shares = np.stack([(routes == k).mean(0) for k in range(pools)], 1)
-    constants = np.tile(np.arange(pools), (count, 1))
-    return np.concatenate([routes, off_policy.length_routing(length, shares), constants], 1)
+def best_method(found: TrafficSweeps, routing: ReportedRouting) -> tuple[str, Evidence]:
+    """The method with the most evidence at the threshold in force; which one does not depend on outcomes.
+
+    Known outcomes count by their number, weighted records by their expected effective number.
+    """
+    methods = found.sweeps[routing.rule]
+    evidence = {}
+    for name in ("doubly_robust", "direct"):
+        if name in methods:
+            sweep = methods[name]
+            at = int(np.searchsorted(sweep.thresholds, routing.threshold))
+            values = (sweep.routed.point[at], sweep.constants.point[0], sweep.constants.point[-1])
+            if not np.isnan(values).any():
+                effective = min(sweep.found.effective[at], sweep.found.expected[at])
+                count = len(found.known.pool) if name == "direct" else float(effective)
+                differing = None
+                if name == "direct":
+                    known = (found.known.observed, found.quality_of_known)
+                    differing = differing_outcomes(*known, routing.rule, routing.threshold)
+                evidence[name] = Evidence(sweep, count, differing=differing)
+    if not evidence:
+        why = "" if found.figures["explored"] else " (routing.explore is 0 and nothing was shadowed)"
+        return "none", Evidence(None, 0, f"the records don't show what the other pool would have answered{why}")
+    name = max(evidence, key=lambda name: evidence[name].count)
+    return name, evidence[name]
 
 
-def _rows(
-    found: OffPolicyEstimates,
-    values: PolicyValues,
-    thresholds: Array,
-    policies: Integers,
-    tokens: Array,
-    costs: tuple[float, ...] | None,
-) -> list[dict[str, Any]]:
-    """One method's row for each threshold, NaN where the logs do not support an estimate."""
-    count = len(thresholds)
-    routed, by_length, constants = (
-        PolicyValues(values.point[part], values.draws[:, part])
-        for part in (slice(0, count), slice(count, 2 * count), slice(2 * count, None))
-    )
-    at_random = off_policy.random_routing(constants, found.shares[:count], found.share_draws[:, :count])
-    columns = {
-        "quality": routed,
-        "coin": at_random,
-        "length": by_length,
-        "against_coin": off_policy.paired_difference(routed, at_random),
-        "against_length": off_policy.paired_difference(routed, by_length),
-    }
-    shown = {name: (column.point, *off_policy.value_intervals(column)) for name, column in columns.items()}
-    rows: list[dict[str, Any]] = []
-    for t, threshold in enumerate(thresholds):
-        row: dict[str, Any] = {"threshold": float(threshold), "large_share": float(found.shares[t, -1])}
-        if costs is not None:
-            of = np.asarray(costs) / costs[-1]
-            row["cost"], row["length_cost"] = (
-                float(of[policies[:, i]] @ tokens / tokens.sum()) for i in (t, count + t)
-            )
-            row["coin_cost"] = float(found.shares[t] @ of)
-        for name, (point, low, high) in shown.items():
-            row[name] = {"value": float(point[t]), "low": float(low[t]), "high": float(high[t])}
-        row |= {name: float(getattr(found, name)[t]) for name in ("effective", "expected", "unsupported")}
-        rows.append(row)
-    return rows
+def change_from_served(
+    found: TrafficSweeps, method: str, routing: ReportedRouting, also: float | None
+) -> dict[str, Any]:
+    """The routing that served, and the change to the threshold in force and to `also`, on the same records.
+
+    Without any quality where the method is none; empty where no record was routed freely.
+    """
+    logs = found.known if method == "direct" else found.logs
+    tokens = found.tokens["direct" if method == "direct" else "doubly_robust"]
+    pools = logs.observed.shape[1]
+    served: dict[str, Any] = {"large_share": float((logs.pool == pools - 1).mean())} if len(logs.pool) else {}
+    if routing.costs is not None and served:
+        of = np.asarray(routing.costs) / routing.costs[-1]
+        served["cost"] = float(of[logs.pool] @ tokens / tokens.sum())
+    changes: dict[str, Any] = {"served": served, "records": len(logs.pool)}
+    if not served:
+        return changes
+    sweep = found.sweeps[routing.rule]["direct" if method == "direct" else "doubly_robust"]
+    value = off_policy.logged_quality(logs)
+    served["quality"] = interval_of(value, 0)
+    served["kept_quality"] = interval_of(sweep.kept(value), 0)
+    for name, threshold in (("in_force", routing.threshold), ("alternative", also)):
+        if threshold is not None:
+            at = int(np.searchsorted(sweep.thresholds, threshold))
+            routed = PolicyValues(sweep.routed.point[[at]], sweep.routed.draws[:, [at]])
+            changes[name] = {
+                "large_share": float(sweep.shares[at, -1]) - served["large_share"],
+                "quality": interval_of(off_policy.paired_difference(routed, value), 0),
+                "kept_quality": interval_of(sweep.kept(off_policy.paired_difference(routed, value)), 0),
+            }
+            if sweep.cost is not None:
+                changes[name]["cost"] = float(sweep.cost[at]) - served["cost"]
+    return changes
 
 
-def logs_markdown(report: Mapping[str, Any]) -> str:
-    """The section of report.md on logged decisions."""
-    lines = ["", "## From logged decisions", "", *_record_lines(report)]
+def logs_blocks(report: Mapping[str, Any], threshold: float) -> list[Block]:
+    """The appendix on logged decisions: at the common thresholds and the one in force."""
+    blocks: list[Block] = [Heading(3, "From logged decisions"), *map(Paragraph, _record_lines(report))]
+    shown = {0.0, 1.0, threshold, *THRESHOLDS}
     for rule, methods in report["rules"].items():
+        chosen = {name: [row for row in rows if row["threshold"] in shown] for name, rows in methods.items()}
         if "snips" in methods:
-            lines += ["", f"Rule {rule}, from all labels:", "", _table(methods["doubly_robust"], methods["snips"])]
+            title = f"Rule {rule}, from all labels"
+            blocks.append(_table(title, chosen["doubly_robust"], chosen["snips"]))
         if "direct" in methods:
-            lines += ["", f"Rule {rule}, where every pool's label is known:", "", _table(methods["direct"])]
+            blocks.append(_table(f"Rule {rule}, where every pool's label is known", chosen["direct"]))
     rows = [row for methods in report["rules"].values() for row in methods.get("snips", []) if _is_estimated(row)]
     if any(min(row["effective"], row["expected"]) < FEW_EFFECTIVE for row in rows):
-        lines += ["", f"With fewer than {FEW_EFFECTIVE} effective records, intervals are rough and usually too narrow."]
-    return "\n".join(lines) + "\n"
+        blocks.append(
+            Paragraph(f"With fewer than {FEW_EFFECTIVE} effective records, intervals are rough and usually too narrow.")
+        )
+    return blocks
 
 
 def _record_lines(report: Mapping[str, Any]) -> list[str]:
@@ -160,12 +197,11 @@ def _record_lines(report: Mapping[str, Any]) -> list[str]:
     rates = ", ".join(f"{pool} {rate:.1%}" for pool, rate in report["label_rates"].items())
     lines.append(f"Share of each pool's records with a label, shadowed records excluded: {rates}.")
     if not report["explored"]:
-        lines += [
-            "",
-            "**These decisions were deterministic (routing.explore: 0).** They show the quality of the routing in use,"
+        lines.append(
+            "These decisions were deterministic (routing.explore: 0). They show the quality of the routing in use,"
             f" not of another: where a threshold would have sent more than {off_policy.MAX_UNSUPPORTED:.0%} of the"
-            " records elsewhere, there is no estimate. Set routing.explore to about 0.02, or use shadowing.",
-        ]
+            " records elsewhere, there is no estimate. Set routing.explore to about 0.02, or use shadowing."
+        )
     if report["clipped"]:
         lines.append(
             f"Weights above {report['clip']:g} were clipped: {report['clipped']:.1%} of the labels. This biases"
@@ -178,7 +214,7 @@ def _is_estimated(row: Mapping[str, Any]) -> bool:
     return not np.isnan(row["quality"]["value"])
 
 
-def _table(rows: list[dict[str, Any]], snips: list[dict[str, Any]] | None = None) -> str:
+def _table(title: str, rows: Sequence[dict[str, Any]], snips: Sequence[dict[str, Any]] | None = None) -> TableBlock:
     """One row per threshold; where `snips` is given, `rows` are doubly robust and both estimates are shown."""
     cells = []
     for t, row in enumerate(rows):
@@ -193,7 +229,7 @@ def _table(rows: list[dict[str, Any]], snips: list[dict[str, Any]] | None = None
         if snips is not None:
             line["effective records"] = f"{min(row['effective'], row['expected']):.0f}"
         cells.append(line)
-    return table([list(line.values()) for line in cells], list(cells[0]))
+    return TableBlock(title, list(cells[0]), [list(line.values()) for line in cells])
 
 
 def _estimate(of: Mapping[str, float], sign: str = "") -> str:
@@ -208,32 +244,3 @@ def _why_missing(row: Mapping[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.3f}"
-
-
-def plot_logs(path: Path, report: Mapping[str, Any]) -> None:
-    """Plots quality over the share of large calls, or over relative cost if known; gaps where there is no support."""
-    with curve_axes(path) as axes:
-        for rule, color in zip(RULES, ("C0", "C1"), strict=True):
-            for name, style in (("doubly_robust", ".-"), ("direct", ".--")):
-                rows = report["rules"][rule].get(name, [])
-                if not any(map(_is_estimated, rows)):
-                    continue
-                x = [row["cost" if "cost" in row else "large_share"] for row in rows]
-                line = f"{rule}, {METHODS[name]}"
-                axes.plot(x, [row["quality"]["value"] for row in rows], style, color=color, label=line, linewidth=1.4)
-                if name == "doubly_robust":
-                    low, high = ([row["quality"][end] for row in rows] for end in ("low", "high"))
-                    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        methods = report["rules"]["difficulty"]  # its thresholds reach every share
-        rows = max(methods.values(), key=lambda rows: sum(map(_has_baseline, rows)), default=[])
-        costed = bool(rows) and "cost" in rows[0]
-        for name, line, style in (("coin", "random", "--"), ("length", "prompt length", ":")):
-            if not all(np.isnan(row[name]["value"]) for row in rows):
-                x = [row[f"{name}_cost" if costed else "large_share"] for row in rows]
-                axes.plot(x, [row[name]["value"] for row in rows], style, color="0.5", label=line)
-        if costed:
-            axes.set_xlabel("cost, relative to sending everything to the large pool")
-
-
-def _has_baseline(row: Mapping[str, Any]) -> bool:
-    return not np.isnan(row["coin"]["value"])

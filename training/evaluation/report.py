@@ -1,14 +1,12 @@
-"""Report of a checkpoint's routing where outcomes are known: figures, Markdown, a plot.
+"""Report of a checkpoint's routing where outcomes are known: figures, and their blocks in the appendix.
 
 Shapes: N prompts, K pools cheapest first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,9 @@ from numpy.typing import NDArray
 
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.arrays import Array
-from depo_gateway.training.evaluation.markdown import apgr_table, table
+from depo_gateway.training.evaluation.headline import FEW_PROMPTS
+from depo_gateway.training.evaluation.markdown import APGR_HEADER, apgr_rows
+from depo_gateway.training.evaluation.page import Block, Paragraph, TableBlock
 from depo_gateway.training.evaluation.routing_metrics import (
     ApgrEstimate,
     apgr,
@@ -25,7 +25,6 @@ from depo_gateway.training.evaluation.routing_metrics import (
     centre_by_fold,
     measure_apgr,
     routing_scores,
-    share_curve,
 )
 
 
@@ -88,67 +87,33 @@ def scores_by_name(
     return scores
 
 
-def report_markdown(report: Mapping[str, Any]) -> str:
-    """report.md: the figures of report.json, for reading."""
-    lines = [f"# Routing of checkpoint {report['checkpoint']}", ""]
-    lines += [f"- {name}: {', '.join(models)}" for name, models in report["pools"].items()]
-    fitted = report["fitted_share"]
-    if fitted is None:
-        lines.append(
-            "- The checkpoint does not record which prompts it was fitted on; results on those would be optimistic."
-        )
-    else:
-        optimistic = "" if fitted == 0 else "; results on those are optimistic"
-        lines.append(f"- It was fitted on {fitted:.1%} of these prompts{optimistic}.")
-    parts = {"All prompts": report["all"], **{f"Source {n}": part for n, part in report.get("sources", {}).items()}}
-    for title, part in parts.items():
-        lines += ["", f"## {title}", "", *_part_lines(part)]
-    return "\n".join(lines) + "\n"
-
-
-def _part_lines(part: Mapping[str, Any]) -> list[str]:
-    """The lines on one set of prompts."""
+def part_blocks(part: Mapping[str, Any]) -> list[Block]:
+    """The appendix on one set of prompts: every routing's APGR, common thresholds, errors of the predictions."""
     summary = f"{part['prompts']} prompts, {part['with_all_labels']} with labels of every pool."
     if "apgr" not in part:
-        return [summary]
+        return [Paragraph(summary)]
     summary += f" All small {part['small_quality']:.3f}, all large {part['large_quality']:.3f}."
     if np.isnan(part["perfect_apgr"]):
-        return [f"{summary} The large pool is no better than the small one here, so there is no gap to measure."]
-    lines = [f"{summary} Perfect knowledge would have APGR {part['perfect_apgr']:.3f}.", ""]
-    lines.append(apgr_table({name: ApgrEstimate(**of) for name, of in part["apgr"].items() if name != "random"}))
+        remark = "The large pool is no better than the small one here, so there is no gap to measure."
+        return [Paragraph(f"{summary} {remark}")]
+    blocks: list[Block] = [Paragraph(f"{summary} Perfect knowledge would have APGR {part['perfect_apgr']:.3f}.")]
+    if part["with_all_labels"] < FEW_PROMPTS:
+        blocks.append(Paragraph(f"Fewer than {FEW_PROMPTS} prompts with labels of every pool: not reliable."))
+    estimates = {name: ApgrEstimate(**of) for name, of in part["apgr"].items() if name != "random"}
+    blocks.append(TableBlock("APGR of every routing", APGR_HEADER, apgr_rows(estimates)))
     for rule, rows in part["thresholds"].items():
-        cells = [(r["threshold"], f"{r['large_share']:.3f}", f"{r['quality']:.3f}", f"{r['coin']:.3f}") for r in rows]
-        lines += ["", f"Rule {rule}:", "", table(cells, ("threshold", "large share", "quality", "random, same share"))]
-    return lines
-
-
-@contextmanager
-def curve_axes(path: Path) -> Iterator[Any]:
-    """Axes for mean quality over the share of large calls; afterwards the figure is saved at `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=120)
-    axes.set(xlabel="share of calls to the large pool", ylabel="mean quality", xlim=(0, 1))
-    yield axes
-    if axes.lines:
-        axes.legend(loc="lower right", fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def plot_outcomes(path: Path, quality: Mapping[str, Array], observed: Array, length: Array) -> None:
-    """Plots mean quality over the share of large calls, a line for each routing."""
-    with curve_axes(path) as axes:
-        if len(observed) and observed.shape[1] > 1:
-            small, large = observed[:, 0], observed[:, -1]
-            axes.plot([0, 1], [small.mean(), large.mean()], color="0.6", linestyle="--", label="random")
-            for name, score in scores_by_name(quality, length).items():
-                axes.plot(*share_curve(score, small, large), label=name, linewidth=1 if name == "length" else 1.6)
+        cells = [
+            (f"{r['threshold']:g}", f"{r['large_share']:.3f}", f"{r['quality']:.3f}", f"{r['coin']:.3f}") for r in rows
+        ]
+        header = ("threshold", "large share", "quality", "random, same shares")
+        blocks.append(TableBlock(f"Rule {rule} at common thresholds", header, cells))
+    errors = [
+        (f"{pool} ({stage})", f"{of['brier']:.3f}", f"{of['ece']:.3f}")
+        for stage, by_pool in part["calibration"].items()
+        for pool, of in by_pool.items()
+    ]
+    columns = ("predicted quality of", "Brier score", "expected calibration error")
+    return [*blocks, TableBlock("Errors of the predicted qualities", columns, errors)]
 
 
 def nan_to_null(value: Any) -> Any:

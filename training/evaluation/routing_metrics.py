@@ -125,18 +125,37 @@ def at_thresholds(
 def calibration_error(
     predicted: Array, observed: Array, bins: int = 10, weights: Array | None = None
 ) -> dict[str, float]:
-    """Brier score and expected calibration error over bins of equal size; NaN labels are left out.
+    """Brier score and calibration errors over bins of equal size; NaN labels are left out.
 
-    `weights` (N,): of each label; a label of weight 0 is left out.
+    `ece` is the mean absolute difference between a bin's mean prediction and mean label. It is above 0 even for perfect
+    predictions, by the sampling of the labels. `debiased` is the root mean square of these differences less what the
+    sampling adds (Kumar, Liang and Ma 2019, arXiv 1909.10155); 0 where that is all. `weights` (N,): of each label; a
+    label of weight 0 is left out.
     """
     w = np.ones(len(predicted)) if weights is None else weights
     seen = ~np.isnan(observed) & (w > 0)
     p, t, w = predicted[seen], observed[seen], w[seen]
     if not len(p):
-        return {"brier": float("nan"), "ece": float("nan")}
+        return {"brier": float("nan"), "ece": float("nan"), "debiased": float("nan")}
     parts = np.array_split(np.argsort(p, kind="stable"), min(bins, len(p)))
     ece = sum(abs(float(w[part] @ (p[part] - t[part]))) for part in parts) / w.sum()
-    return {"brier": float(np.average((p - t) ** 2, weights=w)), "ece": float(ece)}
+    squared = sum(float(w[part].sum()) * _squared_bias(t[part] - p[part], w[part]) for part in parts) / w.sum()
+    return {
+        "brier": float(np.average((p - t) ** 2, weights=w)),
+        "ece": float(ece),
+        "debiased": float(np.sqrt(max(0.0, squared))),
+    }
+
+
+def _squared_bias(residual: Array, weights: Array) -> float:
+    """The squared weighted mean of residuals (n,), less the variance of that mean; it may be negative."""
+    share = weights / weights.sum()
+    mean = float(share @ residual)
+    squares = float(share @ share)
+    if squares >= 1.0:  # a single label has no variance to subtract
+        return mean**2
+    variance = float(share @ (residual - mean) ** 2) / (1 - squares)
+    return mean**2 - variance * squares
 
 
 def auroc(score: Array, positive: NDArray[np.bool_]) -> float:

@@ -16,6 +16,7 @@ from depo_gateway.estimator.calibration import Calibration
 from depo_gateway.training.evaluation.markdown import table
 from depo_gateway.training.evaluation.risk_control import Guarantee
 from depo_gateway.training.evaluation.routing_metrics import at_thresholds
+from depo_gateway.training.evaluation.share_interval import share_interval
 
 TARGETS = ("large-share", "quality", "cost", "loss")
 TARGET_TOLERANCE = 0.01  # a share further from its target, or a quality further below it, is reported as not met
@@ -109,9 +110,12 @@ def _guarantee_text(found: Guarantee, last: str) -> str:
     )
 
 
-def target_summary(calibrated: Calibration, quality_NK: Array, observed_NK: Array, by_curve: bool = False) -> str:
+def target_summary(
+    calibrated: Calibration, quality_NK: Array, observed_NK: Array, units: int, by_curve: bool = False
+) -> str:
     """A table of the thresholds found and their effect on the rows they were found on, and the targets not met.
 
+    `units`: the number of independent prompts or conversations, which the intervals of the shares follow from.
     `by_curve`: quality is the curve's, which uses partial labels too, instead of that of rows with all labels.
     """
     complete = np.asarray(~np.isnan(observed_NK).any(1))
@@ -122,7 +126,8 @@ def target_summary(calibrated: Calibration, quality_NK: Array, observed_NK: Arra
             share = large_share_at(quality_NK, rule, threshold)
             if name == "large-share" and abs(share - wanted) > TARGET_TOLERANCE:
                 missed += f"{target} is not met under {rule}: the nearest threshold gives {share:.3f}\n"
-            cells = [target, rule, f"{threshold:.4f}", f"{share:.3f}", "", ""]
+            low, high = share_interval(share, units)
+            cells = [target, rule, f"{threshold:.4f}", f"{share:.3f} [{low:.3f}, {high:.3f}]", "", ""]
             reached = _quality(calibrated, quality_NK, observed_NK, complete, rule, threshold, by_curve)
             if reached is not None:
                 quality, all_large = reached
@@ -133,7 +138,8 @@ def target_summary(calibrated: Calibration, quality_NK: Array, observed_NK: Arra
             rows.append(cells)
     if not rows:
         return ""
-    return table(rows, ("target", "rule", "threshold", "large share", "quality", "all large")) + "\n" + missed
+    header = ("target", "rule", "threshold", "large share, 95% interval", "quality", "all large")
+    return table(rows, header) + "\n" + missed
 
 
 def _quality(

@@ -92,6 +92,7 @@ class PoolClient:
         timeout_s: float,
     ) -> None:
         self.pools = pools
+        self.spent_tokens = 0  # since this object was made
         self.spent = 0.0  # since this object was made, in the unit of pools.*.cost
         self.metrics = metrics
         self._session, self._priority = session, priority
@@ -176,6 +177,7 @@ class PoolClient:
         tokens = sum(count for count in counts if isinstance(count, int))
         if not tokens:
             tokens = len(json.dumps([query, answer["choices"]], default=str)) // CHARS_PER_TOKEN
+        self.spent_tokens += tokens
         cost = tokens * config.cost / 1000
         self.spent += cost
         self.metrics.add_cost(cost)

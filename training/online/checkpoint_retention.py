@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from depo_gateway.estimator.checkpoint import MANIFEST
+from depo_gateway.estimator.held_publish import HELD
+from depo_gateway.training.online.spend_ledger import SPEND_FILE
 
 OWN_PREFIX = "refresh-"  # of the learner's own checkpoints; others are never touched
 TEMPORARY = ".learner.tmp"
@@ -17,7 +19,8 @@ log = logging.getLogger(__name__)
 
 def remove_leftovers(out: Path) -> None:
     """Removes what a killed learner left: checkpoints half-written or half-deleted, files not yet renamed."""
-    for place in [*out.glob(f".{OWN_PREFIX}*"), *out.glob(".current.*"), *out.glob(".standing*"), out / TEMPORARY]:
+    patterns = (f".{OWN_PREFIX}*", ".current.*", ".standing*", f".{HELD}*", f".{SPEND_FILE}*")
+    for place in [*(place for pattern in patterns for place in out.glob(pattern)), out / TEMPORARY]:
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place, ignore_errors=True)
         else:

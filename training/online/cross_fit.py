@@ -19,7 +19,8 @@ from depo_gateway.estimator.calibration import Stage, calibrate_quality, fit_pla
 from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.model import Estimator
-from depo_gateway.training.fitting.cross_fit import HeldOutLogits, train_epoch
+from depo_gateway.training.fitting.epoch_fit import train_epoch
+from depo_gateway.training.fitting.held_out import HeldOutLogits
 from depo_gateway.training.online.joint_calibration import fit_logit_transform
 from depo_gateway.training.online.refresh_config import RefreshConfig
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import aiohttp
 
 from depo_gateway import __version__
-from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator import checkpoint, held_publish
 from depo_gateway.estimator.configuration.shared import database_url
+from depo_gateway.estimator.held_publish import HeldPublish
 from depo_gateway.estimator.records.store import Store, StoreError
 from depo_gateway.training.judging.label_sources import open_judge
 from depo_gateway.training.judging.pool_client import PoolClient
@@ -34,6 +35,7 @@ from depo_gateway.training.online.reference_set import reference_rows
 from depo_gateway.training.online.refresh_config import NO_TEXT
 from depo_gateway.training.online.settings import LearnerSettings
 from depo_gateway.training.online.shadowing import Shadow
+from depo_gateway.training.online.spend_ledger import SpendLedger
 from depo_gateway.training.online.trainer_process import TrainerProcess, TrainerResult, TrainingError
 
 LABEL_POLL_SECONDS = 2.0  # between two counts of new labels
@@ -61,7 +63,7 @@ def run_daemon(args: argparse.Namespace) -> int:
     """0 after SIGTERM or SIGINT. Raises ValueError for the user's mistakes, records without text among them."""
     if not args.publish:
         raise ValueError("--no-publish can't be combined with --follow, which publishes whatever is better")
-    settings = learner_settings.load_settings(args.config, args.records)
+    settings = learner_settings.load_settings(args.config, args.records, args.max_cost_increase)
     out = Path(args.out)
     base = checkpoint.resolve(args.base)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -167,6 +169,7 @@ async def _shadow_loop(daemon: Daemon) -> None:
                 settings.judge.kind,
                 settings.shadow,
                 metrics,
+                SpendLedger(daemon.out),
                 lambda: daemon.heartbeats.beat("shadow"),
             )
             await shadow.run()
@@ -175,7 +178,9 @@ async def _shadow_loop(daemon: Daemon) -> None:
 async def _refresh_loop(daemon: Daemon) -> None:
     """Counts labels, trains when a refresh is due, and reports the result."""
     _report_current(daemon)
-    state = read_state(daemon.out)
+    state, held = read_state(daemon.out), _held(daemon)
+    if held is not None:
+        log.warning("%s", held.sentence)
     began = time.time()
     wait, retry, not_before = 1.0, FIRST_RETRY_SECONDS, 0.0
     while True:
@@ -187,6 +192,10 @@ async def _refresh_loop(daemon: Daemon) -> None:
         except StoreError as error:
             wait = await _wait_for_database(daemon, error, wait)
             continue
+        held, before = _held(daemon), held
+        if before is not None and held is None:
+            log.info("%s is no longer held back: it was accepted, or held.json was removed", before.checkpoint)
+            _report_current(daemon)
         if not due or time.time() < not_before:
             continue
         try:
@@ -201,7 +210,9 @@ async def _refresh_loop(daemon: Daemon) -> None:
         retry = FIRST_RETRY_SECONDS
         state = DaemonState(result.seq, time.time())
         _report(daemon, result)
-        _save(daemon, state)
+        held = _held(daemon)
+        daemon.metrics.show_held(held)
+        _save(daemon, state, held)
 
 
 async def _is_due(daemon: Daemon, state: DaemonState, began: float) -> tuple[DaemonState, bool]:
@@ -231,11 +242,12 @@ async def _train(daemon: Daemon) -> TrainerResult:
     return task.result()
 
 
-def _save(daemon: Daemon, state: DaemonState) -> None:
-    """Writes the state and deletes old checkpoints."""
+def _save(daemon: Daemon, state: DaemonState, held: HeldPublish | None) -> None:
+    """Writes the state and deletes old checkpoints, but not the one that is held back."""
+    protected = [daemon.base, *([] if held is None else [daemon.out / held.checkpoint])]
     try:
         write_state(daemon.out, state)
-        checkpoint_retention.prune(daemon.out, daemon.settings.refresh.keep, (daemon.base,))
+        checkpoint_retention.prune(daemon.out, daemon.settings.refresh.keep, protected)
     except OSError as error:
         log.warning("%s: %s", error.filename or daemon.out, error.strerror)
         daemon.metrics.errors.labels("disk").inc()
@@ -243,7 +255,8 @@ def _save(daemon: Daemon, state: DaemonState) -> None:
 
 def _report(daemon: Daemon, result: TrainerResult) -> None:
     metrics = daemon.metrics
-    metrics.refreshes.labels("refused" if result.published is None else "published").inc()
+    verdict = "held" if result.held is not None else "refused" if result.published is None else "published"
+    metrics.refreshes.labels(verdict).inc()
     metrics.labels_seen.set(result.labels)
     errors = result.figures.get("calibration_error")
     for of, error in errors.items() if isinstance(errors, dict) else ():
@@ -253,15 +266,30 @@ def _report(daemon: Daemon, result: TrainerResult) -> None:
         metrics.advantage.set(result.standing["advantage"])
     for note in result.notes:
         log.info("%s", note)
-    if result.published is None:
+    if result.held is not None:
+        log.warning("%s", result.held)
+    elif result.published is None:
         log.info("refused, from %d labelled records: %s", result.labels, "; ".join(result.reasons))
     else:
-        log.info("published %s, from %d labelled records", result.published, result.labels)
+        change = "the change for live traffic is unknown" if result.change is None else result.change
+        log.info("published %s, from %d labelled records: %s", result.published, result.labels, change)
         metrics.last_publish.set(time.time())
         _report_current(daemon)
 
 
 def _report_current(daemon: Daemon) -> None:
-    daemon.metrics.info.clear()
+    """Shows the checkpoint that is served, and the one that is held back."""
+    metrics = daemon.metrics
     manifest = checkpoint.load_manifest(champion_path(daemon.base, daemon.out))
-    daemon.metrics.info.labels(manifest.version).set(1)
+    metrics.info.clear()
+    metrics.info.labels(manifest.version).set(1)
+    metrics.show_held(_held(daemon))
+
+
+def _held(daemon: Daemon) -> HeldPublish | None:
+    """The checkpoint that is held back; None, with a line in the log, where held.json can't be read."""
+    try:
+        return held_publish.read_held(daemon.out)
+    except ValueError as error:
+        log.warning("%s", error)
+        return None

@@ -10,7 +10,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
+from depo_gateway.estimator.held_publish import HeldPublish
 from depo_gateway.training.judging.order_effects import Grades, order_effect
+from depo_gateway.training.online.spend_ledger import Spent
 
 STALE_SECONDS = 180.0  # a loop without a heartbeat for so long counts as dead
 
@@ -29,6 +31,15 @@ class LearnerMetrics:
         )
         self.shadow_cost = Counter(
             "learner_shadow_cost_total", "Cost of the calls to pools, in the unit of pools.*.cost", registry=registry
+        )
+        self.shadow_tokens = Counter(
+            "learner_shadow_tokens_total", "Tokens of the calls to pools, the judge's among them", registry=registry
+        )
+        self.spent_today = Gauge(
+            "learner_spent_today",
+            "Spending of shadowing and judging since midnight UTC, also by learners before this one",
+            ["unit"],
+            registry=registry,
         )
         self.shadow_paused = Gauge(
             "learner_shadow_paused", "1 while shadowing is paused for this reason", ["reason"], registry=registry
@@ -78,11 +89,27 @@ class LearnerMetrics:
         self.last_publish = Gauge(
             "learner_last_publish_timestamp_seconds", "When this learner last published", registry=registry
         )
+        self.publish_held = Gauge(
+            "learner_publish_held",
+            "1 while a checkpoint is held back because it would raise the cost",
+            registry=registry,
+        )
+        self.publish_held_share_change = Gauge(
+            "learner_publish_held_share_change",
+            "By how much the held checkpoint would change the large share",
+            registry=registry,
+        )
+        self.publish_held_cost_change = Gauge(
+            "learner_publish_held_cost_change",
+            "By how much the held checkpoint would change the cost, relative to all-large's",
+            registry=registry,
+        )
+        self.show_held(None)
         self.errors = Counter(
             "learner_errors_total", "Failures after which the learner tries again", ["part"], registry=registry
         )
         # These start at 0: Prometheus sees no increase of a counter that appears with its first event.
-        for verdict in ("published", "refused", "failed"):
+        for verdict in ("published", "held", "refused", "failed"):
             self.refreshes.labels(verdict)
         for position in ("none", "first", "second"):
             self.comparisons.labels(position)
@@ -90,6 +117,18 @@ class LearnerMetrics:
             self.errors.labels(part)
         self.info = Gauge("learner_info", "The checkpoint that `current` names", ["version"], registry=registry)
         Gauge("learner_build_info", "Build", ["version"], registry=registry).labels(version).set(1)
+
+    def show_spending(self, tokens: int, today: Spent) -> None:
+        """Adds the tokens of finished calls, and shows what the day has cost."""
+        self.shadow_tokens.inc(tokens)
+        for unit, spent in (("records", today.records), ("tokens", today.tokens), ("cost", today.cost)):
+            self.spent_today.labels(unit).set(spent)
+
+    def show_held(self, held: HeldPublish | None) -> None:
+        """Sets the gauges of the checkpoint that is held back; NaN without one."""
+        self.publish_held.set(held is not None)
+        self.publish_held_share_change.set(math.nan if held is None else held.share_change)
+        self.publish_held_cost_change.set(math.nan if held is None or held.cost_change is None else held.cost_change)
 
     def count_verdict(self, outcome: str) -> None:
         self.verdicts.labels(outcome).inc()

@@ -1,4 +1,4 @@
-"""Every setting of one refresh. Without torch, so that learner.yaml is checked at once."""
+"""Every setting of one refresh and of its publication. Without torch, so that learner.yaml is checked at once."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ class GateConfig:
         within(self.calibration_error, 0, 1, "calibration_error")
         within(self.spread, 0, 1, "spread")
         at_least(self.resamples, 100, "resamples")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerGate:
+    """What a publish may change for live traffic without its owner's consent."""
+
+    max_cost_increase: float = 0.1  # of all-large's cost, at the threshold or target in force; 1: no limit
+
+    def __post_init__(self) -> None:
+        within(self.max_cost_increase, 0, 1, "max_cost_increase")
 
 
 @dataclass(frozen=True, slots=True)

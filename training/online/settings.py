@@ -24,7 +24,7 @@ from depo_gateway.estimator.configuration.shared import (
 from depo_gateway.estimator.configuration.yaml_tree import at_least, within
 from depo_gateway.training.judging.judges import JudgeConfig
 from depo_gateway.training.judging.label_sources import check_judge
-from depo_gateway.training.online.refresh_config import RefreshConfig
+from depo_gateway.training.online.refresh_config import OwnerGate, RefreshConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,9 @@ class ShadowConfig:
     priority: int | None = 10  # vLLM's: lower is served first; client requests have 0
     max_tokens: int = 1024  # of an answer; an answer that it cuts is not judged
     cost_per_hour: float | None = None  # in the unit of pools.*.cost; None: no cap
+    cost_per_day: float | None = None  # a day ends at midnight UTC
+    tokens_per_day: int | None = None  # of all calls, the judge's among them
+    records_per_day: int | None = None  # shadowed and judged
     busy_waiting: float | None = 0.0  # pause while a backend has more requests waiting; None: never
     timeout_s: float = 120.0  # one call
     max_age_hours: float = 24.0  # older records are skipped
@@ -59,12 +62,15 @@ class LearnerSettings:
     shadow: ShadowConfig = field(default_factory=ShadowConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     refresh: RefreshSettings = field(default_factory=RefreshSettings)
+    gate: OwnerGate = field(default_factory=OwnerGate)
     listen: Listen = field(default_factory=lambda: Listen(port=9100))  # /metrics and /livez
     reference: str | None = None  # an outcome table on which no refresh may route worse
 
 
-def load_settings(path: Path | None, records: str | None = None) -> LearnerSettings:
-    """A checked learner.yaml (None: all defaults). `records`, from the command line, overrides the file's.
+def load_settings(
+    path: Path | None, records: str | None = None, max_cost_increase: float | None = None
+) -> LearnerSettings:
+    """A checked learner.yaml (None: all defaults). The others, from the command line, override the file's.
 
     Relative paths in the file are relative to its own directory.
 
@@ -75,9 +81,13 @@ def load_settings(path: Path | None, records: str | None = None) -> LearnerSetti
     if raw is None:  # an empty file
         raw = {}
     try:
-        return parse_settings(raw, Path() if path is None else path.parent, records)
+        tree = parse_settings(raw, Path() if path is None else path.parent, records)
     except ValueError as error:
         raise ValueError(str(error) if path is None else f"{path}: {error}") from None
+    if max_cost_increase is None:
+        return tree
+    within(max_cost_increase, 0, 1, "--max-cost-increase")
+    return dataclasses.replace(tree, gate=OwnerGate(max_cost_increase))
 
 
 def parse_settings(raw: Mapping[str, Any], directory: Path = Path(), records: str | None = None) -> LearnerSettings:
@@ -113,7 +123,8 @@ def _check_shadow(tree: LearnerSettings) -> None:
     at_least(shadow.timeout_s, 0.001, "shadow.timeout_s")
     at_least(shadow.max_age_hours, 0.001, "shadow.max_age_hours")
     for limit, where in (
-        (shadow.cost_per_hour, "shadow.cost_per_hour"),
+        *((getattr(shadow, name), f"shadow.{name}") for name in ("cost_per_hour", "cost_per_day")),
+        *((getattr(shadow, name), f"shadow.{name}") for name in ("tokens_per_day", "records_per_day")),
         (shadow.busy_waiting, "shadow.busy_waiting"),
     ):
         if limit is not None:

@@ -21,6 +21,7 @@ from depo_gateway.training.judging.openai_client import NoAnswerError, together
 from depo_gateway.training.judging.pool_client import PoolClient, Reply
 from depo_gateway.training.online.metrics import LearnerMetrics
 from depo_gateway.training.online.settings import ShadowConfig
+from depo_gateway.training.online.spend_ledger import SpendLedger, Spent
 
 SHADOW_POLL_SECONDS = 1.0  # between checks for new records, and of the reasons to pause
 RECORDS_BATCH = 200  # records read at once
@@ -28,7 +29,6 @@ MOST_FAILURES = 3  # of one record, while others succeed; then it is given up
 RETRY_SECONDS = 30.0  # before a record that failed is tried again
 OUTAGE_FAILURES = 3  # in a row, of any records: the pools or the judge are unreachable
 LONGEST_SHADOW_WAIT_SECONDS = 60.0
-HOUR_SECONDS = 3600.0
 log = logging.getLogger(__name__)
 
 
@@ -48,7 +48,8 @@ class Shadow:
         judge: see judges.py.
         kind: judge.kind, which is the source of the labels.
         heartbeat: called on each pass of the loop.
-        clock: monotonic seconds. The hour of `cost_per_hour` begins with this object, so with each restart.
+        ledger: what was spent before, also by the process before this one.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Shadow:
         kind: str,
         config: ShadowConfig,
         metrics: LearnerMetrics,
+        ledger: SpendLedger,
         heartbeat: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,7 +73,10 @@ class Shadow:
         self._done = 0
         self._failures = 0  # in a row
         self._retry_at = 0.0
-        self._hour_began, self._spent_before = clock(), pools.spent
+        self._ledger = ledger
+        self._counted = Spent(0, pools.spent_tokens, pools.spent)  # of the pools' spending, what the ledger has
+        self._day_spent = False  # a cap of the day was reached, and the log says so
+        self._ledger_failed = False
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
@@ -86,28 +91,30 @@ class Shadow:
                 elif not started:
                     await asyncio.sleep(SHADOW_POLL_SECONDS)
                 self._reap()
+                await self._account()
         finally:
             for task in self._running.values():
                 task.cancel()
             await asyncio.gather(*self._running.values(), return_exceptions=True)
+            await self._account()
 
     async def _start(self) -> int:
         """Starts as many records as max_concurrent allows, unless shadowing is paused."""
         if await self._paused() or not await self._fill_queue():
             return 0
         started = 0
-        while self._queue and len(self._running) < self._config.max_concurrent:
+        while self._queue and len(self._running) < self._config.max_concurrent and not self._day_is_spent():
             record = self._queue.popleft()
+            self._ledger.add(Spent(records=1))
             self._running[record.seq] = asyncio.create_task(self._shadow(record))
             started += 1
         return started
 
     async def _paused(self) -> bool:
+        await self._account()
         now = self._clock()
-        if now - self._hour_began >= HOUR_SECONDS:
-            self._hour_began, self._spent_before = now, self._pools.spent
         cap, most = self._config.cost_per_hour, self._config.busy_waiting
-        reasons = {"cost": cap is not None and self._pools.spent - self._spent_before >= cap}
+        reasons = {"cost": cap is not None and self._ledger.this_hour.cost >= cap, "day": self._day_is_spent()}
         reasons["unreachable"] = now < self._retry_at
         reasons["busy"] = False
         if most is not None and not any(reasons.values()):
@@ -116,6 +123,41 @@ class Shadow:
         for reason, holds in reasons.items():
             self._metrics.shadow_paused.labels(reason).set(holds)
         return any(reasons.values())
+
+    def _day_is_spent(self) -> bool:
+        """Whether a daily cap is reached; the log says so once, and once when the next day begins."""
+        spent, config = self._ledger.today, self._config
+        caps = (
+            ("records", spent.records, config.records_per_day),
+            ("tokens", spent.tokens, config.tokens_per_day),
+            ("cost", spent.cost, config.cost_per_day),
+        )
+        reached = [(name, used, most) for name, used, most in caps if most is not None and used >= most]
+        if reached and not self._day_spent:
+            name, used, most = reached[0]
+            log.warning("shadowing pauses until midnight UTC: today's %s, %g, reach shadow.%s_per_day: %g", name, used,
+                        name, most)  # fmt: skip
+        elif self._day_spent and not reached:
+            log.info("shadowing continues: a new day has begun")
+        self._day_spent = bool(reached)
+        return self._day_spent
+
+    async def _account(self) -> None:
+        """Puts what the pools' calls have spent into the ledger, onto the disk and into the metrics."""
+        total = Spent(0, self._pools.spent_tokens, self._pools.spent)
+        fresh = Spent(0, total.tokens - self._counted.tokens, total.cost - self._counted.cost)
+        self._counted = total
+        self._ledger.add(fresh)
+        self._metrics.show_spending(fresh.tokens, self._ledger.today)
+        try:
+            await asyncio.to_thread(self._ledger.save)
+            self._ledger_failed = False
+        except OSError as error:
+            if not self._ledger_failed:
+                log.warning("today's spending is not saved, so a restart would forget it: %s: %s", error.filename,
+                            error.strerror)  # fmt: skip
+            self._ledger_failed = True
+            self._metrics.errors.labels("disk").inc()
 
     async def _fill_queue(self) -> bool:
         """Whether there is a record to start. Records outside the share are marked as they are read."""

@@ -19,6 +19,7 @@ from depo_gateway.estimator.configuration.shared import database_url
 from depo_gateway.estimator.records.store import Store, StoreError
 from depo_gateway.training.online import settings as learner_settings
 from depo_gateway.training.online.embedding_cache import EmbeddingCache
+from depo_gateway.training.online.publication import owner_terms
 from depo_gateway.training.online.reference_set import reference_rows
 from depo_gateway.training.online.refresh import refresh
 from depo_gateway.training.online.settings import LearnerSettings
@@ -49,10 +50,11 @@ def run_refresh(
                 store.count_labels()
             )  # before the records are read: a label that is written meanwhile counts as new
             labelled = store.labelled(settings.refresh.learn.newest)
+            terms = owner_terms(store, settings)
         finally:
             store.close()
         reference = reference_rows(settings, base, out)
-        result = refresh(labelled, base, out, settings.refresh.learn, reference, cache, cold)
+        result = refresh(labelled, base, out, settings.refresh.learn, reference, cache, cold, terms)
     except StoreError as error:
         return {"failed": "records", "message": str(error)}
     except ValueError as error:
@@ -66,5 +68,7 @@ def run_refresh(
         "figures": dict(result.verdict.figures),
         "labels": result.labels,
         "notes": list(result.notes),
+        "change": None if result.change is None else result.change.describe(),
+        "held": None if result.held is None else result.held.sentence,
         "standing": None if result.standing is None else asdict(result.standing),
     }

@@ -32,11 +32,13 @@ class TrainerResult:
     """The result of one refresh, as the training process reports it."""
 
     seq: int  # the highest label that it read
-    published: str | None  # the new version; None: refused
+    published: str | None  # the new version; None: refused or held back
     reasons: tuple[str, ...]
     figures: Mapping[str, Any]
     labels: int  # records that it learned from
     notes: tuple[str, ...]  # what was not used
+    change: str | None  # what the publish changes for live traffic; None: unknown, or there is no candidate
+    held: str | None  # why the checkpoint is held back; None: it is not
     standing: Mapping[str, Any] | None
 
 

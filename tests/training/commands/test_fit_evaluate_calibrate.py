@@ -5,16 +5,16 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.__main__ import main
-from depo_gateway.training.evaluation.contamination import fitted_share
-from depo_gateway.training.evaluation.report import report_markdown
+from depo_gateway.training.evaluation.contamination import fitted_share, unseen_prompts
+from depo_gateway.training.evaluation.measurement import fitted_note
 from depo_gateway.training.outcomes.table import examples_of, parse_pools, read_tables
 
-NONE = {"prompts": 0, "with_all_labels": 0}
 POOLS = ["--pools", "small=s", "large=l"]
 WORDS = ("what", "is", "the", "sum", "of", "one", "two", "three", "question", "about", "number", "model")
 
@@ -117,7 +117,8 @@ def test_evaluate_writes_what_the_contract_names(
     assert 0.3 < report["all"]["apgr"]["length"]["apgr"] < 0.65
     assert [row["threshold"] for row in report["all"]["thresholds"]["difficulty"]][:4] == [0.3, 0.5, 0.7, 0.75]
     text = (tmp_path / "report" / "report.md").read_text()
-    assert text in capsys.readouterr().out
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert text.splitlines()[0] == f"# {first}"
     assert "| random" in text
     assert (tmp_path / "report" / "curve.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in (tmp_path / "report" / "scores.jsonl").read_text().splitlines()]
@@ -205,14 +206,33 @@ def test_rows_that_were_fitted_on_are_reported(
     mixed = tmp_path / "mixed.jsonl"
     lines = [places[name].read_text().splitlines(keepends=True)[:100] for name in ("first", "second")]
     mixed.write_text("".join(lines[0] + lines[1]))
-    for command in ("evaluate", "calibrate"):
+    for command in ("calibrate", "evaluate"):
         arguments = [command, "--checkpoint", str(places["fitted"]), "--out", str(tmp_path / command), "--outcomes"]
-        assert main([*arguments, str(mixed)]) == 0
+        assert main([*arguments, str(mixed), "--include-fitted"]) == 0
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert f"depo-train {command}: the checkpoint was fitted on 50.0% of these prompts" in line
     assert "fitted on 50.0% of these prompts" in (tmp_path / "evaluate" / "report.md").read_text()
     assert main(["evaluate", *arguments[1:4], str(tmp_path / "clean"), "--outcomes", str(places["second"])]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_calibrate_leaves_out_what_was_fitted_on(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(places["first"].read_text() + places["second"].read_text())
+    calibrations = []
+    for name, table in (("mixed", mixed), ("unseen", places["second"])):
+        arguments = ["calibrate", "--checkpoint", str(places["fitted"]), "--outcomes", str(table)]
+        assert main([*arguments, "--target", "large-share=0.3", "--out", str(tmp_path / name)]) == 0
+        calibrations.append((tmp_path / name / "calibration.json").read_text())
+        error = capsys.readouterr().err
+        assert ("prompts are left out, because the checkpoint was fitted on them" in error) == (name == "mixed")
+    assert calibrations[0] == calibrations[1]
+    arguments = ["calibrate", "--checkpoint", str(places["fitted"]), "--outcomes", str(places["first"])]
+    assert main([*arguments, "--target", "large-share=0.3", "--out", str(tmp_path / "none")]) == 2
+    assert "was fitted on all" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_checkpoint_of_old_does_not_know_what_it_was_fitted_on(places: dict[str, Path]) -> None:
@@ -221,9 +241,9 @@ def test_a_checkpoint_of_old_does_not_know_what_it_was_fitted_on(places: dict[st
     assert fitted_share(examples, manifest) == 1.0
     old = dataclasses.replace(manifest, metrics={k: v for k, v in manifest.metrics.items() if k != "fitted_on"})
     assert fitted_share(examples, old) is None
-    assert "does not record which prompts it was fitted on; results on those would be optimistic" in report_markdown(
-        {"checkpoint": "v", "pools": {}, "fitted_share": None, "all": NONE}
-    )
+    assert unseen_prompts(examples, old).kept.all()
+    note = fitted_note({"fitted_share": None, "left_out": {"fitted": 0, "unknown": 0}}, "scores.jsonl")
+    assert "does not record which prompts it was fitted on; results on those would be optimistic" in note
 
 
 def test_fit_says_what_its_figures_are_worth(
@@ -311,9 +331,12 @@ def test_fit_says_what_to_do_next_and_what_a_threshold_would_do() -> None:
     from depo_gateway.training.commands.fit import next_step
 
     calibrated = Runtime.load(checkpoint.resolve("builtin")).calibration
-    said = next_step(Path("checkpoints/first"), calibrated)
+    said = next_step(Path("checkpoints/first"), calibrated, np.ones(700))
     assert said.startswith("next: estimator: {path: checkpoints/first} in gateway.yaml; share of large on such prompts")
-    assert f"0.85: {calibrated.large_share('gain', 0.85):.0%}" in said
+    assert f"0.85: {calibrated.large_share('gain', 0.85):.0%} [" in said
+    assert "With so few prompts" not in said
+    few = next_step(Path("checkpoints/first"), calibrated, np.ones(100))
+    assert "With so few prompts, a share of 50% may be 10 points more or less: fit on 400 or more" in few
 
 
 def test_publish_lets_current_name_the_new_checkpoint(places: dict[str, Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.records.store import Feedback, Store
-from depo_gateway.estimator.records.types import Label, Record
+from depo_gateway.estimator.records.types import Label, Record, RoutingSettings
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.__main__ import main
 from tests.training.commands.test_fit_evaluate_calibrate import fit, mistake, write_table
@@ -32,6 +32,8 @@ def traffic(
     feedback: float = 1.0,
     asked: bool = True,
     pools: tuple[str, str] = ("small", "large"),
+    settings: RoutingSettings | None = None,
+    threshold: float = 0.7,
 ) -> str:
     """A store of what a router that sends "hard" questions to the large pool saw, and what became of them; its URL."""
     url = f"sqlite:///{place}"
@@ -51,6 +53,7 @@ def traffic(
                 f"r{index}", 1e9 + index, conversation=f"c{index // 2}", pool=pools[pool], reason=reason,
                 propensity=propensity, pools=pools, status=500 if index % 40 == 0 else 200, prompt_tokens=20 + greedy,
                 completion_tokens=30, asked=[{"role": "user", "content": row["question"]}] if asked else None,
+                settings=settings, threshold=threshold if settings else None,
             )
         )  # fmt: skip
         outcome = [row["correct"]["s"], row["correct"]["l"]]
@@ -96,7 +99,7 @@ def test_evaluate_from_feedback_alone(fitted: Path, tmp_path: Path, capsys: pyte
     assert len(scores) == 390
     assert set(scores[0]) == {"question", "quality", "confidence"}
     text = (tmp_path / "report" / "report.md").read_text()
-    assert text in capsys.readouterr().out
+    assert text.splitlines()[0] == f"# {capsys.readouterr().out.splitlines()[0]}"
     assert "Not weighted: 40 sticky." in text
     assert "| relative cost" in text
     assert "no support" not in text
@@ -217,7 +220,6 @@ def test_mistakes_of_records_are_one_line(fitted: Path, tmp_path: Path, capsys: 
     evaluating = ["evaluate", *base[1:], "--records", full]
     assert "--clip is 0.5" in mistake(capsys, [*evaluating, "--clip", "0.5"])
     assert "--costs must give each of small, large" in mistake(capsys, [*evaluating, "--costs", "small=1"])
-    assert "--costs goes with --records" in mistake(capsys, [*evaluating[:-2], "--outcomes", "x", *COSTS])
 
 
 def test_publish_from_records(fitted: Path, tmp_path: Path) -> None:

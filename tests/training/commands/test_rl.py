@@ -395,7 +395,10 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     found = __import__("importlib").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else found(name))
     assert main(["rl", "--config", "run.yaml"]) == 2
-    assert capsys.readouterr().err == "depo-train rl: needs trl; install it: pip install 'depo-gateway[training]'\n"
+    assert capsys.readouterr().err == (
+        "depo-train rl: needs trl; install it: pip install 'depo-gateway[training]'"
+        " (from a checkout: pip install '.[training]')\n"
+    )
 
 
 def test_help_names_ours_and_trls(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,13 @@ import pytest
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.records.types import Example
-from depo_gateway.training.evaluation.contamination import certainly_unseen, fingerprints, fitted_on, fitted_share
+from depo_gateway.training.evaluation.contamination import (
+    certainly_unseen,
+    fingerprints,
+    fitted_on,
+    fitted_share,
+    unseen_prompts,
+)
 
 FITTED, NEW = ([Example(f"{name} {i}", {}) for i in range(1000)] for name in ("fitted", "new"))
 
@@ -40,3 +46,18 @@ def test_many_questions_are_remembered_by_a_sample(monkeypatch: pytest.MonkeyPat
     assert fitted_on(FITTED, sampled).sum() == 64
     assert not certainly_unseen(FITTED, sampled).any()
     assert 0 < certainly_unseen(NEW, sampled).sum() < 200  # of most new questions it would not remember
+
+
+def test_only_what_was_certainly_not_fitted_on_is_kept(monkeypatch: pytest.MonkeyPatch, manifest: Manifest) -> None:
+    found = unseen_prompts(FITTED[:3] + NEW[:2], manifest)
+    assert (found.kept.tolist(), found.left_out()) == ([False] * 3 + [True] * 2, {"fitted": 3, "unknown": 0})
+    with pytest.raises(ValueError, match=r"was fitted on all 3 of these 3 prompts.*--include-fitted"):
+        unseen_prompts(FITTED[:3], manifest)
+    monkeypatch.setattr("depo_gateway.training.evaluation.contamination.FINGERPRINTS", 64)
+    sampled = dataclasses.replace(manifest, metrics={"fitted_on": fingerprints(FITTED)})
+    found = unseen_prompts(FITTED + NEW, sampled)
+    assert found.fitted == 64
+    assert found.kept.sum() + found.fitted + found.unknown == 2000
+    assert not found.kept[:1000].any()
+    with pytest.raises(ValueError, match=r"fitted on 64 of these 1000 prompts or may have been fitted on 936 of them"):
+        unseen_prompts(FITTED, sampled)

@@ -14,6 +14,7 @@ from depo_gateway.training.evaluation.off_policy import (
     estimate,
     label_rates,
     length_routing,
+    logged_quality,
     paired_difference,
     propensity_weights,
     random_routing,
@@ -230,3 +231,24 @@ def test_length_takes_the_same_shares() -> None:
     assert chosen[:, 0].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
     assert chosen[:, 1].all()
     assert not chosen[:, 2].any()
+
+
+def test_what_served_is_valued_by_its_labels_whatever_their_rates() -> None:
+    """Most answers of the small pool have no label: their mean would belong to the large pool."""
+    generator = np.random.default_rng(5)
+    logs, outcomes = logged(generator, 20_000, explore=0.1, rates=(0.2, 0.9), shadowed=0.1)
+    served = outcomes[np.arange(len(logs.pool)), logs.pool].mean()
+    found = logged_quality(logs)
+    (low,), (high,) = value_intervals(found)
+    assert found.point[0] == pytest.approx(served, abs=0.012)
+    assert low < served < high
+    labels = logs.observed[np.arange(len(logs.pool)), logs.pool]
+    assert abs(np.nanmean(labels) - served) > 0.03
+    silent = dataclasses.replace(logs, observed=np.where(logs.pool[:, None] == 0, np.nan, logs.observed))
+    assert np.isnan(logged_quality(silent).point[0])
+
+
+def test_the_value_of_what_served_is_paired_with_estimates() -> None:
+    logs, _ = logged(np.random.default_rng(6), 3000, explore=0.2, shadowed=1.0)
+    same = estimate(logs, logs.pool[:, None]).snips
+    assert logged_quality(logs).draws == pytest.approx(same.draws)

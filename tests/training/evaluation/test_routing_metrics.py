@@ -102,3 +102,19 @@ def test_calibration_error_of_a_truthful_and_a_boastful_score() -> None:
     assert calibration_error(p, observed)["ece"] < 0.02
     assert calibration_error(np.minimum(p + 0.2, 1), observed)["ece"] == pytest.approx(0.18, abs=0.03)
     assert np.isnan(calibration_error(p, np.full(20_000, np.nan))["brier"])
+
+
+def test_the_debiased_error_leaves_out_what_sampling_adds() -> None:
+    generator = np.random.default_rng(0)
+    plain, debiased, biased = [], [], []
+    for _ in range(50):
+        p = generator.uniform(0.3, 0.7, 300)
+        observed = (generator.uniform(size=300) < p).astype(float)
+        error = calibration_error(p, observed)
+        plain.append(error["ece"])
+        debiased.append(error["debiased"])
+        biased.append(calibration_error(p + 0.1, observed)["debiased"])
+    assert np.mean(plain) > 0.05  # of a perfect prediction
+    assert np.mean(debiased) < 0.6 * np.mean(plain)
+    assert np.median(debiased) < 0.04
+    assert np.mean(biased) == pytest.approx(0.1, abs=0.02)

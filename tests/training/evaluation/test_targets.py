@@ -29,8 +29,9 @@ def test_a_target_that_is_not_met_is_reported() -> None:
     calibrated = Calibration(POOLS, {"full": stage, "cheap": stage}, curves)
     targets = [("large-share", 0.5), ("large-share", 0.7), ("quality", 0.5), ("quality", 0.9)]
     lines = target_summary(
-        dataclasses.replace(calibrated, targets=thresholds_of(calibrated, targets, None)), quality, observed
+        dataclasses.replace(calibrated, targets=thresholds_of(calibrated, targets, None)), quality, observed, 200
     ).splitlines()
+    assert "0.500 [0.431, 0.569]" in lines[2]
     assert lines[-2:] == [
         "large-share=0.7 is not met under gain: the nearest threshold gives 0.500",
         "quality=0.9 is not met under gain: the nearest threshold gives 0.500",

@@ -2,25 +2,37 @@
 
 import json
 import random
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from depo_gateway.estimator import checkpoint, standing
+from depo_gateway.estimator import checkpoint, held_publish, standing
 from depo_gateway.estimator.records.store import Feedback, Store
-from depo_gateway.estimator.records.types import FEEDBACK, Label, Labelled, Record
+from depo_gateway.estimator.records.types import FEEDBACK, Label, Labelled, Record, RoutingSettings, ServedPool
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.__main__ import main
+from depo_gateway.training.commands.refresh import published_text
+from depo_gateway.training.online import holdout
+from depo_gateway.training.online import refresh as refresh_module
 from depo_gateway.training.online.embedding_cache import EmbeddingCache
-from depo_gateway.training.online.refresh import RefreshResult, refresh
-from depo_gateway.training.online.refresh_config import REFUSALS, GateConfig, RefreshConfig
+from depo_gateway.training.online.publication import OwnerTerms, RefreshResult
+from depo_gateway.training.online.refresh import refresh
+from depo_gateway.training.online.refresh_config import REFUSALS, GateConfig, OwnerGate, RefreshConfig
+from depo_gateway.training.online.refresh_data import RefreshData
 from tests.conftest import WORDS
 
 CONFIG = RefreshConfig(min_labels=50, learning_rate=0.4, wide_learning_rate=0.4, gate=GateConfig(resamples=200))
 POOLS = ("small", "large")
+UNKNOWN = (
+    "the change in large share and cost is unknown and not gated: no recent record was routed by a threshold, so the"
+    " one in force is unknown"
+)
 
 
 def asked(index: int, seed: int = 0) -> str:
@@ -128,8 +140,9 @@ def test_a_key_that_always_lies_does_not_move_the_router(tiny_checkpoint: Path, 
     honest, lies = rated(range(1000)), rated(range(1000, 1052), "liar", lie=True)
     clean = cold(tiny_checkpoint, honest, tmp_path / "clean")
     poisoned = cold(tiny_checkpoint, [*honest, *lies], tmp_path / "poisoned")
-    assert clean.notes == ()
-    (note,) = poisoned.notes
+    assert clean.notes == (UNKNOWN,)
+    note, unknown = poisoned.notes
+    assert unknown == UNKNOWN
     assert note.startswith(
         "the labels claimed by key 'liar' contradict the predictions fitted on the other labels (z = "
     )
@@ -274,3 +287,131 @@ def test_the_command_learns_from_a_database(
     printed = capsys.readouterr().out
     assert "400 labelled prompts" in printed
     assert f"{checkpoint.resolve(out)}: checkpoint" in printed
+
+
+FIXED = RoutingSettings("gain", 0.6, {}, {"small": ServedPool("s", 1.0), "large": ServedPool("l", 5.0)})
+
+
+def live(settings: RoutingSettings, hard: float = 0.03, count: int = 300) -> list[Record]:
+    """Routed traffic of which a small part is hard, so goes to the large pool as the served checkpoint sees it."""
+    chance = random.Random(9)
+    found = []
+    for number in range(count):
+        difficult = chance.random() < hard
+        of = record(2 * number + difficult, pool="large" if difficult else "small", seed=9)
+        reason = "unsure" if difficult else "confident"
+        found.append(
+            replace(of, id=f"live{number}", time=1e6 + number, reason=reason, threshold=0.6, settings=settings)
+        )
+    return found
+
+
+def test_a_publish_that_would_raise_the_cost_is_held_until_its_owner_accepts_it(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels say that the large pool is better on what most of the traffic asks: from 3% the share would jump."""
+    labelled, terms = shadowed(range(400), flip=True), OwnerTerms(live(FIXED))
+    result = refresh(labelled, tiny_checkpoint, tmp_path, CONFIG, terms=terms)
+    assert result.published is None
+    assert result.change is not None
+    assert result.change.before.large_share < 0.06
+    assert result.change.after.large_share > 0.7
+    assert result.held is not None
+    assert not (tmp_path / "current").exists()
+    sentence = result.held.sentence
+    assert re.fullmatch(
+        r"refresh-\S+ is held back: at threshold 0\.6 \(rule gain\) the large share goes from [0-9.]+% to [0-9.]+% and"
+        r" the cost from [0-9.]+% to [0-9.]+% of all-large's, on 300 live prompts; the cost would rise by [0-9.]+"
+        r" points, and gate\.max_cost_increase allows 10; publish it with `depo-train accept --out \S+`, or raise"
+        r" gate\.max_cost_increase",
+        sentence,
+    )
+    assert result.verdict.reasons == (sentence,)
+    (line,) = (tmp_path / REFUSALS).read_text().splitlines()
+    assert json.loads(line)["figures"]["change"]["share_change"] == pytest.approx(result.change.share_change)
+    assert held_publish.read_held(tmp_path) == result.held
+    stands = standing.read_standing(tmp_path)  # of the checkpoint that is served still
+    assert stands is not None
+    assert stands.version == checkpoint.load_manifest(tiny_checkpoint).version
+    # a second one takes its place; then the owner accepts
+    again = refresh(labelled, tiny_checkpoint, tmp_path, CONFIG, terms=terms)
+    assert again.held is not None
+    assert held_publish.read_held(tmp_path) == again.held
+    assert main(["accept", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == (
+        f"published {again.held.version}: {tmp_path / 'current'} now names {again.held.checkpoint}\n"
+    )
+    manifest = checkpoint.load_manifest(checkpoint.resolve(tmp_path))
+    assert manifest.version == again.held.version
+    assert manifest.metrics["publish_change"]["cost_change"] == pytest.approx(again.held.cost_change)
+    assert held_publish.read_held(tmp_path) is None
+    stands = standing.read_standing(tmp_path)
+    assert stands is not None
+    assert stands.version == again.held.version
+    assert main(["accept", "--out", str(tmp_path)]) == 2
+    assert "no checkpoint is held back in" in capsys.readouterr().err
+
+
+def test_with_the_gate_raised_it_is_published_and_the_change_goes_on_record(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    terms = OwnerTerms(live(FIXED), gate=OwnerGate(1.0))
+    result = refresh(shadowed(range(400), flip=True), tiny_checkpoint, tmp_path, CONFIG, terms=terms)
+    assert result.published is not None
+    assert result.change is not None
+    recorded = held_publish.published_change(result.published)
+    assert recorded is not None
+    assert recorded.share == pytest.approx(result.change.share_change)
+    assert recorded.share > 0.6
+    assert "the large share goes from" in published_text(result)
+
+
+def test_under_a_target_the_share_hardly_moves_and_it_is_published(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    target = replace(FIXED, threshold=None, target={"large_share": 0.3})
+    result = refresh(
+        shadowed(range(400), flip=True), tiny_checkpoint, tmp_path, CONFIG, terms=OwnerTerms(live(target, hard=0.5))
+    )
+    assert result.published is not None
+    assert result.change is not None
+    assert result.change.target == "large_share=0.3"
+    assert abs(result.change.share_change) < 0.05
+
+
+def test_an_unknown_change_is_said_and_published(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = refresh(shadowed(range(400), flip=True), tiny_checkpoint, tmp_path, CONFIG)
+    assert result.published is not None
+    assert result.change is None
+    assert result.notes == (UNKNOWN,)
+    assert held_publish.published_change(result.published) is None
+
+
+def test_a_held_checkpoint_is_not_accepted_over_another_than_it_was_compared_with(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = refresh(shadowed(range(400), flip=True), tiny_checkpoint, tmp_path, CONFIG, terms=OwnerTerms(live(FIXED)))
+    assert held.held is not None
+    other = cold(tiny_checkpoint, shadowed(range(300)), tmp_path / "other")
+    assert other.place is not None
+    shutil.copytree(other.place, tmp_path / "mine")
+    checkpoint.publish(tmp_path / "mine")
+    assert main(["accept", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"depo-train accept: {held.held.checkpoint} was compared with ")
+    assert checkpoint.resolve(tmp_path) == tmp_path / "mine"
+
+
+def test_training_that_diverged_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poison(data: RefreshData) -> RefreshData:
+        assert data.candidate is not None
+        with torch.no_grad():
+            for weight in (*data.candidate.learner.average, *data.candidate.learner.heads):
+                weight.view(-1)[0] = float("inf")
+        return holdout.judge_candidate(data)
+
+    monkeypatch.setattr(refresh_module, "judge_candidate", poison)
+    result = refresh(shadowed(range(400), flip=True), tiny_checkpoint, tmp_path, CONFIG)
+    assert result.published is None
+    assert result.verdict.reasons[0].startswith("training diverged: model.safetensors: ")
+    assert not (tmp_path / "current").exists()

@@ -2,7 +2,10 @@
 
 import asyncio
 import itertools
+import logging
 import math
+import re
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -27,6 +30,7 @@ from depo_gateway.training.online import shadowing
 from depo_gateway.training.online.metrics import LearnerMetrics
 from depo_gateway.training.online.settings import ShadowConfig
 from depo_gateway.training.online.shadowing import Shadow, in_shadow_share
+from depo_gateway.training.online.spend_ledger import SpendLedger
 from depo_gateway.training.outcomes.label_precedence import preferred_qualities
 from depo_gateway.training.outcomes.traffic_config import TrafficConfig
 from depo_gateway.training.outcomes.traffic_examples import examples_of_traffic
@@ -77,6 +81,7 @@ async def running_shadow(
     urls: Mapping[str, str],
     kind: str = "exact",
     clock: Callable[[], float] = time.monotonic,
+    ledger: SpendLedger | None = None,
     **settings: Any,
 ) -> Any:
     metrics = LearnerMetrics("0")
@@ -88,7 +93,8 @@ async def running_shadow(
         config = ShadowConfig(**{"share": 1.0, **settings})
         client = PoolClient(session, pools, metrics, config.priority, config.timeout_s)
         async with open_judge(JudgeConfig(kind), session, client, metrics.count_verdict) as judge:
-            made = Shadow(store, client, judge, kind, config, metrics, clock=clock)
+            spent = SpendLedger(Path(tempfile.mkdtemp()), clock) if ledger is None else ledger
+            made = Shadow(store, client, judge, kind, config, metrics, spent, clock=clock)
             running = Running(made, metrics, asyncio.create_task(made.run()))
             try:
                 yield running
@@ -246,6 +252,39 @@ async def test_the_cost_cap_holds_until_the_hour_is_over(store: Store) -> None:
             now[0] = 3600.0
             await running.until(lambda: len(large.bodies) == 6)
             await running.until(lambda: running.count("shadow_paused", reason="cost") == 1)
+
+
+@pytest.mark.parametrize(
+    ("cap", "calls"), [({"tokens_per_day": 250}, 3), ({"cost_per_day": 1.0}, 2), ({"records_per_day": 4}, 4)]
+)
+async def test_a_daily_cap_holds_over_a_restart_until_midnight_and_is_logged_once(
+    store: Store, tmp_path: Path, cap: dict[str, float], calls: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.append([record(number, REAL) for number in range(20)])
+    now = [86_400.0 * 20_000 + 3_600]
+    with vllm(says("x")) as large, caplog.at_level(logging.INFO):  # each call takes 100 tokens and costs 0.5
+
+        def learner() -> Any:
+            spent = SpendLedger(tmp_path, lambda: now[0])
+            return running_shadow(store, {"large": large.url}, "none", lambda: now[0], spent, max_concurrent=1, **cap)
+
+        async with learner() as first:
+            await first.until(lambda: first.count("shadow_paused", reason="day") == 1)
+            assert first.count("spent_today", unit="tokens") == first.count("shadow_tokens_total") == 100 * calls
+            assert first.count("spent_today", unit="records") == calls
+        assert len(large.bodies) == calls
+        (warning,) = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
+        (name,) = cap
+        unit = name.removesuffix("_per_day")
+        said = rf"shadowing pauses until midnight UTC: today's {unit}, [0-9.]+, reach shadow\.{name}: {cap[name]:g}"
+        assert re.fullmatch(said, warning)
+        async with learner() as second:
+            await second.until(lambda: second.count("shadow_paused", reason="day") == 1)
+            assert second.count("spent_today", unit="records") == calls
+            assert len(large.bodies) == calls
+            now[0] += 86_400
+            await second.until(lambda: len(large.bodies) == 2 * calls)
+        assert [entry.getMessage() for entry in caplog.records].count("shadowing continues: a new day has begun") == 1
 
 
 async def test_shadowing_pauses_while_pools_are_busy(store: Store) -> None:
