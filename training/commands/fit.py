@@ -141,8 +141,7 @@ def run(args: argparse.Namespace) -> int:
     pools = parse_pools(args.pools)
     config = _fit_config(args)
     rows = read_tables(args.outcomes)
-    if not args.allow_cut_off:
-        check_cut_off(rows, pools, "fit")
+    check_cut_off(rows, pools, "fit", args.allow_cut_off)
     examples = examples_of(rows, pools, args.balance)
     prior = _prior(args.prior_outcomes, pools)
     torch.manual_seed(config.seed)

@@ -69,8 +69,7 @@ def read_calibration_data(args: argparse.Namespace, runtime: Runtime) -> Calibra
         )
         return traffic_calibration_data(traffic.select(_unfitted(args, traffic.examples(), runtime)))
     rows = read_tables(args.outcomes)
-    if not args.allow_cut_off:
-        check_cut_off(rows, pools, "calibrate")
+    check_cut_off(rows, pools, "calibrate", args.allow_cut_off)
     read = examples_of(rows, pools)
     examples = [example for example, kept in zip(read, _unfitted(args, read, runtime), strict=True) if kept]
     labels = labels_by_head(examples, runtime.pools, runtime.manifest.heads)

@@ -45,7 +45,14 @@ from depo_gateway.training.evaluation.reported_routing import (
     with_target_met,
 )
 from depo_gateway.training.evaluation.threshold_sweep import differing_outcomes, sweep_outcomes, sweep_thresholds
-from depo_gateway.training.outcomes.table import Row, cut_off_models, examples_of, question_key, read_tables
+from depo_gateway.training.outcomes.table import (
+    Row,
+    cut_off_models,
+    cut_off_warning,
+    examples_of,
+    question_key,
+    read_tables,
+)
 
 FEW_GROUPS = 10  # with fewer, a bootstrap of whole groups is rough
 
@@ -75,8 +82,9 @@ def report_on_outcomes(args: argparse.Namespace, runtime: Runtime, scores: Path)
     """The report on outcome tables; writes the scores of every prompt to `scores`."""
     pools = resolve_pools(args.pools, runtime.manifest)
     rows = read_tables(args.outcomes)
-    if cut_off := cut_off_models(rows, pools):
-        sys.stderr.write(f"depo-train evaluate: {cut_off} were cut off and have no label: results are biased\n")
+    cut_off = cut_off_models(rows, pools)
+    if cut_off:
+        sys.stderr.write(f"depo-train evaluate: {cut_off_warning(cut_off)}\n")
     examples = examples_of(rows, pools)
     unseen = UnseenPrompts.everything(len(examples))
     if args.include_fitted:
@@ -94,6 +102,7 @@ def report_on_outcomes(args: argparse.Namespace, runtime: Runtime, scores: Path)
         "pools": dict(zip(pools.names, pools.models, strict=True)),
         "fitted_share": fitted_share(kept, runtime.manifest),
         "left_out": unseen.left_out(),
+        "cut_off": cut_off,
         **_measured(scored, routing, pools.names, grouped),
         "all": _part(scored, runtime.pools, grouped),
     }
@@ -185,8 +194,11 @@ def _pages(
     if part["with_all_labels"] == part["prompts"]:
         measured = f"Measured on {part['prompts']} prompts{of}, all with labels of every pool."
     beginning: list[Block] = [Heading(1, head["sentence"])]
-    if head["remarks"]:
-        beginning.append(Paragraph(" ".join(head["remarks"]), strong=True))
+    remarks = list(head["remarks"])
+    if figures["cut_off"]:
+        remarks.append(f"{cut_off_warning(figures['cut_off'])}.")
+    if remarks:
+        beginning.append(Paragraph(" ".join(remarks), strong=True))
     notes = [measured, models_note(figures["pools"]), fitted_note(figures, scores)]
     beginning.append(Paragraph(" ".join(filter(None, notes))))
     beginning.append(Paragraph(routing_note(routing, pools, "every prompt is taken to need the same number of tokens")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,10 +152,17 @@ def cut_off_models(rows: Sequence[Row], pools: Pools) -> str:
     return " and ".join(found)
 
 
-def check_cut_off(rows: Sequence[Row], pools: Pools, command: str) -> None:
-    """Raises ValueError where cut_off_models names any."""
+def cut_off_warning(found: str) -> str:
+    """The sentence on the models that cut_off_models found."""
+    return f"{found} were cut off and have no label: results are biased"
+
+
+def check_cut_off(rows: Sequence[Row], pools: Pools, command: str, allowed: bool) -> None:
+    """Raises ValueError where cut_off_models names any; if that is allowed, says on stderr what follows."""
     found = cut_off_models(rows, pools)
-    if found:
+    if found and allowed:
+        sys.stderr.write(f"depo-train {command}: {cut_off_warning(found)}\n")
+    elif found:
         raise ValueError(
             f"{found} were cut off before their end, and the labels leave them out, most of them of hard prompts:"
             f" collect again with a higher --max-tokens, or {command} with --allow-cut-off"

@@ -131,8 +131,10 @@ def test_fit_refuses_a_table_with_many_cut_off_completions_unless_told(
     message = r"25% of the completions of model-a \(pool small\) were cut off .* or fit with --allow-cut-off$"
     with pytest.raises(ValueError, match=message):
         fitted()
-    with pytest.raises(ValueError, match="--folds is 1"):  # the next check
-        fitted("--allow-cut-off", "--folds", "1")
+    capsys.readouterr()
+    fitted("--allow-cut-off")
+    said = "depo-train fit: 25% of the completions of model-a (pool small) were cut off and have no label: results are"
+    assert said in capsys.readouterr().err
 
 
 def test_calibrate_refuses_it_too_and_evaluate_says_so(
@@ -151,10 +153,12 @@ def test_calibrate_refuses_it_too_and_evaluate_says_so(
     words = ["--checkpoint", tiny_checkpoint, "--outcomes", table_path, "--pools", "small=a", "large=b"]
     assert main(["calibrate", *map(str, words), "--out", str(tmp_path / "c1")]) == 2
     assert "or calibrate with --allow-cut-off" in capsys.readouterr().err
+    said = "25% of the completions of a (pool small) were cut off and have no label: results are biased"
     assert main(["calibrate", *map(str, words), "--out", str(tmp_path / "c2"), "--allow-cut-off"]) == 0
-    assert main(["evaluate", *map(str, words), "--out", str(tmp_path / "e")]) == 0
-    said = "25% of the completions of a (pool small) were cut off and have no label: results are biased\n"
     assert said in capsys.readouterr().err
+    assert main(["evaluate", *map(str, words), "--out", str(tmp_path / "e")]) == 0
+    assert said in capsys.readouterr().err
+    assert f"{said}.**" in (tmp_path / "e" / "report.md").read_text()
 
 
 def test_a_tenth_cut_off_is_still_fitted_and_old_tables_tell_nothing(tmp_path: Path) -> None:
