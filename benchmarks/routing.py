@@ -32,7 +32,10 @@ from depo_gateway.training.evaluation.markdown import apgr_table, table, with_in
 from depo_gateway.training.evaluation.report import scores_by_name
 from depo_gateway.training.evaluation.routing_metrics import apgr, at_thresholds, measure_apgr
 from depo_gateway.training.fitting.calibration import calibrate
-from depo_gateway.training.fitting.cross_fit import FitConfig, cross_fit, foldings_of, groups_of, new_learner
+from depo_gateway.training.fitting.cross_fit import EPOCH_FOLDS
+from depo_gateway.training.fitting.epoch_fit import cross_fit_epochs, new_learner
+from depo_gateway.training.fitting.fit_config import FitConfig
+from depo_gateway.training.fitting.foldings import foldings_of, groups_of
 from depo_gateway.training.outcomes.table import Row, examples_of, parse_pools, read_table
 
 SOURCES = ("mmlu_mixtral_gpt4", "gsm8k_mixtral_gpt4", "gsm8k_many_models", "math_l5_many_models")
@@ -198,8 +201,8 @@ def held_out(
     examples = examples_of(rows, parsed)
     first, config = start(pooling, terms, wide, trunk)
     items = first.items(examples, embeddings=[embedded[example.prompt] for example in examples])
-    foldings = foldings_of(examples, config)[:foldings_wanted]
-    predictions, epochs = cross_fit(
+    foldings = foldings_of(examples, EPOCH_FOLDS, config.seed)[:foldings_wanted]
+    predictions, epochs = cross_fit_epochs(
         lambda: new_learner(first.model, first.tokenizer, config.learner), items, foldings, config
     )
     labels = labels_by_head(examples, parsed.names)

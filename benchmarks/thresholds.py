@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import calibrate_quality, confidence
 from depo_gateway.estimator.learner import Item, LearnerConfig
-from depo_gateway.estimator.model import ModelConfig, create_model
+from depo_gateway.estimator.model import Estimator, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.evaluation.markdown import table
@@ -40,9 +41,11 @@ from depo_gateway.training.fitting.epoch_fit import new_learner
 from depo_gateway.training.fitting.penalty_search import fit_linear
 from depo_gateway.training.outcomes.table import examples_of, parse_pools, read_table
 
+POOLS = ("small", "large")
 WANTED = (0.1, 0.3, 0.5, 0.7)
 THRESHOLDS = (0.7, 0.8, 0.85, 0.9, 0.95)
 MOST_PROMPTS = 2000  # further prompts of a source that are embedded
+MOST_ROWS = 5000  # of a table that are embedded
 MIXTRAL_GPT4 = ("small=mistralai/Mixtral-8x7B-Instruct-v0.1", "large=gpt-4-1106-preview")
 LLAMA = ("small=Meta-Llama-3.1-8B-Instruct", "large=Meta-Llama-3.1-70B-Instruct")
 AIM_ERROR = {200: 0.06, 700: 0.03}
@@ -102,7 +105,9 @@ def main() -> int:
             splits = run_splits(items, unseen, count, args.splits if count < MANY_EXAMPLES else SPLITS_OF_MANY, args)
             name = f"{source.table}, {source.pools[1].partition('=')[2]}"
             rows.append(share_row(name, count, splits))
+            print(rows[-1], file=sys.stderr)
             intervals.append(interval_row(name, count, splits))
+            print(intervals[-1], file=sys.stderr)
             if count >= MANY_EXAMPLES:
                 calibrations.append(calibration_row(name, count, splits))
     text = page(rows, intervals, calibrations, args.splits, (time.monotonic() - started) / 60)
@@ -119,6 +124,7 @@ def read_source(data: Path, source: Source) -> tuple[list[Item], list[Item]]:
     pools = parse_pools(source.pools)
     examples = examples_of(list(read_table(data / "outcomes" / f"{source.table}.jsonl")), pools)
     examples = [example for example in examples if None not in example.quality.values()]
+    examples = [examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:MOST_ROWS]]
     further: list[Example] = []
     if source.prompts:
         with open(data / "prompts" / f"{source.prompts}.jsonl", encoding="utf-8") as file:
@@ -143,12 +149,14 @@ def run_splits(
 
 
 _items: tuple[Sequence[Item], Sequence[Item]] = ((), ())
+_untrained: list[tuple[Estimator, Tokenizer]] = []
 
 
 def _set_items(items: Sequence[Item], unseen: Sequence[Item]) -> None:
     global _items
     _items = items, unseen
     torch.set_num_threads(1)
+    _untrained[:] = [create_model(ModelConfig(POOLS, TextConfig()))]
 
 
 def one_split(count: int, seed: int) -> Split:
@@ -156,8 +164,7 @@ def one_split(count: int, seed: int) -> Split:
     items, further = _items
     order = np.random.default_rng(seed).permutation(len(items))
     chosen, rest = [items[i] for i in order[:count]], [items[i] for i in order[count:]]
-    pools = ("small", "large")
-    learner = new_learner(*create_model(ModelConfig(pools, TextConfig())), LearnerConfig())
+    learner = new_learner(*_untrained[0], LearnerConfig())
     learner.fit_statistics(chosen)
     learner.settle()
     folds = SMALL_FOLDS if count < MANY_EXAMPLES else LARGE_FOLDS
@@ -165,7 +172,7 @@ def one_split(count: int, seed: int) -> Split:
     held_out, _ = fit_linear(learner.model, chosen, foldings)
     labels = {"quality": np.array([item.quality for item in chosen])}
     labels["token_confidence"] = np.full_like(labels["quality"], np.nan)
-    calibrated = calibrate(held_out[0].full, held_out[0].cheap, labels, np.ones(count), pools)
+    calibrated = calibrate(held_out[0].full, held_out[0].cheap, labels, np.ones(count), POOLS)
     logits, _ = learner.predict([*rest, *further])
     quality = calibrate_quality(calibrated.stages["full"], logits)
     sure = confidence(quality, "gain")[:, 0]
@@ -232,8 +239,9 @@ def page(
 
 METHOD = """\
 Each split fits on random questions of the table alone, under the rule gain. Unseen prompts are the rest of the table
-and, for GSM8K and MATH, 2,000 training prompts of the same source (of level 5, as the table's). Splits of one table
-share questions: with 700 of 769 they are nearly the same fit, and its coverage is that of a few fits, not of 200."""
+and, for GSM8K and MATH, 2,000 training prompts of the same source (of level 5, as the table's); of MMLU's table, 5,000
+random rows are used. Splits of one table share questions: with 700 of 769 they are nearly the same fit, and its
+coverage is that of a few fits, not of 200."""
 
 
 if __name__ == "__main__":

@@ -233,6 +233,7 @@ async def test_the_images_work_under_a_read_only_root(serving: Image, training: 
     pools = {name: {"model": name, "backends": [{"url": "http://127.0.0.1:9"}]} for name in ("cheap", "dear")}
     learn = {"min_labels": 60, "epochs": 1, "gate": {"resamples": 100}}
     learner = {"records": {"url": f"sqlite:///{RECORDS}/records.db"}, "pools": pools, "refresh": {"learn": learn}}
+    learner["gate"] = {"max_cost_increase": 1.0}
     (tmp_path / "config/learner.yaml").write_text(yaml.safe_dump(learner | {"listen": {"port": 0}}))
     words = (f"--config={CONFIG}/learner.yaml", "--base=builtin", f"--out={CHECKPOINTS}")
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -124,6 +124,7 @@ async def test_two_gateways_one_postgresql_one_learner(
             "judge": {"kind": "exact"},
             "listen": {"port": 0},
             "refresh": {"every_labels": 60, "learn": {"min_labels": 60, "folds": 2, "gate": {"least": 20}}},
+            "gate": {"max_cost_increase": 1.0},  # labels are the reverse of what the first checkpoint learned
         }
         (tmp_path / "learner.yaml").write_text(yaml.safe_dump(learning))
         async with contextlib.AsyncExitStack() as stack:

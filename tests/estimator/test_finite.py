@@ -60,7 +60,7 @@ def graph(*tensors: onnx.TensorProto, constant: onnx.TensorProto | None = None) 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16])
 def test_every_floating_point_type_of_onnx_is_read(kind: int) -> None:
-    half = {TensorProto.FLOAT16: b"\0\x7e\0\0", TensorProto.BFLOAT16: b"\xc0\x7f\0\0"}
+    half: dict[int, bytes] = {TensorProto.FLOAT16: b"\0\x7e\0\0", TensorProto.BFLOAT16: b"\xc0\x7f\0\0"}
     raw = half.get(kind) or np.array([np.nan, 0.0], "<f8" if kind == TensorProto.DOUBLE else "<f4").tobytes()
     bad = TensorProto(data_type=kind, dims=[2], name="w", raw_data=raw)
     with pytest.raises(NotFiniteError, match=r"model\.onnx: w holds NaN"):

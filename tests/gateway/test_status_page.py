@@ -15,12 +15,14 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from depo_gateway.estimator import calibration, checkpoint
+from depo_gateway.estimator import calibration, checkpoint, held_publish
 from depo_gateway.estimator.calibration import Calibration, Curve
+from depo_gateway.estimator.held_publish import HeldPublish
 from tests import chromium as browsers
 from tests.chromium import chromium
 from tests.gateway import checkpoints
 from tests.gateway.backend import FakeVllm, Script
+from tests.gateway.checkpoints import version
 from tests.gateway.conftest import Running, running, settings
 
 __all__ = ["chromium"]  # a fixture
@@ -280,6 +282,22 @@ async def test_a_lost_gateway_is_shown_with_the_time_and_found_again(chromium: w
             assert not chromium.find_element(By.ID, "lost").is_displayed()
             assert await shown.run("return document.body.className") == ""
             await asyncio.to_thread(chromium.get, "about:blank")
+
+
+async def test_what_a_publish_changed_and_one_that_is_held_back_are_shown(
+    chromium: webdriver.Chrome, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    change = {"publish_change": {"share_change": -0.0123, "cost_change": 0.02}}
+    version(tiny_checkpoint, tmp_path / "1", 0.0, metrics=change)
+    checkpoint.publish(tmp_path / "1")
+    held = HeldPublish("2", "v2", "v1", 1.0, "2 is held back: <b>the cost</b> would rise by 53.6 points", 0.67, 0.536)
+    held_publish.write_held(tmp_path, held)
+    async with FakeVllm() as small, FakeVllm() as large:
+        async with page(chromium, settings([small], [large], tmp_path)) as (shown, _):
+            await shown.shows("notices", held.sentence + ".")
+            facts = await shown.text("facts")
+            assert "changed the share of large by −1.2 points and the cost by +2.0 points of all-large's" in facts
+            assert await shown.complaints() == []
 
 
 async def test_trouble_stands_at_the_top(chromium: webdriver.Chrome, curved: Path) -> None:

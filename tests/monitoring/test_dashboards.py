@@ -132,6 +132,7 @@ def test_where_nothing_goes_wrong_no_panel_is_empty(tmp_path: Path, tiny_checkpo
         "routing: Calibration error",
         "learning: Better than random by",
         "learning: Published",
+        "learning: Change at publication",
         "learning: Calibration error",
         "learning: Duration of a training",
     }

@@ -3,7 +3,7 @@
 import argparse
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +24,7 @@ class Played:
     keys: set[str | None] = field(default_factory=set)
 
 
-def completion(texts: list[str | None], logprob: float | None = -0.5, **choice: Any) -> dict[str, Any]:
+def completion(texts: Sequence[str | None], logprob: float | None = -0.5, **choice: Any) -> dict[str, Any]:
     """A chat's answer; `choice` adds to each choice."""
     logprobs = None if logprob is None else {"content": [{"token": "x", "logprob": logprob}] * 3}
     choices = [

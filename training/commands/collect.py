@@ -39,7 +39,7 @@ from depo_gateway.training.outcomes.sampling_client import (
     probe,
     served_model,
 )
-from depo_gateway.training.outcomes.table_file import EXTRA_BODY, outcome_file
+from depo_gateway.training.outcomes.table_file import COMPLETIONS, EXTRA_BODY, outcome_file
 from depo_gateway.training.rewards.verifiers import NAMES, Grader
 from depo_gateway.training.rewards.worker_pool import RewardError
 
@@ -211,6 +211,12 @@ async def _write_rows(
         missing = [prompt for prompt in prompts if prompt.key not in done]
         for row in done.values():
             summary.add(row)
+        if old := sum(COMPLETIONS not in row for row in done.values()):
+            print(
+                f"{args.out}: {old} rows were written by version 0.1, which graded some answers otherwise and labelled"
+                " cut-off ones; start a new file to have all rows graded alike",
+                file=sys.stderr,
+            )
         begun = len(prompts) - len(missing)
         rows = collect_outcomes(session, backends, missing, sampling, label, args.concurrency, summary.refusals)
         with tqdm(total=len(prompts), initial=begun, unit="prompt", disable=not sys.stderr.isatty()) as bar:

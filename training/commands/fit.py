@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,9 @@ from depo_gateway.training.fitting.cross_fit import (
 )
 from depo_gateway.training.fitting.fit_config import FitConfig
 from depo_gateway.training.fitting.held_out_report import held_out_reports, held_out_text
-from depo_gateway.training.outcomes.table import check_cut_off, examples_of, parse_pools, read_tables
+from depo_gateway.training.fitting.prior_choice import prior_text
+from depo_gateway.training.fitting.prior_outcomes import PriorOutcomes, prior_outcomes
+from depo_gateway.training.outcomes.table import Pools, check_cut_off, examples_of, parse_pools, read_tables
 
 WIDE_SHARE = 5.0  # points either side of 50%, above which the text says that the share is not known well
 
@@ -67,6 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-cut-off",
         action="store_true",
         help="fit tables although more than 10%% of a model's completions were cut off by --max-tokens",
+    )
+    parser.add_argument(
+        "--prior-outcomes",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="outcome tables of other models, on the same or other questions: with few labels of your own they make the"
+        " fit better, and cross-validation chooses whether they are used",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
     parser.add_argument(
@@ -132,9 +143,11 @@ def run(args: argparse.Namespace) -> int:
     rows = read_tables(args.outcomes)
     check_cut_off(rows, pools, "fit", args.allow_cut_off)
     examples = examples_of(rows, pools, args.balance)
+    prior = _prior(args.prior_outcomes, pools)
     torch.manual_seed(config.seed)
-    model, tokenizer = _create_model(args, pools.names, examples)
-    fit = fit_estimator(model, tokenizer, examples, config)
+    questions = examples if prior is None else [*examples, *prior.examples]
+    model, tokenizer = _create_model(args, pools.names, questions)
+    fit = fit_estimator(model, tokenizer, examples, config, prior)
     calibrated, weights = _calibrated(fit, examples)
     reports = held_out_reports(examples, fit)
     metrics = {
@@ -142,17 +155,34 @@ def run(args: argparse.Namespace) -> int:
         "examples": len(examples),
         **fit.settings,
         "held_out": nan_to_null(reports),
-        "fitted_on": fingerprints(examples),
+        "fitted_on": fingerprints(questions if fit.prior is not None and fit.prior.used else examples),
     }
+    if fit.prior is not None:
+        metrics["prior"] = asdict(fit.prior)
     manifest = export.export_checkpoint(args.out, fit.model, tokenizer, calibrated, metrics, fit.trained)
     if args.publish:
         checkpoint.publish(args.out)
+    if fit.prior is not None:
+        sys.stdout.write(prior_text(fit.prior))
     for name, report in reports.items():
         sys.stdout.write(held_out_text(name, report))
     new_groups = "; on new groups the calibration is less accurate" if "groups" in reports else ""
     sys.stdout.write(f"Probabilities and curves are calibrated on the held-out questions{new_groups}\n")
     sys.stdout.write(f"{args.out}: checkpoint {manifest.version}\n{next_step(args.out, calibrated, weights)}")
     return 0
+
+
+def _prior(paths: Sequence[Path] | None, pools: Pools) -> PriorOutcomes | None:
+    """The prior in the tables of --prior-outcomes. Says which of the pools' models it leaves out."""
+    if not paths:
+        return None
+    prior = prior_outcomes(read_tables(paths), {model for models in pools.models for model in models})
+    if prior.left_out:
+        sys.stdout.write(
+            f"--prior-outcomes: outcomes of {', '.join(prior.left_out)} are left out, because a pool has that model;"
+            " where they were graded like yours, give the table to --outcomes as well\n"
+        )
+    return prior
 
 
 def _calibrated(fit: Fit, examples: Sequence[Example]) -> tuple[Calibration, Array]:

@@ -26,7 +26,8 @@ def share_interval(share: float, count: float) -> tuple[float, float]:
     z = NORMAL_QUANTILE**2 / count
     centre = (share + z / 2) / (1 + z)
     half = NORMAL_QUANTILE * sqrt(share * (1 - share) / count + z / (4 * count)) / (1 + z)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # a share of 0 or 1 is its own end, which rounding errors would miss
+    return 0.0 if share <= 0 else max(0.0, centre - half), 1.0 if share >= 1 else min(1.0, centre + half)
 
 
 def share_text(share: float, count: float) -> str:

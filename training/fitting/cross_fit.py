@@ -14,7 +14,7 @@ Shapes: N examples, K pools, H heads, O = K * H outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,17 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from depo_gateway.estimator.learner import Item, LearnerConfig
+from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.fitting.epoch_fit import fit_epochs, new_learner
 from depo_gateway.training.fitting.fit_config import FitConfig
 from depo_gateway.training.fitting.foldings import foldings_of, questions_of
 from depo_gateway.training.fitting.held_out import HeldOutLogits
+from depo_gateway.training.fitting.imputation import impute
 from depo_gateway.training.fitting.penalty_search import fit_linear
+from depo_gateway.training.fitting.prior_choice import PriorChoice, compare_losses, is_used
+from depo_gateway.training.fitting.prior_outcomes import PriorOutcomes
 
 # Small folds measure the served model; where examples abound, larger ones do as well and take less time
 SMALL_FOLDS, LARGE_FOLDS, MANY_EXAMPLES = 20, 10, 2000
@@ -46,6 +49,7 @@ class Fit:
     foldings: Sequence[NDArray[np.int64]]  # (N,) each
     measured: NDArray[np.bool_]  # (N,): whose held-out predictions in the first folding are the served model's
     settings: Mapping[str, Any]  # what the held-out predictions chose
+    prior: PriorChoice | None = None  # whether they chose the prior; None: there was none
 
 
 def is_convex(model: Estimator, config: LearnerConfig) -> bool:
@@ -53,21 +57,33 @@ def is_convex(model: Estimator, config: LearnerConfig) -> bool:
     return not (model.config.trunk or config.train_layers or config.ranking_weight or config.gain_weight)
 
 
-def fit_estimator(model: Estimator, tokenizer: Tokenizer, examples: Sequence[Example], config: FitConfig) -> Fit:
-    """Fits an untrained estimator to examples. Raises ValueError for too few questions."""
-    learner = new_learner(model, tokenizer, config.learner)
-    items: list[Item] = []
-    with tqdm(total=len(examples), desc="read prompts", unit="prompt", disable=None) as progress:
-        for start in range(0, len(examples), 512):
-            items += learner.items(examples[start : start + 512])
-            progress.update(len(items) - progress.n)
+def fit_estimator(
+    model: Estimator,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    config: FitConfig,
+    prior: PriorOutcomes | None = None,
+) -> Fit:
+    """Fits an untrained estimator to examples, with the help of a prior where cross-validation finds that it helps.
+
+    Raises ValueError for too few questions, and for a prior of a fit that is not convex.
+    """
     convex = is_convex(model, config.learner)
+    if prior is not None and not convex:
+        raise ValueError(
+            "a prior from other models' outcomes needs linear heads on a frozen encoder: fit without a trunk, trained"
+            " layers, ranking weight and gain weight"
+        )
+    learner = new_learner(model, tokenizer, config.learner)
+    items = _read_prompts(learner, examples)
     foldings = foldings_of(examples, config.folds or _usual_folds(examples, convex), config.seed)
     if convex:
-        learner.fit_statistics(items)
-        learner.settle()
-        held_out, penalties = fit_linear(learner.model, items, foldings)
-        return Fit(learner.model, (), held_out, foldings, np.ones(len(items), np.bool_), {"penalty": penalties})
+        fit = fit_heads(learner, items, foldings)
+        if prior is None:
+            return fit
+        other = new_learner(model, tokenizer, config.learner)
+        helped = fit_with_prior(fit, other, items, examples, prior, _read_prompts(other, prior.examples))
+        return helped if helped.prior is not None and helped.prior.used else replace(fit, prior=helped.prior)
     served, held_out, epochs = fit_epochs(
         lambda: new_learner(model, tokenizer, config.learner), items, foldings, config
     )
@@ -77,3 +93,45 @@ def fit_estimator(model: Estimator, tokenizer: Tokenizer, examples: Sequence[Exa
 def _usual_folds(examples: Sequence[Example], convex: bool) -> int:
     usual = EPOCH_FOLDS if not convex else SMALL_FOLDS if len(examples) < MANY_EXAMPLES else LARGE_FOLDS
     return max(2, min(usual, len(set(questions_of(examples)))))
+
+
+def _read_prompts(learner: Learner, examples: Sequence[Example]) -> list[Item]:
+    items: list[Item] = []
+    with tqdm(total=len(examples), desc="read prompts", unit="prompt", disable=None) as progress:
+        for start in range(0, len(examples), 512):
+            items += learner.items(examples[start : start + 512])
+            progress.update(len(items) - progress.n)
+    return items
+
+
+def fit_heads(learner: Learner, items: Sequence[Item], foldings: Sequence[NDArray[np.int64]]) -> Fit:
+    """The fit of an untrained learner's linear heads."""
+    learner.fit_statistics(items)
+    learner.settle()
+    held_out, penalties = fit_linear(learner.model, items, foldings)
+    return Fit(learner.model, (), held_out, foldings, np.ones(len(items), np.bool_), {"penalty": penalties})
+
+
+def fit_with_prior(
+    without: Fit,
+    learner: Learner,
+    items: Sequence[Item],
+    examples: Sequence[Example],
+    prior: PriorOutcomes,
+    prior_items: Sequence[Item],
+) -> Fit:
+    """The fit of an untrained learner with the prior, compared with the one without it.
+
+    Raises ValueError for a prior on own questions alone.
+    """
+    learner.fit_statistics([*items, *prior_items])
+    learner.settle()
+    imputed = impute(learner.model, items, examples, prior_items, prior, without.foldings)
+    if not imputed.items:
+        raise ValueError("the prior outcomes have no question besides your own; a prior helps by further questions")
+    held_out, penalties = fit_linear(learner.model, items, without.foldings, imputed)
+    compared = compare_losses(held_out[0].full, without.held_out[0].full, items)
+    known = len(prior.examples) - len(imputed.items)
+    choice = PriorChoice(is_used(*compared), len(prior.models), len(imputed.items), known, *compared)
+    settings = {"penalty": penalties}
+    return replace(without, model=learner.model, held_out=held_out, settings=settings, prior=choice)

@@ -273,10 +273,12 @@ def held_out_logits(
     out: without the shift the folds would spread the scores, and rank them against the labels, by that alone.
     """
     before = sum(int(folds.max()) + 1 for folds in foldings[:folding])
-    rows = np.arange(len(foldings[folding]))[:, None]
+    count = len(foldings[folding])  # imputed examples follow
+    rows = np.arange(count)[:, None]
     own = (before + foldings[folding])[:, None] * outputs + np.arange(outputs)
     stages = []
-    for logits in design.logits(weights):
+    for every in design.logits(weights):
+        logits = every[:count]
         shift = logits.mean(0)
         everything = shift[-outputs:].repeat(len(shift) // outputs)
         stages.append((logits - shift + everything).numpy()[rows, own])

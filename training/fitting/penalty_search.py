@@ -18,6 +18,7 @@ from depo_gateway.estimator.heads import split_heads
 from depo_gateway.estimator.learner import Item
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.training.fitting.held_out import HeldOutLogits, held_out_loss
+from depo_gateway.training.fitting.imputation import Imputed, with_imputed
 from depo_gateway.training.fitting.linear_fit import Design, Weights, assign, columns_of, held_out_logits, solve
 
 PENALTIES = tuple(2.0**power for power in range(7, -4, -1))  # 128 to 1/8, strongest first
@@ -25,20 +26,25 @@ PATIENCE = 2  # weaker penalties without a lower held-out loss before the search
 
 
 def fit_linear(
-    model: Estimator, items: Sequence[Item], foldings: Sequence[NDArray[np.int64]]
+    model: Estimator,
+    items: Sequence[Item],
+    foldings: Sequence[NDArray[np.int64]],
+    imputed: Imputed | None = None,
 ) -> tuple[list[HeldOutLogits], dict[str, float]]:
     """Fits the linear heads of a model that has its statistics; (held-out predictions by folding, penalties by head).
 
     Each head gets the penalty with the lowest mean of the foldings' held-out losses. A head without labels keeps zero
-    weights.
+    weights. `imputed`: further examples, which count in the fit and not in the losses.
     """
-    design = Design(model, items)
+    design = Design(model, items if imputed is None else [*items, *imputed.items])
     heads = len(model.config.heads)
     labels_NHK = torch.tensor([item.labels for item in items], dtype=torch.float64)
     labels_NO = labels_NHK.transpose(1, 2).flatten(1)  # pool by pool, each with its heads in order
     labelled = np.flatnonzero((~labels_NO.isnan()).any(0).numpy())
     weights = torch.tensor([item.weight for item in items], dtype=torch.float64)
     columns = columns_of(labels_NO[:, labelled], weights, foldings)
+    if imputed is not None:
+        columns = with_imputed(columns, imputed, labelled, heads)
     search = {head: _Search() for head in range(heads) if (labelled % heads == head).any()}
     found: Weights | None = None
     for penalty in tqdm(PENALTIES, desc="fit", unit="penalty", disable=None):

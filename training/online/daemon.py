@@ -211,6 +211,7 @@ async def _refresh_loop(daemon: Daemon) -> None:
         state = DaemonState(result.seq, time.time())
         _report(daemon, result)
         held = _held(daemon)
+        daemon.metrics.show_held(held)
         _save(daemon, state, held)
 
 

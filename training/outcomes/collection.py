@@ -65,8 +65,9 @@ async def collect_outcomes(
                 running.add(asyncio.create_task(row_of(prompt)))
             if not running:
                 break
-            finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in finished:
+            finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in finished:  # if one raises, the others' exceptions are taken below
+                running.discard(task)
                 try:
                     row = task.result()
                 except SpentError as error:

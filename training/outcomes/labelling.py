@@ -8,7 +8,7 @@ from typing import Any
 
 from depo_gateway.estimator.records.types import Record
 from depo_gateway.training.judging.judges import Judge
-from depo_gateway.training.judging.openai_client import NoAnswerError, mean
+from depo_gateway.training.judging.openai_client import NoAnswerError, mean, together
 from depo_gateway.training.judging.pool_client import CHARS_PER_TOKEN
 from depo_gateway.training.judging.rubric import request_text, rubric_prompt
 from depo_gateway.training.judging.spend_cap import SpendCap
@@ -91,9 +91,7 @@ class JudgeLabels:
         ]
         calls = sum(self._calls(len(answers)) for answers in rounds)
         async with self._cap.reserve(calls, sum(self._tokens(prompt, answers) for answers in rounds)):
-            verdicts = await asyncio.gather(
-                *(self._judged(prompt, index, answers) for index, answers in enumerate(rounds))
-            )
+            verdicts = await together(*(self._judged(prompt, index, answers) for index, answers in enumerate(rounds)))
         if calls and (all(verdict is None for verdict in verdicts) or self._is_silent(any(verdicts))):
             self.unanswered += 1
             return None

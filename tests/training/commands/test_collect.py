@@ -92,6 +92,17 @@ def test_a_second_run_asks_only_for_what_is_missing_and_cuts_off_a_torn_line(pro
         assert len(small.bodies) == 1
 
 
+def test_rows_of_version_0_1_are_kept_and_said_to_be_graded_otherwise(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text(json.dumps({"question": "3+0=", "correct": {"model-a": 0.25}}) + "\n")
+    with server(always("7")) as small:
+        assert command("--prompts", prompts, "--backends", f"small={small.url}", "--out", out, "--k", 1) == 0
+    assert "1 rows were written by version 0.1, which graded some answers otherwise" in capsys.readouterr().err
+    assert table(out)["3+0="]["correct"] == {"model-a": 0.25}
+
+
 def test_busy_answers_and_hang_ups_are_tried_again(prompts: Path, tmp_path: Path) -> None:
     def shaky(body: dict[str, Any], calls: int) -> tuple[int, dict[str, Any]]:
         return [(429, {}), (503, {}), (0, {}), always("7")(body, calls)][calls % 4]

@@ -1,8 +1,10 @@
 """collect --judge: labels without references, by a scripted judging model or webhook on loopback."""
 
+import gc
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,10 @@ def umpire(grade: Callable[[str, int], float]) -> Reply:
         return 200, answer | {"usage": {"prompt_tokens": 300, "completion_tokens": 20}}
 
     return reply
+
+
+def refuses(status: int, body: dict[str, Any], calls: int) -> tuple[int, dict[str, Any]]:
+    return status, {}
 
 
 def judged(chats: Path, out: Path, judge: str, *words: object, small: Reply | None = None) -> int:
@@ -224,17 +230,19 @@ def test_a_judge_that_can_not_judge_is_not_paid_for_all_prompts(
 
 
 def test_a_judge_that_is_down_ends_it_with_one_line(
-    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out.jsonl"
     assert judged(chats, out, "model=http://127.0.0.1:9") == 1
     assert "judge: no OpenAI server at http://127.0.0.1:9" in capsys.readouterr().err
-    for url, reply in (("model", (500, {})), ("webhook", (401, {}))):
-        with server(lambda body, calls, reply=reply: reply, ("umpire",)) as judge:  # type: ignore[misc]
-            assert judged(chats, out, f"{url}={judge.url}") == 1
+    for kind, status in (("model", 500), ("webhook", 401)):
+        with server(partial(refuses, status), ("umpire",)) as judge:
+            assert judged(chats, out, f"{kind}={judge.url}") == 1
         said = capsys.readouterr().err
+        gc.collect()
+        assert not [entry for entry in caplog.records if entry.name == "asyncio"]  # "exception was never retrieved"
         assert said.startswith("the judge does not answer: ")
-        assert f" answers {reply[0]}" in said
+        assert f" answers {status}" in said
         assert said.endswith(f"; {out} is kept, and the same command continues it\n")
         assert said.count("\n") == 1
 

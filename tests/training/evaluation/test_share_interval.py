@@ -17,7 +17,9 @@ def test_it_holds_in_about_95_of_100_samples(share: float, count: int) -> None:
 def test_ends_and_none() -> None:
     assert share_interval(0.0, 100)[0] == 0.0
     assert share_interval(0.0, 100)[1] == pytest.approx(0.037, abs=1e-3)
-    assert share_interval(1.0, 100)[1] == 1.0
+    for count in range(1, 1000):
+        assert share_interval(0.0, count)[0] == 0.0
+        assert share_interval(1.0, count)[1] == 1.0
     assert share_interval(0.5, 0) == (0.0, 1.0)
     assert share_text(0.5, 700) == "50% [46, 54]"
 

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ import pytest
 import yaml
 
 from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.held_publish import read_held
 from depo_gateway.estimator.records.store import Store
+from depo_gateway.estimator.records.types import RoutingSettings, ServedPool
 from depo_gateway.estimator.standing import read_standing
+from depo_gateway.training.__main__ import main
 from depo_gateway.training.online import checkpoint_retention, daemon
 from depo_gateway.training.online import settings as learner_settings
 from depo_gateway.training.online.daemon_state import DaemonState, read_state
 from depo_gateway.training.online.metrics import Heartbeats, LearnerMetrics
 from depo_gateway.training.online.trainer_process import TrainerProcess
 from tests.training.fake_vllm import record, vllm
-from tests.training.online.traffic import LEARN, fill, right
+from tests.training.online.traffic import LEARN, fill, prompts, right
 
 SECONDS = 90.0
 
@@ -134,6 +138,43 @@ def test_from_traffic_to_a_published_checkpoint(tmp_path: Path, store: Store, ti
                 "records.db-wal",
                 "records.db-shm",
             }
+
+
+def test_a_checkpoint_that_costs_more_waits_until_its_owner_accepts_it(
+    tmp_path: Path, store: Store, tiny_checkpoint: Path
+) -> None:
+    """The large pool is better on easy prompts, which are most of the traffic: from a small share it would jump."""
+    pools = {"small": ServedPool("org/small", 1.0), "large": ServedPool("org/large", 5.0)}
+    in_force = RoutingSettings("gain", 0.6, {}, pools)
+    store.append(
+        [
+            replace(
+                record(90_000 + number, time.time() + 60 + number / 1000, asked=text),
+                reason="confident",
+                threshold=0.6,
+                pools=("small", "large"),
+                settings=in_force,
+            )
+            for number, text in enumerate(prompts(400, 9))
+            if "hard" not in text or number % 20 == 1
+        ]
+    )
+    fill(store, 200, 1)
+    with learner(tmp_path, tiny_checkpoint) as running:
+        running.until(lambda: " is held back: " in running.output())
+        running.until(lambda: running.metric("publish_held") == 1)
+        assert running.metric('refreshes_total{verdict="held"}') == 1
+        assert running.metric("publish_held_share_change") > 0.5
+        assert running.metric("publish_held_cost_change") > 0.4
+        assert not (running.out / "current").exists()
+        held = read_held(running.out)
+        assert held is not None
+        assert held.sentence in running.output()
+        assert f"publish it with `depo-train accept --out {running.out}`" in held.sentence
+        assert main(["accept", "--out", str(running.out)]) == 0
+        running.until(lambda: running.metric("publish_held") == 0)
+        assert running.metric(f'info{{version="{held.version}"}}') == 1
+        assert f"{held.checkpoint} is no longer held back" in running.output()
 
 
 def test_records_without_text_are_a_mistake(tmp_path: Path, store: Store, tiny_checkpoint: Path) -> None:
