@@ -125,7 +125,7 @@ def test_evaluate_reports_what_it_reported() -> None:
 
 def test_calibrate_makes_a_new_version_of_it() -> None:
     words = ["--checkpoint", "checkpoints/first", "--outcomes", "outcomes.jsonl", "--target", "large-share=0.3"]
-    assert training_main(["calibrate", *words, "--out", "calibrated"]) == 0
+    assert training_main(["calibrate", *words, "--include-fitted", "--out", "calibrated"]) == 0
     runtime = Runtime.load(Path("calibrated"))
     assert runtime.manifest.parent == FIRST
     assert runtime.calibration.targets["large-share=0.3"] == pytest.approx(
