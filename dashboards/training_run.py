@@ -205,8 +205,10 @@ TIME = Row(
         lines(
             "Completions per minute",
             "Rolled out, which is most of the cost; unreadable: finished without a result that the verifier can read.",
-            (f"60 * rate(training_completions_total{{{T}}}[$__rate_interval])", "{{job}}"),
-            (f"60 * rate(training_unreadable_completions_total{{{T}}}[$__rate_interval])", "unreadable"),
+            [
+                (f"60 * rate(training_completions_total{{{T}}}[$__rate_interval])", "{{job}}"),
+                (f"60 * rate(training_unreadable_completions_total{{{T}}}[$__rate_interval])", "unreadable"),
+            ],
         ),
         lines(
             "Tokens",

@@ -179,7 +179,7 @@ def test_a_guarantee_takes_outcome_tables_too(fitted: Path, tmp_path: Path, caps
     assert "loss=0.1@0.95 under difficulty: threshold" in capsys.readouterr().out
     own = write_table(tmp_path / "own.jsonl", 300, 0)  # what it was fitted on proves nothing
     words[4] = str(own)
-    assert "which the checkpoint was not fitted on" in mistake(capsys, [*words, "--out", str(tmp_path / "other")])
+    assert "was fitted on all 300 of these 300 prompts" in mistake(capsys, [*words, "--out", str(tmp_path / "other")])
     half = tmp_path / "half.jsonl"
     half.write_text('{"question": "an easy one", "correct": {"s": 1}}\n{"question": "a hard", "correct": {"l": 1}}\n')
     words[4] = str(half)
