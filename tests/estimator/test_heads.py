@@ -43,7 +43,7 @@ def table(place: Path, rows: int = 200) -> Path:
 
 def fit(outcomes: Path, encoder: Path, out: Path, *more: str) -> None:
     arguments = ["fit", "--outcomes", str(outcomes), "--encoder", str(encoder), "--layers", "0", "--out", str(out)]
-    assert main([*arguments, "--pools", "small=s", "large=l", "--folds", "2", "--max-epochs", "8", *more]) == 0
+    assert main([*arguments, "--pools", "small=s", "large=l", "--folds", "5", "--max-epochs", "8", *more]) == 0
 
 
 def brevity(place: Path) -> Mapping[str, tuple[float, ...]]:
@@ -77,7 +77,7 @@ def test_a_third_head_is_trained_further_and_calibrated(
     large = select_pools(model, ["large"])
     width = model.deep_weight.shape[0]
     assert large.deep_weight.tolist() == model.deep_weight.reshape(width, 2, 3)[:, 1].tolist()
-    command = ["calibrate", "--checkpoint", str(tmp_path / "fitted"), "--outcomes", str(outcomes)]
+    command = ["calibrate", "--checkpoint", str(tmp_path / "fitted"), "--outcomes", str(outcomes), "--include-fitted"]
     assert main([*command, "--out", str(tmp_path / "calibrated")]) == 0
     assert "The calibration of token confidence of small, large is unchanged" in capsys.readouterr().out
     assert brevity(tmp_path / "calibrated")["three"][0] == pytest.approx(0.9, abs=0.2)

@@ -24,7 +24,7 @@ def write_table(place: Path, count: int) -> Path:
 
 def test_fit_with_the_trunk_on_a_whole_encoder_is_served(tiny_encoder: Path, tmp_path: Path) -> None:
     table = write_table(tmp_path / "table.jsonl", 200)
-    small = ["--layers", "0", "--folds", "2", "--max-epochs", "6", "--max-tokens", "32"]
+    small = ["--layers", "0", "--folds", "5", "--max-epochs", "6", "--max-tokens", "32"]
     arguments = ["--outcomes", str(table), "--pools", "small=s", "large=l", "--encoder", str(tiny_encoder), *small]
     assert main(["fit", *arguments, "--trunk", "--train-layers", "-1", "--out", str(tmp_path / "fitted")]) == 0
     base = checkpoint.load_manifest(tmp_path / "fitted").base
