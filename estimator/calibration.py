@@ -177,7 +177,7 @@ def measure_curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: s
     if quality_NK.shape[1] == 1:
         unsure = [(float(weights[confidence_NK[:, 0] < threshold].sum() / total),) for threshold in thresholds]
         return Curve(tuple(map(float, thresholds)), tuple(unsure), None)
-    complete = ~np.isnan(observed_NK).any(1)
+    complete = ~np.isnan(observed_NK).any(1) & (weights > 0)
     shares, qualities, all_large = [], [], None
     if complete.any():
         all_large = float(np.average(observed_NK[complete, -1], weights=weights[complete]))

@@ -148,8 +148,8 @@ def run(args: argparse.Namespace) -> int:
     questions = examples if prior is None else [*examples, *prior.examples]
     model, tokenizer = _create_model(args, pools.names, questions)
     fit = fit_estimator(model, tokenizer, examples, config, prior)
-    calibrated, weights = _calibrated(fit, examples)
-    reports = held_out_reports(examples, fit)
+    calibrated, counts = _calibrated(fit, examples)
+    reports = held_out_reports(examples, fit, calibrated)
     metrics = {
         "models": dict(zip(pools.names, pools.models, strict=True)),
         "examples": len(examples),
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(held_out_text(name, report))
     new_groups = "; on new groups the calibration is less accurate" if "groups" in reports else ""
     sys.stdout.write(f"Probabilities and curves are calibrated on the held-out questions{new_groups}\n")
-    sys.stdout.write(f"{args.out}: checkpoint {manifest.version}\n{next_step(args.out, calibrated, weights)}")
+    sys.stdout.write(f"{args.out}: checkpoint {manifest.version}\n{next_step(args.out, calibrated, counts)}")
     return 0
 
 
@@ -186,13 +186,15 @@ def _prior(paths: Sequence[Path] | None, pools: Pools) -> PriorOutcomes | None:
 
 
 def _calibrated(fit: Fit, examples: Sequence[Example]) -> tuple[Calibration, Array]:
-    """The calibration of the served model, and the weights of the prompts it was measured on."""
-    pools, rows = fit.model.config.pools, fit.measured
+    """The calibration of the served model, and the weights (N,) of the prompts that its shares were measured on.
+
+    Probabilities are fitted to all held-out predictions, shares measured on those of the served model's kind alone.
+    """
+    pools = fit.model.config.pools
     labels = labels_by_head(examples, pools, fit.model.config.heads)
-    weights = np.array([example.weight for example in examples])[rows]
-    held_out = fit.held_out[0]
-    own_labels = {head: labels_NK[rows] for head, labels_NK in labels.items()}
-    return calibrate(held_out.full[rows], held_out.cheap[rows], own_labels, weights, pools), weights
+    weights = np.array([example.weight for example in examples])
+    counts, held_out = np.where(fit.measured, weights, 0.0), fit.held_out[0]
+    return calibrate(held_out.full, held_out.cheap, labels, weights, pools, counts=counts), counts
 
 
 def _fit_config(args: argparse.Namespace) -> FitConfig:
@@ -227,22 +229,22 @@ def _create_model(
     return model, tokenizer
 
 
-def next_step(out: Path, calibrated: Calibration, weights: Array) -> str:
+def next_step(out: Path, calibrated: Calibration, counts: Array) -> str:
     """What to put into gateway.yaml, and the share of the last pool at some thresholds on prompts like these.
 
-    `weights` (N,) of the prompts on which the shares were measured.
+    `counts` (N,): the weights of the prompts on which the shares were measured, 0 for the others.
     """
     step = f"next: estimator: {{path: {out}}} in gateway.yaml"
     if "gain" not in calibrated.curves:
         return step + "\n"
-    count = effective_count(weights)
+    count = effective_count(counts)
     shares = ", ".join(
         f"{at}: {share_text(calibrated.large_share('gain', at), count)}" for at in (0.7, 0.8, 0.85, 0.9, 0.95)
     )
     low, high = share_interval(0.5, count)
     width = 100 * (high - low) / 2
     text = f"{step}; share of {calibrated.pools[-1]} on such prompts by routing.threshold: {shares}\n"
-    text += f"The shares are measured on {len(weights)} held-out prompts; brackets: 95% interval\n"
+    text += f"The shares are measured on {np.count_nonzero(counts)} held-out prompts; brackets: 95% interval\n"
     if width > WIDE_SHARE:
         needed = round((NORMAL_QUANTILE / 2 / (WIDE_SHARE / 100)) ** 2, -2)
         text += (

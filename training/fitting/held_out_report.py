@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from depo_gateway.estimator.calibration import STAGES, calibrate_quality
+from depo_gateway.estimator.calibration import STAGES, Calibration, calibrate_quality
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.markdown import apgr_table
 from depo_gateway.training.evaluation.report import outcome_report
 from depo_gateway.training.evaluation.routing_metrics import ApgrEstimate
-from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.fitting.cross_fit import Fit
 from depo_gateway.training.fitting.foldings import groups_of
 
@@ -21,14 +20,10 @@ HELD_OUT = ("questions", "groups")  # names of the foldings of foldings_of
 FEW_EXAMPLES, FEW_GROUPS = 50, 10  # below these the text says that the figures are not reliable
 
 
-def held_out_reports(examples: Sequence[Example], fit: Fit) -> dict[str, dict[str, Any]]:
+def held_out_reports(examples: Sequence[Example], fit: Fit, calibrated: Calibration) -> dict[str, dict[str, Any]]:
     """Reports by name of the folding. Scores of question folds are centred; intervals of groups resample groups."""
-    pools = fit.model.config.pools
-    labels = labels_by_head(examples, pools, fit.model.config.heads)
-    weights = np.array([example.weight for example in examples])
-    # of every fold's model, where `fit` may calibrate the served one on a part of them
-    calibrated = calibrate(fit.held_out[0].full, fit.held_out[0].cheap, labels, weights, pools)
-    observed = labels["quality"]
+    pools = calibrated.pools
+    observed = labels_by_head(examples, pools)["quality"]
     length = np.array([len(example.prompt) for example in examples], float)
     reports = {}
     for name, held_out, folds in zip(HELD_OUT, fit.held_out, fit.foldings, strict=False):
