@@ -1,7 +1,7 @@
 """Checks that an installation with the extra `training` learns without a network: fit, serve, refresh, serve.
 
 Run with the Python that it is installed for, in an empty directory, best in a network namespace of its own
-(unshare --net). Its programs are told of a proxy for all that is outside this machine, and nobody may ask it.
+(unshare --net). Its programs use a proxy for every address outside this machine, and a request to it is a failure.
 """
 
 import fcntl

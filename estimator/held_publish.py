@@ -1,7 +1,7 @@
 """What a publish changes for live traffic: of one that is held back, in held.json, and of one in service.
 
-held.json names a checkpoint that the learner wrote and does not publish until its owner accepts the rise in cost. It
-stands beside `current` in the directory of checkpoints. The learner writes it, `depo-train accept` removes it, and
+held.json names a checkpoint that the learner wrote and does not publish until its owner accepts the rise in cost. The
+file is in the directory of checkpoints, beside `current`. The learner writes it, `depo-train accept` removes it, and
 gateways show it.
 """
 
