@@ -8,13 +8,13 @@ gateways show it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from depo_gateway.estimator.checkpoint import Manifest
+from depo_gateway.estimator.json_file import read_json, replace_json
 from depo_gateway.estimator.standing import Standing
 
 HELD = "held.json"
@@ -55,12 +55,7 @@ def published_change(manifest: Manifest) -> PublishedChange | None:
 
 def write_held(directory: Path, held: HeldPublish) -> None:
     """Replaces the file, atomically."""
-    temporary = directory / f".{HELD}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(held), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / HELD)
+    replace_json(directory / HELD, dataclasses.asdict(held))
 
 
 def read_held(directory: Path) -> HeldPublish | None:
@@ -71,13 +66,9 @@ def read_held(directory: Path) -> HeldPublish | None:
     """
     place = directory / HELD
     try:
-        raw = json.loads(place.read_bytes())
+        raw = read_json(place)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ValueError(f"can't read {place}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from None
     try:
         return _held_of(raw)
     except (KeyError, TypeError, ValueError) as error:

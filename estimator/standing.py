@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from depo_gateway.estimator import checkpoint
+from depo_gateway.estimator.json_file import read_json, replace_json
 
 STANDING = "standing.json"
 
@@ -31,12 +30,7 @@ class Standing:
 
 def write_standing(directory: Path, standing: Standing) -> None:
     """Replaces the file in a directory of checkpoints, atomically."""
-    temporary = directory / f".{STANDING}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(standing), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / STANDING)
+    replace_json(directory / STANDING, dataclasses.asdict(standing))
 
 
 def read_standing(directory: Path) -> Standing | None:
@@ -47,13 +41,9 @@ def read_standing(directory: Path) -> Standing | None:
     """
     place = directory / STANDING
     try:
-        raw = json.loads(place.read_bytes())
+        raw = read_json(place)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ValueError(f"can't read {place}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{place} is not a standing: it holds no mapping")
     values = {}
