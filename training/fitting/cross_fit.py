@@ -6,7 +6,7 @@ about the served model only as far as the models that made them are like it:
 - Linear heads on a frozen encoder (linear_fit.py): every fold's model and the served one are solved to convergence, and
   folds are small. Each model is the served one but for the few examples left out.
 - Anything else takes SGD epochs (epoch_fit.py), where two models differ by more than their examples. There, the model
-  of the first fold itself is served, and only its own held-out predictions calibrate it.
+  of the first fold itself is served, and only its own held-out predictions measure its shares.
 
 Shapes: N examples, K pools, H heads, O = K * H outputs.
 """
