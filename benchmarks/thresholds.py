@@ -31,10 +31,10 @@ from depo_gateway.estimator.calibration import calibrate_quality, confidence
 from depo_gateway.estimator.learner import Item, LearnerConfig
 from depo_gateway.estimator.model import Estimator, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
+from depo_gateway.estimator.share_interval import share_interval
 from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.evaluation.markdown import table
 from depo_gateway.training.evaluation.routing_metrics import calibration_error
-from depo_gateway.training.evaluation.share_interval import share_interval
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.fitting.cross_fit import LARGE_FOLDS, MANY_EXAMPLES, SMALL_FOLDS
 from depo_gateway.training.fitting.epoch_fit import new_learner

@@ -26,16 +26,16 @@ from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import WHOLE, LearnerConfig
 from depo_gateway.estimator.model import Estimator, ModelConfig, create_model
 from depo_gateway.estimator.records.types import Example
-from depo_gateway.estimator.text import POOLINGS, TextConfig
-from depo_gateway.estimator.vocabulary import narrow_tokenizer
-from depo_gateway.training.evaluation.contamination import fingerprints
-from depo_gateway.training.evaluation.report import nan_to_null
-from depo_gateway.training.evaluation.share_interval import (
+from depo_gateway.estimator.share_interval import (
     NORMAL_QUANTILE,
     effective_count,
     share_interval,
     share_text,
 )
+from depo_gateway.estimator.text import POOLINGS, TextConfig
+from depo_gateway.estimator.vocabulary import narrow_tokenizer
+from depo_gateway.training.evaluation.contamination import fingerprints
+from depo_gateway.training.evaluation.report import nan_to_null
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.fitting.cross_fit import (
     EPOCH_FOLDS,

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration
+from depo_gateway.estimator.share_interval import share_interval
 from depo_gateway.training.evaluation.markdown import table
 from depo_gateway.training.evaluation.risk_control import Guarantee
 from depo_gateway.training.evaluation.routing_metrics import at_thresholds
-from depo_gateway.training.evaluation.share_interval import share_interval
 
 TARGETS = ("large-share", "quality", "cost", "loss")
 TARGET_TOLERANCE = 0.01  # a share further from its target, or a quality further below it, is reported as not met

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 
+from depo_gateway.estimator.share_interval import NORMAL_QUANTILE, share_text
+
 Grades = tuple[float, float]  # of the first answer and of the second
 FLIPS_SHOWN_AS_FAULT = 0.3  # share of comparisons whose winner depends on the order, from which on it is a warning
-NORMAL_95 = 1.96
 
 
 def order_effect(straight: Grades, swapped: Grades) -> str:
@@ -46,12 +47,12 @@ class OrderEffects:
         changed = total - self.counts["none"]
         lines = [
             f"judge: {total} comparisons in both orders; the winner changed with the order in"
-            f" {_share(changed, total)} of them"
+            f" {share_text(changed / total, total)} of them"
         ]
         if self._first_wins:
-            share = sum(self._first_wins)
+            first = share_text(sum(self._first_wins) / len(self._first_wins), len(self._first_wins))
             lines.append(
-                f"judge: the answer in first position won {_share(share, len(self._first_wins))} of the verdicts"
+                f"judge: the answer in first position won {first} of the verdicts"
                 f" with a winner (unbiased: 50%); its grade was {_mean_with_interval(self._advantages)} higher of 10"
             )
         if self.flipped >= FLIPS_SHOWN_AS_FAULT:
@@ -62,24 +63,10 @@ class OrderEffects:
         return "".join(f"{line}\n" for line in lines)
 
 
-def wilson_interval(successes: float, total: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
-    share, z2 = successes / total, NORMAL_95**2
-    centre = share + z2 / (2 * total)
-    half = NORMAL_95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    scale = 1 + z2 / total
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def _share(successes: float, total: int) -> str:
-    low, high = wilson_interval(successes, total)
-    return f"{successes / total:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
-
-
 def _mean_with_interval(values: Sequence[float]) -> str:
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
-    half = NORMAL_95 * spread / math.sqrt(len(values))
+    half = NORMAL_QUANTILE * spread / math.sqrt(len(values))
     mean, low, high = (round(value, 1) + 0.0 for value in (mean, mean - half, mean + half))  # + 0.0: no "-0.0"
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from depo_gateway.training.evaluation.share_interval import effective_count, share_interval, share_text
+from depo_gateway.estimator.share_interval import effective_count, share_interval, share_text
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
@@ -28,3 +28,9 @@ def test_weights_count_as_fewer_prompts() -> None:
     assert effective_count(np.ones(10)) == pytest.approx(10)
     assert effective_count(np.array([1.0, 1.0, 0.0, 0.0])) == pytest.approx(2)
     assert effective_count(np.zeros(3)) == 0.0
+
+
+def test_it_is_the_interval_of_the_literature() -> None:
+    # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I
+    assert share_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert share_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
