@@ -1,4 +1,4 @@
-"""95% interval of a share that was measured on a sample: of prompts that a pool gets, of verdicts that a position wins."""
+"""95% interval of a share measured on a sample: of prompts that a pool gets, of verdicts that a position wins."""
 
 from __future__ import annotations
 
