@@ -24,7 +24,6 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 ROUNDED = 1e-6  # the relative difference at which a decimal still is the rounded value of an expression
 EXACT = 1e-15  # of two expressions without decimals, evaluated to 40 digits
 
-_I = sympy.Symbol("i")
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}|\n|(?<!\\)\$|\\\(|\\\[")
 _WORD_FIRST = re.compile(r"(?!(?:sin|cos|tan|log|ln|sqrt|pi|exp)\b)[A-Za-z]{2,}\s+[-\d$]")
@@ -264,12 +263,9 @@ def _is_close(one: object, other: object) -> bool:
 
 
 def _is_equal_otherwise(one: object, other: object) -> bool:
-    """Whether expressions are equal if `i` is the imaginary unit, or if the variables below roots are positive."""
+    """Whether expressions are equal if the variables below roots are positive."""
     if not (isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr)):
         return False
-    imaginary = [each.subs(_I, sympy.I) if each.free_symbols == {_I} else each for each in (one, other)]
-    if imaginary != [one, other]:
-        return bool(sympy.simplify(imaginary[0] - imaginary[1]) == 0)
     if one.free_symbols != other.free_symbols or not (_has_root(one) and _has_root(other)):
         return False
     positive = {symbol: sympy.Symbol(symbol.name, positive=True) for symbol in one.free_symbols}
