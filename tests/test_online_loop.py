@@ -133,19 +133,27 @@ async def test_two_gateways_one_postgresql_one_learner(
             learner = Learner(tmp_path, words)
             stack.callback(learner.kill)
             scored: dict[str, float] = {}
-            for index in range(REQUESTS):
+
+            async def serve(index: int) -> None:
                 gateway, other = gateways[index % 2], gateways[1 - index % 2]
                 request, _, good = await ask(gateway, prompt(chance))
                 if index % 2:  # rated through the replica that did not serve it
                     assert await rate(other, request, good) == 200
                     scored[request] = float(good)
-                if index == REQUESTS // 2:
-                    learner.kill()
-                    learner.start()
 
             def published() -> bool:
                 return (out / "current").read_text().strip() != "first"
 
+            for index in range(REQUESTS):
+                await serve(index)
+                if index == REQUESTS // 2:
+                    learner.kill()
+                    learner.start()
+            served = REQUESTS
+            while not published() and served < 4 * REQUESTS:  # a candidate may be refused; the next has more labels
+                await serve(served)
+                served += 1
+                await asyncio.sleep(0.1)
             await until(published, learner)
             fresh = checkpoint.load_checkpoint(checkpoint.resolve(out))[0].version
             for gateway in gateways:
@@ -176,7 +184,7 @@ async def test_two_gateways_one_postgresql_one_learner(
                 if label.source == FEEDBACK
             }
             assert known == scored
-            assert len(store.logged(10_000)) == REQUESTS + FRESH + 1
+            assert len(store.logged(10_000)) == served + FRESH + 1
             store.close()
 
             # and the new estimator knows better: easy prompts are the large pool's, hard ones either's

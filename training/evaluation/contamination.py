@@ -18,9 +18,13 @@ from depo_gateway.training.outcomes.table import question_key
 FINGERPRINTS = 16_384  # the most questions that a checkpoint remembers: 170 KiB
 
 
-def fingerprints(examples: Sequence[Example]) -> str:
-    """Base64 of 8 bytes of each question's sha256, sorted. Of too many questions the lowest, a uniform sample."""
-    hashes = sorted({_fingerprint(example) for example in examples})
+def fingerprints(examples: Sequence[Example], parent: Manifest | None = None) -> str:
+    """Base64 of 8 bytes of each question's sha256, sorted. Of too many questions the lowest, a uniform sample.
+
+    `parent`: the checkpoint whose weights the fit began with; its questions are fitted as well.
+    """
+    before = set() if parent is None else _recorded(parent)[0]
+    hashes = sorted({_fingerprint(example) for example in examples} | before)
     return base64.b64encode(b"".join(hashes[:FINGERPRINTS])).decode()
 
 

@@ -42,7 +42,7 @@ class LoadedCheckpoint:
 
     @property
     def initialisation(self) -> Initialisation:
-        return Initialisation(self.name, self.estimator, self.tokenizer, False)
+        return Initialisation(self.name, self.estimator, self.tokenizer, False, self.manifest)
 
 
 @dataclass(frozen=True, slots=True)

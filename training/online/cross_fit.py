@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Stage, calibrate_quality, fit_platt
+from depo_gateway.estimator.checkpoint import Manifest
 from depo_gateway.estimator.heads import QUALITY
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.model import Estimator
@@ -35,6 +36,7 @@ class Initialisation:
     model: Estimator  # never stepped itself: learners take copies of all but the encoder
     tokenizer: Tokenizer
     fresh: bool  # untrained heads: statistics are fitted anew
+    parent: Manifest | None = None  # of the checkpoint with these weights; None: fresh
 
     def learner(self, config: LearnerConfig) -> Learner:
         shared = {id(self.model.encoder): self.model.encoder}

@@ -187,7 +187,7 @@ async def _refresh_loop(daemon: Daemon) -> None:
         daemon.heartbeats.beat("refresh")
         await asyncio.sleep(LABEL_POLL_SECONDS)
         try:
-            state, due = await _is_due(daemon, state, began)
+            state, labels = await _labels_due(daemon, state, began)
             wait = 1.0
         except StoreError as error:
             wait = await _wait_for_database(daemon, error, wait)
@@ -196,8 +196,9 @@ async def _refresh_loop(daemon: Daemon) -> None:
         if before is not None and held is None:
             log.info("%s is no longer held back: it was accepted, or held.json was removed", before.checkpoint)
             _report_current(daemon)
-        if not due or time.time() < not_before:
+        if not labels or time.time() < not_before:
             continue
+        log.info("training on %d labelled records", labels)
         try:
             result = await _train(daemon)
         except TrainingError as error:
@@ -215,8 +216,8 @@ async def _refresh_loop(daemon: Daemon) -> None:
         _save(daemon, state, held)
 
 
-async def _is_due(daemon: Daemon, state: DaemonState, began: float) -> tuple[DaemonState, bool]:
-    """(the state, its seq reset if the database is another one than before; whether a refresh is due)."""
+async def _labels_due(daemon: Daemon, state: DaemonState, began: float) -> tuple[DaemonState, int]:
+    """(the state, its seq reset if the database is another one than before; the labels to train on, 0: not yet)."""
     refresh = daemon.settings.refresh
     count, highest = await asyncio.to_thread(daemon.store.count_labels, state.seq)
     if highest < state.seq:
@@ -226,7 +227,7 @@ async def _is_due(daemon: Daemon, state: DaemonState, began: float) -> tuple[Dae
     due = count >= refresh.every_labels or (count > 0 and waited >= refresh.every_minutes * 60)
     if due and state.seq:
         count, _ = await asyncio.to_thread(daemon.store.count_labels)
-    return state, due and count >= refresh.learn.min_labels
+    return state, count if due and count >= refresh.learn.min_labels else 0
 
 
 async def _train(daemon: Daemon) -> TrainerResult:

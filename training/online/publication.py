@@ -155,7 +155,7 @@ def _write(
         "trained_to": data.traffic.trained_to,
         "verdict": data.verdict.figures,
         "notes": list(notes),
-        "fitted_on": fingerprints(data.traffic.examples),
+        "fitted_on": fingerprints(data.traffic.examples, data.fit.initialisation.parent),
     }
     if change is not None:
         metrics[PUBLISH_CHANGE] = change.plain()

@@ -36,6 +36,16 @@ def test_a_manifest_without_a_record_says_nothing(manifest: Manifest) -> None:
     assert not fitted_on(FITTED, silent).any()
 
 
+def test_a_continued_checkpoint_remembers_its_parents_questions(
+    monkeypatch: pytest.MonkeyPatch, manifest: Manifest
+) -> None:
+    child = dataclasses.replace(manifest, metrics={"fitted_on": fingerprints(NEW[:2], manifest)})
+    assert fitted_on([FITTED[0], NEW[0], NEW[2]], child).tolist() == [True, True, False]
+    monkeypatch.setattr("depo_gateway.training.evaluation.contamination.FINGERPRINTS", 64)
+    parent = dataclasses.replace(manifest, metrics={"fitted_on": fingerprints(FITTED)})
+    assert fingerprints(NEW, parent) == fingerprints(FITTED + NEW)  # of two samples still the lowest
+
+
 def test_many_questions_are_remembered_by_a_sample(monkeypatch: pytest.MonkeyPatch, manifest: Manifest) -> None:
     monkeypatch.setattr("depo_gateway.training.evaluation.contamination.FINGERPRINTS", 64)
     sampled = dataclasses.replace(manifest, metrics={"fitted_on": fingerprints(FITTED)})
