@@ -39,6 +39,7 @@ from depo_gateway.training.outcomes.sampling_client import (
     probe,
     served_model,
 )
+from depo_gateway.training.outcomes.saved_completions import check_free, saved_completions
 from depo_gateway.training.outcomes.table_file import COMPLETIONS, EXTRA_BODY, outcome_file
 from depo_gateway.training.rewards.verifiers import NAMES, Grader
 from depo_gateway.training.rewards.worker_pool import RewardError
@@ -64,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backends", nargs="+", required=True, metavar="POOL=URL", help="OpenAI servers, cheapest first"
     )
     parser.add_argument("--out", type=Path, required=True, help="the outcome table; an unfinished one is continued")
+    parser.add_argument(
+        "--save-completions",
+        type=Path,
+        metavar="FILE",
+        help="append every completion with its reference and label, JSON lines, to check the labels by eye",
+    )
     parser.add_argument(
         "--k", type=int, help=f"completions per prompt and pool (default {VERIFIER_K}; with --judge {JUDGE_K})"
     )
@@ -107,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts, need_reference=args.judge is None)
     if args.out.exists() and args.out.samefile(args.prompts):
         raise ValueError(f"--out {args.out} is the prompts file; give --out another file")
+    if args.save_completions is not None:
+        check_free(args.save_completions, {"--out": args.out, "--prompts": args.prompts})
 
     async def collected() -> int:
         if args.judge is not None:
@@ -218,8 +227,13 @@ async def _write_rows(
                 file=sys.stderr,
             )
         begun = len(prompts) - len(missing)
-        rows = collect_outcomes(session, backends, missing, sampling, label, args.concurrency, summary.refusals)
-        with tqdm(total=len(prompts), initial=begun, unit="prompt", disable=not sys.stderr.isatty()) as bar:
+        with (
+            tqdm(total=len(prompts), initial=begun, unit="prompt", disable=not sys.stderr.isatty()) as bar,
+            saved_completions(args.save_completions) as save,
+        ):
+            rows = collect_outcomes(
+                session, backends, missing, sampling, label, args.concurrency, summary.refusals, save
+            )
             try:
                 async for row in rows:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -244,7 +244,10 @@ def next_step(out: Path, calibrated: Calibration, counts: Array) -> str:
     low, high = share_interval(0.5, count)
     width = 100 * (high - low) / 2
     text = f"{step}; share of {calibrated.pools[-1]} on such prompts by routing.threshold: {shares}\n"
-    text += f"The shares are measured on {np.count_nonzero(counts)} held-out prompts; brackets: 95% interval\n"
+    text += (
+        f"The shares are measured on {np.count_nonzero(counts)} held-out prompts, also those that lack a pool's label;"
+        " brackets: 95% interval\n"
+    )
     if width > WIDE_SHARE:
         needed = round((NORMAL_QUANTILE / 2 / (WIDE_SHARE / 100)) ** 2, -2)
         text += (

@@ -11,6 +11,7 @@ from depo_gateway.training.outcomes.completions import ModelLabel, mean_confiden
 from depo_gateway.training.outcomes.labelling import Labeller
 from depo_gateway.training.outcomes.prompts import Prompt
 from depo_gateway.training.outcomes.sampling_client import Backend, Refusal, Sampling, sample_completions
+from depo_gateway.training.outcomes.saved_completions import Save
 from depo_gateway.training.outcomes.table_file import COMPLETIONS
 
 
@@ -22,12 +23,14 @@ async def collect_outcomes(
     label: Labeller,
     concurrency: int,
     refusals: dict[str, list[str]],
+    save: Save | None = None,
 ) -> AsyncIterator[dict[str, Any]]:
     """Rows as they are finished, in no order. A prompt that every backend refuses, and one that the judge did not
     answer, give no row; one whose completions all have no label gives a row with their counts alone.
 
     Args:
         refusals: by model, the messages of its refusals; appended to.
+        save: is given the completions and labels of each row before it comes.
 
     Raises:
         BackendError, RewardError, JudgeError: it cannot go on.
@@ -56,6 +59,8 @@ async def collect_outcomes(
         labels = await label(prompt, completions) if completions else None
         if labels is None:
             return None
+        if save is not None:
+            save(prompt, completions, labels)
         return _row(prompt, labels, {name: mean_confidence(some) for name, some in completions.items()})
 
     running: set[asyncio.Task[dict[str, Any] | None]] = set()

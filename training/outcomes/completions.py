@@ -47,6 +47,8 @@ class ModelLabel:
 
     quality: float | None  # the mean over the completions with a label; None: none has one
     counts: Mapping[str, Any]  # the row's entry in `completions`
+    outcomes: Sequence[str] = ()  # of each completion
+    scores: Sequence[float | None] = ()  # of each completion; None: no label
 
 
 class CompletionCounts:

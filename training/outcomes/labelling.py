@@ -41,11 +41,10 @@ def by_verifier(grader: Grader) -> Labeller:
 async def _verified(grader: Grader, prompt: Prompt, completions: Sequence[Completion]) -> ModelLabel:
     pairs = [(completion.text, prompt.reference or "") for completion in completions if not completion.end]
     verdicts = await asyncio.to_thread(grader.verdicts, pairs) if pairs else []
-    rewards = [verdict.reward for verdict in verdicts if verdict.reward is not None]
-    outside = [reward for reward in rewards if not 0 <= reward <= 1]
-    if outside:
-        raise RewardError(f"the verifier {grader.name} gave {outside[0]:g}; an outcome is between 0 and 1")
-    return _label(completions, rewards, Counter(verdict.outcome for verdict in verdicts))
+    for verdict in verdicts:
+        if verdict.reward is not None and not 0 <= verdict.reward <= 1:
+            raise RewardError(f"the verifier {grader.name} gave {verdict.reward:g}; an outcome is between 0 and 1")
+    return _label(completions, [(verdict.outcome, verdict.reward) for verdict in verdicts])
 
 
 class JudgeLabels:
@@ -96,15 +95,14 @@ class JudgeLabels:
             self.unanswered += 1
             return None
         scores = {
-            model: [verdict[pool] for verdict in verdicts if verdict is not None and pool in verdict]
-            for model, pool in self._pools.items()
+            model: [
+                verdict.get(self._pools[model]) if verdict else None
+                for verdict, _ in zip(verdicts, texts, strict=False)
+            ]
+            for model, texts in finished.items()
         }
         return {
-            model: _label(
-                some,
-                scores[model],
-                Counter({GRADED: len(scores[model]), NO_VERDICT: len(finished[model]) - len(scores[model])}),
-            )
+            model: _label(some, [(NO_VERDICT if one is None else GRADED, one) for one in scores[model]])
             for model, some in completions.items()
         }
 
@@ -151,9 +149,12 @@ def _record(prompt: Prompt, index: int) -> Record:
     return Record(f"line-{prompt.line}-{index}", 0.0, asked=prompt.messages, reference=prompt.reference)
 
 
-def _label(completions: Sequence[Completion], scores: Sequence[float], outcomes: Counter[str]) -> ModelLabel:
-    """The mean score, with the counts of those that finished and of those that did not."""
-    ended = Counter(completion.end for completion in completions if completion.end)
-    counts: dict[str, Any] = {name: count for name, count in (outcomes + ended).items() if count}
+def _label(completions: Sequence[Completion], verdicts: Sequence[tuple[str, float | None]]) -> ModelLabel:
+    """The mean score, from the outcomes and scores of the completions that finished; with the counts of all."""
+    of_finished = iter(verdicts)
+    every = [(each.end, None) if each.end else next(of_finished) for each in completions]
+    outcomes, scores = [outcome for outcome, _ in every], [score for _, score in every]
+    known = [score for score in scores if score is not None]
+    counts: dict[str, Any] = dict(Counter(outcomes))
     lengths = [completion.tokens for completion in completions if not completion.end and completion.tokens is not None]
-    return ModelLabel(mean(scores) if scores else None, counts | ({TOKENS: lengths} if lengths else {}))
+    return ModelLabel(mean(known) if known else None, counts | ({TOKENS: lengths} if lengths else {}), outcomes, scores)

@@ -325,3 +325,26 @@ def test_the_progress_line_shows_what_is_not_simply_graded() -> None:
     counts = {"org/s": {"graded": 5, "unreadable": 1, "cut_off": 1, "timeout": 1}, "org/l": {"graded": 8}}
     summary.add({"question": "x", "correct": {"org/s": 0.5, "org/l": 1.0}, "completions": counts})
     assert summary.progress(backends) == {"small": "0.50 (1 unreadable, 1 cut off, 1 no label)", "large": "1.00"}
+
+
+def test_every_completion_is_saved_with_its_label(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mixed(body: dict[str, Any], calls: int) -> tuple[int, dict[str, Any]]:
+        return 200, choices(("7", "stop"), ("It grows", "length"), ("8", "stop"), ("none", "stop"))
+
+    saved = tmp_path / "saved.jsonl"
+    assert both(prompts, tmp_path / "out.jsonl", mixed, "--save-completions", saved) == 0
+    lines = [json.loads(line) for line in saved.read_text().splitlines()]
+    first = [line for line in lines if line["question"] == lines[0]["question"] and line["model"] == "model-a"]
+    assert [(line["completion"], line["outcome"], line["score"]) for line in first] == [
+        ("7", "graded", 1.0),
+        ("It grows", "cut_off", None),
+        ("8", "graded", 0.0),
+        ("none", "unreadable", 0.0),
+    ]
+    assert {line["answer"] for line in lines} == {"7"}
+    assert len(lines) == 2 * 4 * len(table(tmp_path / "out.jsonl"))
+    for path, words in ((tmp_path / "out.jsonl", "is the file of --out"), (tmp_path / "no" / "f", "No such file")):
+        with pytest.raises(ValueError, match=words):
+            both(prompts, tmp_path / "out.jsonl", mixed, "--save-completions", path)
