@@ -5,7 +5,8 @@ draws of exploration made of it. The served checkpoint and the candidate both sc
 
 A fixed threshold is used as it is. For a target of quality each checkpoint's own calibration gives the threshold. A
 target of share or cost is compared as the gateway's controller holds it: each checkpoint at the threshold that meets
-the target on these prompts.
+the target on these prompts; where equal confidences lie at that threshold the controller alternates between both sides
+of them, and share and cost are a mixture.
 
 Shapes: N prompts, K pools cheapest first.
 """
@@ -164,8 +165,20 @@ def measure_change(
 
 
 def _routed(traffic: LiveTraffic, quality: Array, calibration: Calibration) -> RouterOutcome:
-    confidence = eligible_confidence(quality, traffic.eligible, traffic.in_force.rule)
-    threshold = _threshold(traffic, confidence, calibration)
+    in_force = traffic.in_force
+    confidence = eligible_confidence(quality, traffic.eligible, in_force.rule)
+    if in_force.target is None:
+        return _at(traffic, confidence, in_force.threshold)
+    name, bound = in_force.target
+    if name != "quality":
+        return _controlled(traffic, confidence, name, bound)
+    try:
+        return _at(traffic, confidence, calibration.threshold(in_force.rule, quality=bound))
+    except ValueError as error:
+        raise UnknownChangeError(f"routing.target {name} {bound:g} has no threshold: {error}") from None
+
+
+def _at(traffic: LiveTraffic, confidence: Array, threshold: float) -> RouterOutcome:
     return _outcome(traffic, threshold, route_eligible(confidence, traffic.eligible, threshold))
 
 
@@ -188,21 +201,20 @@ def _cost(traffic: LiveTraffic, pool: NDArray[np.int64]) -> float:
     return float(traffic.tokens @ traffic.costs[pool] / (traffic.tokens.sum() * traffic.costs[-1]))
 
 
-def _threshold(traffic: LiveTraffic, confidence: Array, calibration: Calibration) -> float:
-    in_force = traffic.in_force
-    if in_force.target is None:
-        return in_force.threshold
-    name, bound = in_force.target
-    if name == "quality":
-        try:
-            return calibration.threshold(in_force.rule, quality=bound)
-        except ValueError as error:
-            raise UnknownChangeError(f"routing.target {name} {bound:g} has no threshold: {error}") from None
+def _controlled(traffic: LiveTraffic, confidence: Array, name: str, bound: float) -> RouterOutcome:
+    """The outcome where a controller holds a share or cost at its target: between the two thresholds around it."""
     decisive = np.where(traffic.eligible[:, :-1], confidence[:, :-1], -1.0).max(1)
     levels = np.unique([0.0, *np.quantile(decisive, np.linspace(0, 1, CANDIDATE_THRESHOLDS)), np.nextafter(1.0, 2.0)])
-    outcomes = [_outcome(traffic, level, route_eligible(confidence, traffic.eligible, level)) for level in levels]
-    spent = [o.large_share if name == "large_share" or o.cost is None else o.cost for o in outcomes]
-    return float(levels[int(np.abs(np.array(spent) - bound).argmin())])
+    outcomes = [_at(traffic, confidence, level) for level in levels]
+    spent = np.array([o.large_share if name == "large_share" or o.cost is None else o.cost for o in outcomes])
+    reaching = np.flatnonzero(spent >= bound)
+    if not len(reaching) or not reaching[0]:
+        return outcomes[-1] if not len(reaching) else outcomes[0]  # no threshold spends so much, or so little
+    below, over = outcomes[reaching[0] - 1], outcomes[reaching[0]]
+    part = float((bound - spent[reaching[0] - 1]) / (spent[reaching[0]] - spent[reaching[0] - 1]))
+    cost = None if below.cost is None or over.cost is None else below.cost + part * (over.cost - below.cost)
+    share = below.large_share + part * (over.large_share - below.large_share)
+    return RouterOutcome((over if part >= 0.5 else below).threshold, share, cost)
 
 
 def eligible_confidence(quality_NK: Array, eligible_NK: NDArray[np.bool_], rule: str) -> Array:

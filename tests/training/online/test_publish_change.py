@@ -82,6 +82,16 @@ def test_a_target_of_share_or_cost_keeps_them(target: dict[str, float], rule: st
     assert found.describe().startswith(f"with routing.target {'='.join(map(str, *target.items()))} (threshold ")
 
 
+def test_equal_confidences_meet_a_target_too_because_the_controller_alternates() -> None:
+    """An estimator that knows nothing yet is no cheaper under a target than one that does."""
+    found = change(np.full((1000, 2), 0.5), gains(0.7), settings=settings({"large_share": 0.3}))
+    assert found.before.large_share == pytest.approx(0.3)
+    assert found.before.cost == pytest.approx(0.2 + 0.3 * 0.8)
+    assert abs(found.cost_increase) < 0.01
+    unreachable = change(np.full((1000, 2), 0.5), gains(0.7), settings=settings({"cost": 0.1}))  # all-small costs 0.2
+    assert (unreachable.before.large_share, unreachable.after.large_share) == (0.0, 0.0)
+
+
 def test_a_target_of_quality_moves_with_the_calibration() -> None:
     before, after = gains(0.03), gains(0.7)
     found = change(before, after, settings=settings({"quality": 0.9}))
