@@ -39,6 +39,7 @@ from depo_gateway.training.evaluation.routing_metrics import calibration_error
 from depo_gateway.training.fitting.calibration import calibrate
 from depo_gateway.training.fitting.cross_fit import LARGE_FOLDS, MANY_EXAMPLES, SMALL_FOLDS
 from depo_gateway.training.fitting.epoch_fit import new_learner
+from depo_gateway.training.fitting.held_out import DESIGN_EFFECT
 from depo_gateway.training.fitting.penalty_search import fit_linear
 from depo_gateway.training.outcomes.table import examples_of, parse_pools, read_table
 
@@ -111,7 +112,7 @@ def main() -> int:
             name = f"{source.table}, {source.pools[1].partition('=')[2]}; {of}"
             rows.append(share_row(name, count, splits))
             print(rows[-1], file=sys.stderr)
-            if (len(unseen) or len(items) - count) >= LEAST_UNSEEN:
+            if (len(unseen) or len(items) - count) >= LEAST_UNSEEN and 2 * count <= len(items):
                 intervals.append(interval_row(name, count, splits))
                 print(intervals[-1], file=sys.stderr)
             if count >= MANY_EXAMPLES:
@@ -188,7 +189,7 @@ def one_split(count: int, seed: int) -> Split:
     sure = confidence(other if further else quality, "gain")[:, 0]
     realised = [float((sure < calibrated.threshold("gain", large_share=wanted)).mean()) for wanted in WANTED]
     measured = [calibrated.large_share("gain", threshold) for threshold in THRESHOLDS]
-    low, high = zip(*(share_interval(share, count) for share in measured), strict=True)
+    low, high = zip(*(share_interval(share, count / DESIGN_EFFECT) for share in measured), strict=True)
     observed = np.array([item.quality for item in rest]).reshape(-1, 2)
     errors = [calibration_error(quality[:, k], observed[:, k])["debiased"] for k in range(2)]
     fresh = [float((sure < threshold).mean()) for threshold in THRESHOLDS]
@@ -257,10 +258,9 @@ METHOD = """\
 Each split fits on random questions of the table alone, under the rule gain. The unseen prompts stand behind the
 semicolon: at most 2,000 training prompts of the same source, or the rest of the table (of MMLU's, 5,000 random rows are
 used). MATH's are of level 5 with a whole number as answer, as the table's are; they still are another mix (of the
-table's prompts 5% are about triangles, of these 10%), and its first row shows what that costs. Splits of one table
-share questions: with 700 of 769 they are nearly the same fit, and its coverage is that of a few fits, not of 200. A
-fit's share differs from the realised one by the luck of its own prompts, and an interval is tested where 1,000 unseen
-prompts or more measure the realised one."""
+table's prompts 5% are about triangles, of these 10%), and the difference between its rows shows what that costs.
+Intervals are tested where 1,000 unseen prompts or more measure the realised share, and where splits draw at most half
+of a table: with 700 of 769 they are nearly the same fit."""
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ Stage = Mapping[str, tuple[Platt, ...]]  # one stage's calibration: by head, a P
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The effect of a rule at each threshold, on the prompts it was measured with. G rows, thresholds rising.
+    """The effect of a rule at each threshold, on the prompts it was measured with. G rows, thresholds from 0 to 1.
 
     `shares[g][k]` is pool k's share of the calls; `quality[g]` the mean observed quality (None if no prompt has every
     pool's label). With one pool `shares[g][0]` is the share below the threshold, which goes to a more expensive pool.
@@ -163,7 +163,8 @@ def route(quality_NK: Array, rule: str, threshold: float) -> NDArray[np.int64]:
 
 
 def measure_curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: str) -> Curve:
-    """Measures a rule on N prompts. The thresholds are 0, 1 and quantiles of two confidences.
+    """Measures a rule on N prompts. The thresholds are the hundredths, as people write them, and quantiles of two
+    confidences.
 
     These are the first pool's, which decides what leaves it, and the best of all pools but the last, which decides what
     reaches the last.
@@ -172,7 +173,7 @@ def measure_curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: s
     last = max(1, quality_NK.shape[1] - 1)
     decisive = (confidence_NK[:, 0], confidence_NK[:, :last].max(1))
     levels = [np.quantile(values, np.linspace(0, 1, GRID)) for values in decisive]
-    thresholds = np.unique(np.concatenate([[0.0, 1.0], *levels]).clip(0.0, 1.0))
+    thresholds = np.unique(np.concatenate([np.arange(GRID) / (GRID - 1), *levels]).clip(0.0, 1.0))
     total = weights.sum()
     if quality_NK.shape[1] == 1:
         unsure = [(float(weights[confidence_NK[:, 0] < threshold].sum() / total),) for threshold in thresholds]

@@ -77,6 +77,14 @@ def test_a_threshold_for_a_share_gives_that_share(calibrated: Calibration, rule:
         assert calibrated.large_share(rule, threshold) == pytest.approx(share, abs=0.02)
 
 
+@pytest.mark.parametrize("rule", calibration.RULES)
+def test_the_share_at_a_threshold_as_people_write_it_is_exact(calibrated: Calibration, rule: str) -> None:
+    """Between the quantiles of a curve it was rounded up, by as much as one point: wider than an interval of many."""
+    sure = calibration.confidence(outcomes()[0], rule)[:, 0]
+    for threshold in (0.5, 0.7, 0.8, 0.85, 0.9, 0.95):
+        assert calibrated.large_share(rule, threshold) == (sure < threshold).mean()
+
+
 def test_a_threshold_for_quality_keeps_it_and_no_lower_one_does(calibrated: Calibration) -> None:
     quality, observed = outcomes(seed=1)
     threshold = calibrated.threshold("gain", quality=0.98)

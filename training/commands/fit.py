@@ -46,6 +46,7 @@ from depo_gateway.training.fitting.cross_fit import (
     fit_estimator,
 )
 from depo_gateway.training.fitting.fit_config import FitConfig
+from depo_gateway.training.fitting.held_out import DESIGN_EFFECT
 from depo_gateway.training.fitting.held_out_report import held_out_reports, held_out_text
 from depo_gateway.training.fitting.prior_choice import prior_text
 from depo_gateway.training.fitting.prior_outcomes import PriorOutcomes, prior_outcomes
@@ -237,7 +238,7 @@ def next_step(out: Path, calibrated: Calibration, counts: Array) -> str:
     step = f"next: estimator: {{path: {out}}} in gateway.yaml"
     if "gain" not in calibrated.curves:
         return step + "\n"
-    count = effective_count(counts)
+    count = effective_count(counts) / DESIGN_EFFECT
     shares = ", ".join(
         f"{at}: {share_text(calibrated.large_share('gain', at), count)}" for at in (0.7, 0.8, 0.85, 0.9, 0.95)
     )
@@ -249,7 +250,7 @@ def next_step(out: Path, calibrated: Calibration, counts: Array) -> str:
         " brackets: 95% interval\n"
     )
     if width > WIDE_SHARE:
-        needed = round((NORMAL_QUANTILE / 2 / (WIDE_SHARE / 100)) ** 2, -2)
+        needed = round(DESIGN_EFFECT * (NORMAL_QUANTILE / 2 / (WIDE_SHARE / 100)) ** 2, -2)
         text += (
             f"With so few prompts, a share of 50% may be {width:.0f} points more or less: "
             f"fit on {needed:,.0f} or more to know it within {WIDE_SHARE:.0f}\n"
