@@ -225,8 +225,8 @@ async def test_training_is_due_by_labels_or_by_time_and_with_enough_of_them(tmp_
     resources = daemon.Daemon(settings, tmp_path, tmp_path, store, process, LearnerMetrics("0"), Heartbeats())
     now = time.time()
 
-    async def due(state: DaemonState, began: float = now) -> bool:
-        return (await daemon._is_due(resources, state, began))[1]
+    async def due(state: DaemonState, began: float = now) -> int:
+        return (await daemon._labels_due(resources, state, began))[1]
 
     assert not await due(DaemonState(), 0.0)
     fill(store, 40, 1)
@@ -240,8 +240,8 @@ async def test_training_is_due_by_labels_or_by_time_and_with_enough_of_them(tmp_
     assert await due(DaemonState(seq, now - 601))
     fill(store, 20, 4)
     assert await due(DaemonState(seq, now))
-    found, yes = await daemon._is_due(resources, DaemonState(10**9, now), now)  # of another database
-    assert (found, yes) == (DaemonState(0, now), True)
+    found, labels = await daemon._labels_due(resources, DaemonState(10**9, now), now)  # of another database
+    assert (found, labels) == (DaemonState(0, now), 95)
 
 
 def test_follow_publishes(tiny_checkpoint: Path, tmp_path: Path) -> None:
