@@ -8,6 +8,7 @@ STATEMENT_LENGTH = 500
 
 _TAG = re.compile(r"<(answer|final_answer|final)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?=\S))")
+_UNCLOSED_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{[^{}]*\Z")
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|;|and|or|,\s*and|,\s*or|\\\\|\\quad|\\text\{\s*(?:and|or)\s*\})?[\s$]*")
 _BOXED_WORD = re.compile(r"[-+]?[\w./]+")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -55,6 +56,8 @@ def reference_part(reference: str) -> str:
 def boxed(text: str) -> str | None:
     r"""The content of the last \boxed{}, or of a sequence of boxes ("\boxed{1} and \boxed{2}"), comma-separated."""
     boxes = [(match.start(), *content) for match, content in _contents(text)] if "box" in text else []
+    if boxes and _UNCLOSED_BOX.search(text, boxes[-1][1]):
+        return ""  # the text broke off in its last box: an earlier one is not its answer
     # A box that holds another is left out: \boxed{\text{It is } \boxed{7}}.
     starts = [*(start for start, *_ in boxes[1:]), len(text)]
     boxes = [box for box, following in zip(boxes, starts, strict=False) if following >= box[1]]

@@ -111,6 +111,10 @@ def _preferred(text: str, allowed: str) -> frozenset[str] | None:
     )
     found = [(match.start(), frozenset(match[1])) for match in is_correct.finditer(text)]
     chosen = _CHOSEN.finditer(text) if mentions(text, _CHOSEN_STEMS) else ()
+    it_is = re.compile(
+        rf"\b(?:so|thus|hence|therefore)[\s,:(*_]+([{allowed}])[)\]*_.\"'}}]*\s+it\s+is\b", re.IGNORECASE
+    )
+    found += [(match.start(), frozenset(match[1].upper())) for match in it_is.finditer(text)]
     found += [(match.end(), read[0]) for match in chosen if (read := letters_at(text, match.end(), allowed))]
     return max(found, key=lambda each: each[0])[1] if found else None
 

@@ -40,6 +40,7 @@ _BEFORE_NUMBER = re.compile(
 _NOT_UNITS = (
     r"(?!(?:pi|sin|cos|tan|log|ln|exp|sqrt|or|and|mod|if|where|for|to|times|cdot|frac|choose|dots|ldots|cdots)\b)"
 )
+_VARIABLE_K = re.compile(r"\dk\b")  # 3k is a multiple of a variable in mathematics
 _UNIT = rf"{_NOT_UNITS}(?:[A-Za-z]{{2,20}}|[A-Za-z](?=/))"
 _AFTER_NUMBER = re.compile(
     rf"[\s)]*(?:\^?\s*\{{?\s*\\(?:circ|degree)\s*\}}?|°)?\s*[CF]?[\s)]*"
@@ -90,7 +91,7 @@ def literal_of(answer: str) -> Number | None:
     plain = plain_numbers(answer).replace("\\(", "").replace("\\)", "").strip()
     plain = re.sub(r"^\$(.*)\$$", r"\1", plain).strip()
     found = list(numbers_in(plain))
-    if len(found) != 1 or isinstance(found[0].value, tuple):
+    if len(found) != 1 or isinstance(found[0].value, tuple) or _VARIABLE_K.search(plain):
         return None
     before, after = plain[: found[0].start], plain[found[0].end :]
     if not _BEFORE_NUMBER.fullmatch(before) or not _AFTER_NUMBER.fullmatch(after) or before.count("-") > 1:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from depo_gateway.training.rewards.answers import answer_part, boxed, hashed, reference_part, statements
@@ -36,14 +36,17 @@ _NUMBER = re.compile(
 )
 _SCALES = {
     **dict.fromkeys(("%", "percent", "per cent"), Fraction(1, 100)),
-    **dict.fromkeys(("thousand", "k"), Fraction(10**3)),
+    "thousand": Fraction(10**3),
     "million": Fraction(10**6),
     "billion": Fraction(10**9),
     "trillion": Fraction(10**12),
 }
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _TIMES = re.compile(r"\\(?:times|cdot|ast)(?![A-Za-z])|(?<=\d)\s*[xX](?=\s*\d)")
-_MARKS = re.compile(r"\\[()\[\]]|(?<!\d)\*\*|\*\*(?!\d)|`|\\(?:approx|sim|displaystyle)(?![A-Za-z])")
+_MARKS = re.compile(r"\\[()\[\]]|(?<!\d)\*\*|\*\*(?!\d)|`|\\displaystyle(?![A-Za-z])")
+_ROUGHLY = re.compile(r"\\(?:approx|simeq|sim)(?![A-Za-z])")
+_BEFORE_ROUGHLY = re.compile(r"[\s*$)]*≈[\s*$(]*")  # between an exact value and its decimals
+_ASIDE = re.compile(r"\((?:out\s+of|of|from|not|instead\s+of|vs\.?|compared\s+(?:to|with))\b[^()]*$", re.IGNORECASE)
 _MINUS = re.compile(
     r"(?P<before>\S?)(?P<space>\s*)(?P<sign>-|\bminus|\bnegative)(?P<after>\s*)[$€£¥₹(]?\s*$", re.IGNORECASE
 )
@@ -51,7 +54,7 @@ _CURRENCY = re.compile(r"[$€£¥₹]\s*$")
 _SIGNS_A_VALUE = re.compile(r"(?:[=:(\[{,<>]|\b(?:is|be|are|equals|was|to|of))\s*$", re.IGNORECASE)
 # What may stand between "the answer is" and the number that it states.
 _LEADING = re.compile(
-    r"[\s$€£¥₹(\[{\"'*_=:+-]*(?:(?:US|approximately|approx\.?|about|around|roughly|exactly|equal to|only|just"
+    r"[\s$€£¥₹(\[{\"'*_=:+≈-]*(?:(?:US|approximately|approx\.?|about|around|roughly|exactly|equal to|only|just"
     r"|simply|a total of|now|therefore|thus|then|minus|negative|[A-Za-z]\w{0,2}\s*=)[\s$€£¥₹(\[{+-]*)*",
     re.IGNORECASE,
 )
@@ -98,6 +101,7 @@ class Number:
     decimals: int = 0  # digits after the point, as written
     start: int = 0
     end: int = 0
+    exact: "Number | None" = None  # the value that this one approximates, as written: 1/3 in "1/3 ≈ 0.333"
 
     def equals(self, other: "Number") -> bool:
         """Whether they are equal. If only one is scaled (20% and 20, or 0.2), either reading may be.
@@ -125,7 +129,9 @@ def grade_number(completion: str, reference: str) -> RewardVerdict:
     if expected is None:
         return NO_REFERENCE
     given = number_of(answer_part(final_text(completion) or ""))
-    return NOT_READABLE if given is None else verdict_of(given.equals(expected))
+    if given is None:
+        return NOT_READABLE
+    return verdict_of(given.equals(expected) or (given.exact is not None and given.exact.equals(expected)))
 
 
 def number_of(text: str) -> Number | None:
@@ -169,9 +175,14 @@ def _last_number(text: str) -> Number | None:
     begin = max(0, digits.start() - TAIL)  # the whole of a long text is read only if its end has no number by itself
     for start in (begin, 0) if begin else (0,):
         matches = [match for match in _NUMBER.finditer(text, start) if match.start() > start or not start]
-        for match in reversed(matches):
-            if (number := _read(match, _is_negative(text, match.start()))) is not None:
-                return number
+        read = [(match, _read(match, _is_negative(text, match.start()))) for match in matches]
+        found = [number for match, number in read if number and not _ASIDE.search(text, start, match.start())]
+        found = found or [number for _, number in read if number]
+        if found:
+            last = found[-1]
+            before = found[-2] if len(found) > 1 else None
+            about = before is not None and _BEFORE_ROUGHLY.fullmatch(text, before.end, last.start)
+            return replace(last, exact=before) if about else last
     return None
 
 
@@ -182,14 +193,16 @@ def plain_numbers(text: str) -> str:
         text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text)
     if "\\" in text or "x" in text or "X" in text:
         text = _TIMES.sub("*", text)
-    return _MARKS.sub("", text)
+    return _MARKS.sub("", _ROUGHLY.sub("≈", text) if "\\" in text else text)
 
 
 def _read(match: re.Match[str], negative: bool) -> Number | None:
     sign = -1 if negative else 1
     if len(match[0]) > MOST_DIGITS:
         return None
-    scale = _SCALES[match["scale"].strip().lower()] if match["scale"] else Fraction(1)
+    suffix = (match["scale"] or "").strip().lower()
+    thousands = suffix == "k"  # a part of the number: 3k is 3000 and never 3
+    scale = Fraction(1) if thousands else _SCALES.get(suffix, Fraction(1))
     if match["date"] or match["times"]:
         parts = tuple(int(part) for part in re.split(r"[-/:]", match["date"] or match["times"]))
         return Number(parts, start=match.start(), end=match.end())
@@ -214,7 +227,7 @@ def _read(match: re.Match[str], negative: bool) -> Number | None:
                 return None
             value /= divisor
     decimals = 0 if match["divisor"] else len((match["value"] or "").partition(".")[2])
-    return Number(sign * value, scale, decimals, match.start(), match.end())
+    return Number(sign * value * (1000 if thousands else 1), scale, decimals, match.start(), match.end())
 
 
 def _decimal(text: str) -> Fraction:
