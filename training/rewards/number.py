@@ -11,6 +11,7 @@ from depo_gateway.training.rewards.reasoning import final_text
 from depo_gateway.training.rewards.verdicts import NO_REFERENCE, NOT_READABLE, RewardVerdict, verdict_of
 
 FINE_DECIMALS = 6
+LONGEST_ASIDE = 80  # characters between its bracket and a number in it
 TAIL = 200  # characters before the last digit that are read first
 MOST_DIGITS = 4000  # of a number, and the largest exponent: Python refuses to read longer ones
 
@@ -175,14 +176,20 @@ def _last_number(text: str) -> Number | None:
     begin = max(0, digits.start() - TAIL)  # the whole of a long text is read only if its end has no number by itself
     for start in (begin, 0) if begin else (0,):
         matches = [match for match in _NUMBER.finditer(text, start) if match.start() > start or not start]
-        read = [(match, _read(match, _is_negative(text, match.start()))) for match in matches]
-        found = [number for match, number in read if number and not _ASIDE.search(text, start, match.start())]
-        found = found or [number for _, number in read if number]
-        if found:
-            last = found[-1]
-            before = found[-2] if len(found) > 1 else None
-            about = before is not None and _BEFORE_ROUGHLY.fullmatch(text, before.end, last.start)
-            return replace(last, exact=before) if about else last
+        last = aside = None
+        for match in reversed(matches):
+            number = _read(match, _is_negative(text, match.start()))
+            if number is None:
+                continue
+            if last is not None:
+                about = _BEFORE_ROUGHLY.fullmatch(text, number.end, last.start)
+                return replace(last, exact=number) if about else last
+            if _ASIDE.search(text, max(0, match.start() - LONGEST_ASIDE), match.start()):
+                aside = aside or number
+            else:
+                last = number
+        if last or aside:
+            return last or aside
     return None
 
 
