@@ -76,8 +76,7 @@ def run_daemon(args: argparse.Namespace) -> int:
         process = TrainerProcess(settings, base, out, args.cold)
         daemon = Daemon(settings, base, out, store, process, metrics, heartbeats)
         with MetricsServer(settings.listen.host, settings.listen.port, metrics, heartbeats) as server:
-            log.info("metrics and livez on http://%s:%d", settings.listen.host, server.port)
-            asyncio.run(_run_until_signal(daemon))
+            asyncio.run(_run_until_signal(daemon, f"{settings.listen.host}:{server.port}"))
     return 0
 
 
@@ -92,11 +91,12 @@ def check_pools(settings: LearnerSettings, place: Path, cold: bool) -> None:
         )
 
 
-async def _run_until_signal(daemon: Daemon) -> None:
+async def _run_until_signal(daemon: Daemon, address: str) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    log.info("metrics and livez on http://%s", address)  # whoever waits for this line may send a signal
     loops = asyncio.create_task(_run_loops(daemon))
     signalled = asyncio.create_task(stop.wait())
     await asyncio.wait((loops, signalled), return_when=asyncio.FIRST_COMPLETED)
