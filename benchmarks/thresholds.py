@@ -257,8 +257,8 @@ def page(
 METHOD = """\
 Each split fits on random questions of the table alone, under the rule gain. The unseen prompts stand behind the
 semicolon: at most 2,000 training prompts of the same source, or the rest of the table (of MMLU's, 5,000 random rows are
-used). MATH's are of level 5 with a whole number as answer, as the table's are; they still are another mix (of the
-table's prompts 5% are about triangles, of these 10%), and the difference between its rows shows what that costs.
+used). MATH's are of level 5 with a whole number as answer, as the table's are; they still are another mix, with more
+geometry, and the difference between its rows shows what that costs.
 Intervals are tested where five unseen prompts or more for each label measure the realised share, and where splits draw
 at most half of a table: with 700 of 769 they are nearly the same fit."""
 
