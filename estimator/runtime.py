@@ -41,6 +41,7 @@ class Scores:
     """One prompt's calibrated scores in [0, 1], by head, in the checkpoint's pool order."""
 
     by_head: Mapping[str, tuple[float, ...]]  # NaN where the model's own outputs were not finite
+    unfamiliar: bool = False  # unlike the prompts of the fit; False also where the checkpoint or the stage can't tell
 
     @property
     def finite(self) -> bool:
@@ -113,9 +114,14 @@ class Runtime:
         """Whether there is a wide part, which cheap() and cheap_logits() need."""
         return self.wide is not None
 
-    def prepare(self, prompt: str, context: str = "") -> Prepared:
-        """Text -> ids, by the manifest. `context`: the conversation before the prompt, newest last."""
-        return text.prepare(self.tokenizer, self.manifest.text, prompt, context)
+    def prepare(self, prompt: str, context: str = "", group: str = "") -> Prepared:
+        """Text -> ids, by the manifest.
+
+        Args:
+            context: the conversation before the prompt, newest last.
+            group: the name of the prompt's task, if known.
+        """
+        return text.prepare(self.tokenizer, self.manifest.text, prompt, context, group)
 
     def cheap(self, batch: Sequence[Prepared]) -> list[Scores]:
         """Scores of the wide part alone: about 0.1 ms a prompt. Raises ValueError without one (has_cheap)."""

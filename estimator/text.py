@@ -59,11 +59,15 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prompt ready to be scored: ids of T <= max_tokens tokens with specials, and S surface features."""
+    """A prompt ready to be scored: ids of T <= max_tokens tokens with specials, and S surface features.
+
+    `group` names its task, as far as somebody has told: it selects the group's offsets (calibration.py). "": unknown.
+    """
 
     ids: tuple[int, ...]
     truncated: bool
     surface: tuple[float, ...]
+    group: str = ""
 
 
 def text_of_content(content: object) -> str:
@@ -219,7 +223,7 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def prepare(tokenizer: Tokenizer, config: TextConfig, text: str, context: str = "") -> Prepared:
+def prepare(tokenizer: Tokenizer, config: TextConfig, text: str, context: str = "", group: str = "") -> Prepared:
     """Text -> ids and surface features, by the manifest's template. Cost is bounded by max_tokens, not by len(text).
 
     The prompt comes first; the newest tokens of the context fill the remaining room. `truncated` refers to the prompt
@@ -238,7 +242,7 @@ def prepare(tokenizer: Tokenizer, config: TextConfig, text: str, context: str = 
     if context and room > 0:
         earlier = tokenizer.encode(clean(context[-side:]), add_special_tokens=False).ids
         prepared += [*earlier[-room:], last]
-    return Prepared(tuple(prepared), truncated, surface_features(shortened, len(text)))
+    return Prepared(tuple(prepared), truncated, surface_features(shortened, len(text)), group)
 
 
 SURFACE = (
