@@ -48,11 +48,31 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class Familiarity:
+    """How far predictions are trusted, by the distance of a prompt from the fitted ones (similarity.py).
+
+    Beyond `far` a prompt is unfamiliar and each pool's quality is its mean; up to `near` it is what was predicted;
+    between, the logits are interpolated.
+    """
+
+    near: float
+    far: float
+    means: tuple[float, ...]  # (K,) quality of the fitted prompts, in (0, 1)
+
+    def trust(self, distances_B: NDArray[np.floating]) -> Array:
+        """The predictions' part of the logits (B,), from 0 to 1."""
+        width = max(self.far - self.near, 1e-6)
+        trust: Array = np.clip((self.far - np.asarray(distances_B, np.float64)) / width, 0.0, 1.0)
+        return trust
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     pools: tuple[str, ...]
     stages: Mapping[str, Stage]  # by STAGES
     curves: Mapping[str, Curve]  # by RULES, of the full stage
     targets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # "large-share=0.3" -> rule -> threshold
+    familiarity: Familiarity | None = None  # None: the model can't tell, or was fitted by a version that didn't
 
     def large_share(self, rule: str, threshold: float) -> float:
         """The usual share of the last, most expensive pool at a threshold."""
@@ -103,6 +123,18 @@ class Calibration:
                 f"cost={cost} can't be met: sending everything to {self.pools[0]} costs {relative.min():.3f}"
             )
         return min(1.0, float(thresholds[affordable[-1]]))
+
+    def trusted(self, logits_BKH: NDArray[np.floating], distances_B: NDArray[np.floating]) -> Array:
+        """Logits (B, K, H) of the full stage, with the quality of unfamiliar prompts drawn to its mean."""
+        result = np.array(logits_BKH, np.float64)
+        if self.familiarity is None:
+            return result
+        trust_B1 = self.familiarity.trust(distances_B)[:, None]
+        platts = self.stages["full"]["quality"]
+        mean_K = np.log(np.array(self.familiarity.means) / (1.0 - np.array(self.familiarity.means)))
+        mean_K = (mean_K - [platt.offset for platt in platts]) / [platt.slope for platt in platts]
+        result[:, :, QUALITY] = trust_B1 * result[:, :, QUALITY] + (1.0 - trust_B1) * mean_K
+        return result
 
     def _curve(self, rule: str) -> Curve:
         if rule not in self.curves:
@@ -192,7 +224,10 @@ def measure_curve(quality_NK: Array, observed_NK: Array, weights: Array, rule: s
 
 
 def dumps(calibration: Calibration) -> bytes:
-    return (json.dumps(asdict(calibration), indent=1) + "\n").encode()
+    plain = asdict(calibration)
+    if calibration.familiarity is None:
+        del plain["familiarity"]
+    return (json.dumps(plain, indent=1) + "\n").encode()
 
 
 def loads(data: bytes) -> Calibration:
@@ -212,6 +247,9 @@ def loads(data: bytes) -> Calibration:
             )
             for rule, c in raw["curves"].items()
         }
-        return Calibration(tuple(raw["pools"]), stages, curves, raw["targets"])
+        familiarity = raw.get("familiarity")
+        if familiarity is not None:
+            familiarity = Familiarity(familiarity["near"], familiarity["far"], tuple(familiarity["means"]))
+        return Calibration(tuple(raw["pools"]), stages, curves, raw["targets"], familiarity)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"calibration.json is not a calibration: {error!r}") from None

@@ -19,7 +19,8 @@ from depo_gateway.estimator.finite import NotFiniteError, check_numbers, check_o
 from depo_gateway.estimator.heads import ORIGINAL
 from depo_gateway.estimator.text import TextConfig
 
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2  # the newest that this version reads
+PLAIN_SCHEMA = 1  # of a checkpoint without groups and centres, which earlier versions read as well
 MANIFEST, WEIGHTS, TOKENIZER, ENCODER, CALIBRATION = (
     "manifest.json", "model.safetensors", "tokenizer.json", "model.onnx", "calibration.json",
 )  # fmt: skip
@@ -39,6 +40,8 @@ class Base:
     wide: bool = True  # without it there is no cheap stage
     trunk: bool = False  # on the encoder: DEPO's trunk, or linear heads
     rounded: bool = True  # whether tensors not in `trained` were rounded to int8
+    groups: tuple[str, ...] = ()  # names of tasks with weights of their own
+    centres: int = 0  # of fitted prompts, in the weights (similarity.py); no text
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Manifest:
     text: TextConfig
     metrics: Mapping[str, Any]
     files: Mapping[str, str]  # name -> sha256
-    schema: int = MANIFEST_SCHEMA
+    schema: int = PLAIN_SCHEMA
     heads: tuple[str, ...] = ORIGINAL  # in the order of the model's outputs; the file names them if they are not these
 
 
@@ -83,7 +86,9 @@ def write_checkpoint(
     hashes = {name: sha256(data) for name, data in sorted(files.items())}
     version = f"{now:%Y%m%d-%H%M%S}-{sha256(''.join(hashes.values()).encode())[:8]}"
     created = now.isoformat(timespec="seconds")
-    manifest = Manifest(version, parent, created, base, pools, text, dict(metrics), hashes, heads=heads)
+    # an earlier version would fail while it serves, at the ONNX file's second output, or leave out the groups unsaid
+    schema = MANIFEST_SCHEMA if base.centres or base.groups else PLAIN_SCHEMA
+    manifest = Manifest(version, parent, created, base, pools, text, dict(metrics), hashes, schema, heads)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -190,9 +195,11 @@ def load_manifest(path: Path) -> Manifest:
         raw = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
-    if not isinstance(raw, dict) or raw.get("schema") != MANIFEST_SCHEMA:
+    if not isinstance(raw, dict) or raw.get("schema") not in (PLAIN_SCHEMA, MANIFEST_SCHEMA):
         found = raw.get("schema") if isinstance(raw, dict) else None
-        raise ValueError(f"{place} has schema {found!r}; this version reads schema {MANIFEST_SCHEMA}")
+        raise ValueError(
+            f"{place} has schema {found!r}; this version reads schemas {PLAIN_SCHEMA} and {MANIFEST_SCHEMA}"
+        )
     try:
         base = raw["base"]
         layers = base["layers"]
@@ -201,19 +208,26 @@ def load_manifest(path: Path) -> Manifest:
         kind = {name: base[name] for name in KIND if name in base}
         if odd := [name for name, value in kind.items() if type(value) is not bool]:
             raise ValueError(f"{place} says {odd[0]}: {kind[odd[0]]!r}; it must be true or false")
+        centres = base.get("centres", 0)
+        if type(centres) is not int or centres < 0:
+            raise ValueError(f"{place} says centres: {centres!r}; it must be a whole number from 0 on")
+        groups = tuple(base.get("groups", ()))
+        if not all(isinstance(name, str) for name in groups) or len(set(groups)) < len(groups):
+            raise ValueError(f"{place} names groups that are no distinct texts")
         manifest = Manifest(
             version=str(raw["version"]),
             parent=raw["parent"],
             created=str(raw["created"]),
-            base=Base(str(base["encoder"]), layers, tuple(base["trained"]), **kind),
+            base=Base(str(base["encoder"]), layers, tuple(base["trained"]), **kind, groups=groups, centres=centres),
             pools=tuple(raw["pools"]),
             text=TextConfig(**raw["text"]),
             metrics=raw["metrics"],
             files=dict(raw["files"]),
+            schema=raw["schema"],
             heads=tuple(raw.get("heads", ORIGINAL)),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{place} is not a manifest of schema {MANIFEST_SCHEMA}: {error!r}") from None
+        raise ValueError(f"{place} is not a manifest of schema {raw['schema']}: {error!r}") from None
     if missing := sorted(set(FILES) - set(manifest.files)):
         raise ValueError(f"{place} names no {missing[0]}")
     if odd := [name for name in manifest.files if not FILE_NAME.fullmatch(name)]:
@@ -233,6 +247,9 @@ def _dump(manifest: Manifest) -> bytes:
     plain = asdict(manifest)
     if manifest.heads == ORIGINAL:
         del plain["heads"]
+    for name in ("groups", "centres"):
+        if not plain["base"][name]:
+            del plain["base"][name]
     return (json.dumps(plain, indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -36,6 +36,7 @@ def onnx_bytes(model: Estimator) -> bytes:
     set_attention(part.model, "eager")  # a learner may have set another, which ONNX can't hold
     ids, mask = torch.randint(0, min(100, model.vocabulary), (2, 8)), torch.ones(2, 8, dtype=torch.long)
     axes = {0: "prompts", 1: "tokens"}
+    outputs = ["logits", "distances"] if model.config.centres else ["logits"]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         # The TorchScript exporter is deprecated, but as exact as the new one and faster: 1 s instead of 12.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -47,8 +48,8 @@ def onnx_bytes(model: Estimator) -> bytes:
             (ids, mask),
             str(plain),
             input_names=["input_ids", "attention_mask"],
-            output_names=["logits"],
-            dynamic_axes={"input_ids": axes, "attention_mask": axes, "logits": {0: "prompts"}},
+            output_names=outputs,
+            dynamic_axes={"input_ids": axes, "attention_mask": axes} | {name: {0: "prompts"} for name in outputs},
             opset_version=17,
             dynamo=False,
         )
@@ -126,5 +127,7 @@ def export_checkpoint(
         checkpoint.CALIBRATION: calibration.dumps(calibrated),
     }
     config = model.config
-    base = Base(config.encoder, config.layers, changed, config.wide, config.trunk, model.rounded)
+    base = Base(
+        config.encoder, config.layers, changed, config.wide, config.trunk, model.rounded, config.groups, config.centres
+    )
     return checkpoint.write_checkpoint(directory, files, base, config.pools, config.text, metrics, parent, config.heads)

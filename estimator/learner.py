@@ -81,9 +81,10 @@ class Item:
     prepared: Prepared
     indices: NDArray[np.int64]
     counts: NDArray[np.float32]
-    embedding: Tensor | None  # (D,); None: the encoder is trained
+    embedding: Tensor | None  # (E,), as in model.py; None: the encoder is trained
     labels: tuple[tuple[float, ...], ...]  # by head and pool; NaN: no label
     weight: float
+    group: int = -1  # its number among the model's; -1: none of them
 
     @property
     def quality(self) -> tuple[float, ...]:
@@ -121,6 +122,7 @@ class Learner:
         if not self.trained:
             embedded = self._embed_all(prepared, batch_size) if embeddings is None else embeddings
         pools, heads = self.model.config.pools, self.model.config.heads
+        groups = {name: number for number, name in enumerate(self.model.config.groups)}
         return [
             Item(
                 ready,
@@ -128,6 +130,7 @@ class Learner:
                 embedding,
                 tuple(pool_labels(example, head, pools) for head in heads),
                 example.weight,
+                groups.get(example.task, -1),
             )
             for example, ready, embedding in zip(examples, prepared, embedded, strict=True)
         ]
@@ -146,8 +149,11 @@ class Learner:
         if not model.config.trunk:
             with fp32(model.device):
                 embedding = torch.cat([self._embed(items[i : i + 64]) for i in range(0, len(items), 64)])
-            model.embedding_mean.copy_(embedding.mean(0))
-            model.embedding_scale.copy_(_inverse(embedding.std(0, correction=0), 1e-3) / embedding.shape[1] ** 0.5)
+            pooled = embedding[:, : model.width]
+            model.embedding_mean.copy_(pooled.mean(0))
+            model.embedding_scale.copy_(_inverse(pooled.std(0, correction=0), 1e-3) / model.width**0.5)
+            if model.config.centres:
+                model.similarity.place(embedding[:, model.width :])
         if model.config.wide or not model.config.trunk:
             targets_NHK = torch.tensor([item.labels for item in items])
             means_HK = targets_NHK.nanmean(0).nan_to_num(0.5).clamp(0.02, 0.98)
@@ -172,10 +178,14 @@ class Learner:
         padded = len(items) * max(len(item.prepared.ids) for item in items)
         with fp32(device, gradients=True), masks, recompute_activations(self.model.encoder, padded):
             full, cheap = self._logits(items)  # one graph for all terms, and so one dropout mask
+            group = self._group_logits(items)
             terms = self._terms(full, targets_BHK, w_B)
             loss: Any = sum(terms.values())
             if cheap is not None:  # the wide part alone is the cheap stage, so it has its own loss as well
                 loss = loss + sum(self._terms(cheap, targets_BHK, w_B).values())
+            if group is not None:  # half with the groups and half without, so that both ways of serving are fitted
+                told = [stage + group for stage in (full, cheap) if stage is not None]
+                loss = (loss + sum(term for one in told for term in self._terms(one, targets_BHK, w_B).values())) / 2
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -205,13 +215,20 @@ class Learner:
         return logits
 
     def predict(self, items: Sequence[Item]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Logits of the full and the cheap stage, (N, K, H) each; without a wide part the full stage's twice."""
-        full, cheap = [], []
+        """Logits of the full and the cheap stage, (N, K, H) each; without a wide part the full stage's twice.
+
+        Each item's group is told, as far as the model knows it.
+        """
+        full: list[Tensor] = []
+        cheap: list[Tensor] = []
         with self.averaged(), fp32(self.model.device):
             for start in range(0, len(items), 256):
-                both, alone = self._logits(items[start : start + 256])
-                full.append(both)
-                cheap.append(both if alone is None else alone)
+                batch = items[start : start + 256]
+                both, alone = self._logits(batch)
+                group = self._group_logits(batch)
+                stages_BO = (both, both if alone is None else alone)
+                for into, stage in zip((full, cheap), stages_BO, strict=True):
+                    into.append(stage if group is None else stage + group)
         heads = len(self.model.config.heads)
         stages = [split_heads(torch.cat(stage).double().cpu().numpy(), heads) for stage in (full, cheap)]
         return stages[0], stages[1]
@@ -302,6 +319,12 @@ class Learner:
         cheap = model.wide(indices, offsets, values / norms[rows], surface)
         return cheap + model.deep(self._embed(items)), cheap
 
+    def _group_logits(self, items: Sequence[Item]) -> Tensor | None:
+        """What the items' groups add to both stages (B, O); None if none is known."""
+        if not self.model.config.groups or all(item.group < 0 for item in items):
+            return None
+        return self.model.group(torch.tensor([item.group for item in items], device=self.model.device))
+
     def _embed_all(self, prepared: Sequence[Prepared], batch_size: int) -> list[Tensor]:
         """The embedding of each, in order. Batched by length, which saves padding."""
         order = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids))
@@ -327,6 +350,8 @@ def optimizers_of(model: Estimator, config: LearnerConfig) -> list[torch.optim.O
         sgd.append({"params": [model.wide_weight, model.surface_weight, model.bias], "lr": config.wide_learning_rate})
     if not model.config.trunk:
         linear = [model.deep_weight] if model.config.wide else [model.deep_weight, model.bias]
+        linear += [model.similarity.weight] if model.config.centres else []
+        linear += [model.group_weight] if model.config.groups else []
         sgd.append({"params": linear, "lr": config.learning_rate})
     adam: list[dict[str, Any]] = []
     if encoder := [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]:

@@ -1,10 +1,11 @@
 """The estimator: a BERT-like encoder and a wide part, both feeding each pool's heads. Torch; runtime.py serves it.
 
-The part on the encoder is linear, or DEPO's trunk; the wide part may be left out. The gateway's estimator is linear and
-wide, the paper's has the trunk and no wide part.
+The part on the encoder is linear, with the similarities to fitted prompts (similarity.py), or DEPO's trunk; the wide
+part may be left out. The gateway's estimator is linear and wide, the paper's has the trunk and no wide part.
 
-Shapes: B prompts, T tokens, D encoder width, S surface features, V token ids + hashed bigrams, K pools, O outputs: a
-logit for every head (heads.py) of every pool, pool by pool.
+Shapes: B prompts, T tokens, D encoder width, E what is kept of a prompt's hidden states: their pooling, and with
+centres their mean as well (D or 2D), S surface features, V token ids + hashed bigrams, K pools, O outputs: a logit for
+every head (heads.py) of every pool, pool by pool.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from torch.nn.functional import embedding_bag
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.encoder import DEFAULT_ENCODER, encoder_of_checkpoint, load_encoder
 from depo_gateway.estimator.heads import head_names, heads_named
+from depo_gateway.estimator.similarity import Similarity
 from depo_gateway.estimator.text import SURFACE, Prepared, TextConfig, load_tokenizer
 from depo_gateway.estimator.vocabulary import narrow_embeddings
 from depo_gateway.estimator.wide import BUCKETS
 
 # The tensors whose columns are the O outputs -> which of their dimensions that is
 OUTPUTS = {
-    "wide_weight": 1, "surface_weight": 1, "bias": 0, "deep_weight": 1, "trunk.heads.weight": 0, "trunk.heads.bias": 0,
+    "wide_weight": 1, "surface_weight": 1, "bias": 0, "deep_weight": 1, "similarity.weight": 1,
+    "group_weight": 1,
+    "trunk.heads.weight": 0, "trunk.heads.bias": 0,
 }  # fmt: skip
 
 
@@ -42,6 +46,8 @@ class ModelConfig:
     wide: bool = True  # without it there is no cheap stage
     trunk: bool = False  # False: linear heads
     heads: tuple[str, ...] = field(default_factory=head_names)
+    groups: tuple[str, ...] = ()  # names of the tasks that have weights of their own
+    centres: int = 0  # of fitted prompts; 0: no similarities and distances. Not with a trunk
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,7 +56,10 @@ class ModelConfig:
 
 
 class Estimator(nn.Module):
-    """logits = wide(n-grams, surface) + deep(encoder). Both start at or near 0: an untrained model predicts 0.5."""
+    """logits = wide(n-grams, surface) + deep(encoder) + the group's, if it is known.
+
+    All start at or near 0: an untrained model predicts 0.5.
+    """
 
     idf: Tensor
     surface_mean: Tensor
@@ -83,29 +92,55 @@ class Estimator(nn.Module):
             self.register_buffer("embedding_mean", torch.zeros(width))
             self.register_buffer("embedding_scale", torch.ones(width))
             self.deep_weight = nn.Parameter(torch.zeros(width, outputs))
+        if config.groups:
+            self.group_weight = nn.Parameter(torch.zeros(len(config.groups), outputs))
+        if config.centres:
+            self.similarity = Similarity(config.centres, width, outputs)
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     def embed(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Pooled hidden states (B, D) of the encoder."""
+        """What the deep part reads of the encoder's hidden states (B, E)."""
         return self.pool(self.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state, mask_BT)
 
     def pool(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Hidden states -> (B, D), by the manifest's pooling."""
-        if self.config.text.pooling == "cls":
+        """Hidden states -> (B, E): by the manifest's pooling, and with centres their mean."""
+        by_cls = self.config.text.pooling == "cls"
+        if by_cls and not self.config.centres:
             return hidden_BTD[:, 0].clone()  # a view would keep all tokens in memory
         weight_BT1 = mask_BT[..., None].to(hidden_BTD.dtype)
-        return (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1)
+        mean_BD = (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1)
+        pooled_BD = hidden_BTD[:, 0] if by_cls else mean_BD
+        return torch.cat([pooled_BD, mean_BD], 1) if self.config.centres else pooled_BD
 
-    def deep(self, embedding_BD: Tensor) -> Tensor:
-        """Deep logits (B, O) of pooled hidden states."""
+    def standardised(self, embedding_BE: Tensor) -> Tensor:
+        """The pooled part of it as linear heads read it (B, D)."""
+        return (embedding_BE[:, : self.width] - self.embedding_mean) * self.embedding_scale
+
+    def cosines(self, embedding_BE: Tensor) -> Tensor | None:
+        """Similarity to each centre (B, C); None without centres."""
+        return self.similarity.cosines(embedding_BE[:, self.width :]) if self.config.centres else None
+
+    def deep(self, embedding_BE: Tensor) -> Tensor:
+        """Deep logits (B, O)."""
+        return self.deep_of(embedding_BE, self.cosines(embedding_BE))
+
+    def deep_of(self, embedding_BE: Tensor, cosines_BC: Tensor | None) -> Tensor:
+        """Deep logits (B, O), from `cosines` of the same."""
         if self.config.trunk:
-            logits: Tensor = self.trunk(embedding_BD)
+            logits: Tensor = self.trunk(embedding_BE)
             return logits
-        linear = ((embedding_BD - self.embedding_mean) * self.embedding_scale) @ self.deep_weight
+        linear = self.standardised(embedding_BE) @ self.deep_weight
+        if cosines_BC is not None:
+            linear = linear + self.similarity(cosines_BC)
         return linear if self.config.wide else linear + self.bias
+
+    def group(self, numbers_B: Tensor) -> Tensor:
+        """Logits (B, O) of the prompts' groups by number; 0 for -1, an unknown one. Both stages add them."""
+        known_B1 = (numbers_B >= 0)[:, None]
+        return torch.where(known_B1, self.group_weight[numbers_B.clamp_min(0)], 0.0)
 
     def wide(self, indices: Tensor, offsets_B: Tensor, values: Tensor, surface_BS: Tensor) -> Tensor:
         """Wide logits (B, O) of the prompts' concatenated n-grams and standardised surface features."""
@@ -114,14 +149,17 @@ class Estimator(nn.Module):
 
 
 class DeepPart(nn.Module):
-    """The part that is exported to ONNX: (ids, mask) -> deep logits."""
+    """The part that is exported to ONNX: (ids, mask) -> deep logits and, with centres, the distances (B,)."""
 
     def __init__(self, model: Estimator) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model.deep(self.model.embed(input_ids, attention_mask))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        embedding_BE = self.model.embed(input_ids, attention_mask)
+        cosines_BC = self.model.cosines(embedding_BE)
+        logits_BO = self.model.deep_of(embedding_BE, cosines_BC)
+        return logits_BO if cosines_BC is None else (logits_BO, self.model.similarity.distances(cosines_BC))
 
 
 def create_model(
@@ -204,7 +242,15 @@ def load_model(path: Path) -> tuple[Estimator, Tokenizer, checkpoint.Manifest]:
     except ValueError as error:
         raise ValueError(f"checkpoint {path} can't be trained further: {error}") from None
     config = ModelConfig(
-        manifest.pools, manifest.text, base.encoder, base.layers, base.wide, base.trunk, manifest.heads
+        manifest.pools,
+        manifest.text,
+        base.encoder,
+        base.layers,
+        base.wide,
+        base.trunk,
+        manifest.heads,
+        base.groups,
+        base.centres,
     )
     tokenizer = load_tokenizer(files[checkpoint.TOKENIZER].decode())
     encoder = encoder_of_checkpoint(base, files)

@@ -66,6 +66,7 @@ class Runtime:
     tokenizer: Tokenizer
     wide: wide.Wide | None  # None: there is no cheap stage
     session: onnxruntime.InferenceSession
+    group_weight: NDArray[np.float32] | None = None  # (groups, O), by the order of the manifest
 
     @staticmethod
     def load(path: Path, threads: int = 1) -> Runtime:
@@ -88,11 +89,14 @@ class Runtime:
                 if manifest.base.wide
                 else None,
                 onnxruntime.InferenceSession(files[checkpoint.ENCODER], options, providers=["CPUExecutionProvider"]),
+                np.ascontiguousarray(weights["group_weight"], np.float32) if manifest.base.groups else None,
             )
         except (KeyError, ValueError, safetensors.SafetensorError, *ONNX_ERRORS) as error:
             raise ValueError(f"checkpoint {path} can't be used: {error}") from None
         outputs = {loaded.session.get_outputs()[0].shape[-1]}
         outputs |= set() if loaded.wide is None else {len(loaded.wide.bias)}
+        if loaded.group_weight is not None and loaded.group_weight.shape != (len(manifest.base.groups), *outputs):
+            raise ValueError(f"checkpoint {path}: its weights of groups don't fit the manifest")
         if loaded.calibration.pools != manifest.pools or outputs != {len(manifest.pools) * len(manifest.heads)}:
             raise ValueError(
                 f"checkpoint {path}: its files disagree with the manifest about the pools {manifest.pools}"
@@ -129,28 +133,56 @@ class Runtime:
 
     def score(self, batch: Sequence[Prepared]) -> list[Scores]:
         """Scores of the encoder and, if there is one, the wide part: a few ms a prompt."""
-        return self._scores(self.full_logits(batch), "full")
+        logits_BO, unfamiliar_B = self.full(batch)
+        return self._scores(logits_BO, "full", unfamiliar_B)
 
     def cheap_logits(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
         """(B, O) before calibration. Raises ValueError without a wide part (has_cheap)."""
         if self.wide is None:
             raise ValueError(f"checkpoint {self.version} has no wide part, and therefore no cheap stage")
-        return np.stack([wide.wide_logits(self.wide, prepared.ids, prepared.surface) for prepared in batch])
+        logits = np.stack([wide.wide_logits(self.wide, prepared.ids, prepared.surface) for prepared in batch])
+        return self._with_groups(logits, batch)
 
     def full_logits(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
-        """(B, O) before calibration."""
+        """(B, O) before calibration, as they are served: those of unfamiliar prompts are drawn to the mean."""
+        return self.full(batch)[0]
+
+    def full(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """`full_logits` (B, O), and which prompts (B,) are unfamiliar: none where the checkpoint can't tell."""
         ids_BT = np.zeros((len(batch), max(len(prepared.ids) for prepared in batch)), np.int64)
         mask_BT = np.zeros_like(ids_BT)
         for row, prepared in enumerate(batch):
             ids_BT[row, : len(prepared.ids)] = prepared.ids
             mask_BT[row, : len(prepared.ids)] = 1
-        (deep_BO,) = self.session.run(None, {"input_ids": ids_BT, "attention_mask": mask_BT})
-        result: NDArray[np.float32] = deep_BO if self.wide is None else self.cheap_logits(batch) + deep_BO
-        return result
+        deep_BO, *rest = self.session.run(None, {"input_ids": ids_BT, "attention_mask": mask_BT})
+        logits_BO: NDArray[np.float32] = deep_BO if self.wide is None else self.cheap_logits(batch) + deep_BO
+        if self.wide is None:
+            logits_BO = self._with_groups(logits_BO, batch)
+        familiarity = self.calibration.familiarity
+        if not rest or familiarity is None:
+            return logits_BO, np.zeros(len(batch), np.bool_)
+        logits_BKH = self.calibration.trusted(split_heads(logits_BO, len(self.manifest.heads)), rest[0])
+        unfamiliar_B: NDArray[np.bool_] = rest[0] > familiarity.far
+        return logits_BKH.reshape(logits_BO.shape).astype(np.float32), unfamiliar_B
 
-    def _scores(self, logits_BO: NDArray[np.float32], stage: str) -> list[Scores]:
+    def _with_groups(self, logits_BO: NDArray[np.float32], batch: Sequence[Prepared]) -> NDArray[np.float32]:
+        """The logits with what the prompts' groups add, where the checkpoint knows them."""
+        if self.group_weight is None:
+            return logits_BO
+        names = self.manifest.base.groups
+        rows = [row for row, prepared in enumerate(batch) if prepared.group in names]
+        told = logits_BO.copy()
+        told[rows] += self.group_weight[[names.index(batch[row].group) for row in rows]]
+        return told
+
+    def _scores(
+        self, logits_BO: NDArray[np.float32], stage: str, unfamiliar_B: NDArray[np.bool_] | None = None
+    ) -> list[Scores]:
         logits_BKH = split_heads(logits_BO, len(self.manifest.heads))
         known = np.where(np.isfinite(logits_BKH), logits_BKH, np.nan)  # an infinite logit is no certainty
         by_head = calibrate_heads(self.calibration.stages[stage], known, self.manifest.heads)
         rows = {head: [tuple(row) for row in values.tolist()] for head, values in by_head.items()}
-        return [Scores({head: rows[head][number] for head in rows}) for number in range(len(logits_BO))]
+        unfamiliar = [False] * len(logits_BO) if unfamiliar_B is None else unfamiliar_B.tolist()
+        return [
+            Scores({head: rows[head][number] for head in rows}, unfamiliar[number]) for number in range(len(logits_BO))
+        ]

@@ -72,7 +72,7 @@ def test_an_edited_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 99}, "schema 99; this version reads schema 1"),
+        ({"schema": 99}, "schema 99; this version reads schemas 1 and 2"),
         ({"files": {"model.onnx": "0"}}, "names no calibration\\.json"),
         *(
             ({"files": {**dict.fromkeys(FILES, "0"), name: "0"}}, "is not in the checkpoint")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from depo_gateway.estimator.share_interval import (
     share_interval,
     share_text,
 )
+from depo_gateway.estimator.similarity import usual_centres
 from depo_gateway.estimator.text import POOLINGS, TextConfig
 from depo_gateway.estimator.vocabulary import narrow_tokenizer
 from depo_gateway.training.evaluation.contamination import fingerprints
@@ -45,11 +46,13 @@ from depo_gateway.training.fitting.cross_fit import (
     Fit,
     fit_estimator,
 )
+from depo_gateway.training.fitting.familiarity import familiarity_of
 from depo_gateway.training.fitting.fit_config import FitConfig
 from depo_gateway.training.fitting.held_out import DESIGN_EFFECT
 from depo_gateway.training.fitting.held_out_report import held_out_reports, held_out_text
 from depo_gateway.training.fitting.prior_choice import prior_text
 from depo_gateway.training.fitting.prior_outcomes import PriorOutcomes, prior_outcomes
+from depo_gateway.training.outcomes.known_groups import known_groups
 from depo_gateway.training.outcomes.table import Pools, check_cut_off, examples_of, parse_pools, read_tables
 
 WIDE_SHARE = 5.0  # points either side of 50%, above which the text says that the share is not known well
@@ -122,6 +125,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--balance", type=float, default=0.0, help="0: equal weight per question, 1: per source (%(default)s)"
     )
     parser.add_argument(
+        "--groups",
+        action="store_true",
+        help="make the table's groups a feature, for a gateway that is told each request's (routing.group)",
+    )
+    parser.add_argument(
         "--folds",
         type=int,
         help=f"of the cross-fit (default {SMALL_FOLDS}; {LARGE_FOLDS} from {MANY_EXAMPLES:,} questions on;"
@@ -147,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     prior = _prior(args.prior_outcomes, pools)
     torch.manual_seed(config.seed)
     questions = examples if prior is None else [*examples, *prior.examples]
-    model, tokenizer = _create_model(args, pools.names, questions)
+    model, tokenizer = _create_model(args, pools.names, examples, questions)
     fit = fit_estimator(model, tokenizer, examples, config, prior)
     calibrated, counts = _calibrated(fit, examples)
     reports = held_out_reports(examples, fit, calibrated)
@@ -195,7 +203,11 @@ def _calibrated(fit: Fit, examples: Sequence[Example]) -> tuple[Calibration, Arr
     labels = labels_by_head(examples, pools, fit.model.config.heads)
     weights = np.array([example.weight for example in examples])
     counts, held_out = np.where(fit.measured, weights, 0.0), fit.held_out[0]
-    return calibrate(held_out.full, held_out.cheap, labels, weights, pools, counts=counts), counts
+    calibrated = calibrate(held_out.full, held_out.cheap, labels, weights, pools, counts=counts)
+    if fit.distances is not None:
+        familiarity = familiarity_of(fit.distances, labels["quality"], weights)
+        calibrated = replace(calibrated, familiarity=familiarity)
+    return calibrated, counts
 
 
 def _fit_config(args: argparse.Namespace) -> FitConfig:
@@ -217,11 +229,23 @@ def _fit_config(args: argparse.Namespace) -> FitConfig:
 
 
 def _create_model(
-    args: argparse.Namespace, pools: tuple[str, ...], examples: Sequence[Example]
+    args: argparse.Namespace, pools: tuple[str, ...], own: Sequence[Example], examples: Sequence[Example]
 ) -> tuple[Estimator, Tokenizer]:
-    """The untrained model, its vocabulary narrowed to the examples' if --vocabulary is `used`."""
+    """The untrained model, its vocabulary narrowed to the examples' if --vocabulary is `used`.
+
+    `own`: those of `examples` that have the pools' labels.
+    """
     text = TextConfig(pooling=args.pooling, max_tokens=args.max_tokens)
-    config = ModelConfig(pools, text, args.encoder, args.layers, trunk=args.trunk)
+    frozen = not (args.trunk or args.train_layers)  # otherwise the states move away from the centres
+    config = ModelConfig(
+        pools,
+        text,
+        args.encoder,
+        args.layers,
+        trunk=args.trunk,
+        groups=known_groups(own) if args.groups else (),
+        centres=usual_centres(len(examples)) if frozen else 0,
+    )
     rounded = args.train_layers != WHOLE
     model, tokenizer = create_model(config, rounded=rounded, seed=args.seed)
     if args.vocabulary == "used":

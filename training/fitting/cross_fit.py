@@ -18,13 +18,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
+from depo_gateway.estimator.similarity import held_out_distances
 from depo_gateway.training.fitting.epoch_fit import fit_epochs, new_learner
 from depo_gateway.training.fitting.fit_config import FitConfig
 from depo_gateway.training.fitting.foldings import foldings_of, questions_of
@@ -50,6 +53,7 @@ class Fit:
     measured: NDArray[np.bool_]  # (N,): whose held-out predictions in the first folding are the served model's
     settings: Mapping[str, Any]  # what the held-out predictions chose
     prior: PriorChoice | None = None  # whether they chose the prior; None: there was none
+    distances: Array | None = None  # (N,) held out, from the fitted prompts; None: the model has no centres
 
 
 def is_convex(model: Estimator, config: LearnerConfig) -> bool:
@@ -109,7 +113,19 @@ def fit_heads(learner: Learner, items: Sequence[Item], foldings: Sequence[NDArra
     learner.fit_statistics(items)
     learner.settle()
     held_out, penalties = fit_linear(learner.model, items, foldings)
-    return Fit(learner.model, (), held_out, foldings, np.ones(len(items), np.bool_), {"penalty": penalties})
+    everything = np.ones(len(items), np.bool_)
+    distances = _distances(learner.model, items)
+    return Fit(learner.model, (), held_out, foldings, everything, {"penalty": penalties}, None, distances)
+
+
+def _distances(model: Estimator, items: Sequence[Item], further: Sequence[Item] = ()) -> Array | None:
+    """Held-out distances (N,) of the items, from them and further fitted ones."""
+    if not model.config.centres:
+        return None
+    embeddings = [item.embedding for item in (*items, *further) if item.embedding is not None]
+    states = torch.stack(embeddings)[:, model.width :]
+    found: Array = held_out_distances(states, model.config.centres).double().numpy()[: len(items)]
+    return found
 
 
 def fit_with_prior(
@@ -134,4 +150,7 @@ def fit_with_prior(
     known = len(prior.examples) - len(imputed.items)
     choice = PriorChoice(is_used(*compared), len(prior.models), len(imputed.items), known, *compared)
     settings = {"penalty": penalties}
-    return replace(without, model=learner.model, held_out=held_out, settings=settings, prior=choice)
+    distances = _distances(learner.model, items, prior_items)
+    return replace(
+        without, model=learner.model, held_out=held_out, settings=settings, prior=choice, distances=distances
+    )

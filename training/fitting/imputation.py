@@ -84,7 +84,7 @@ def impute(
 
 def text_features(model: Estimator, items: Sequence[Item]) -> Array:
     """Standardised embedding and surface features (N, X)."""
-    embedding = np.stack([_embedding(item) for item in items]).astype(float)
+    embedding = np.stack([_embedding(item)[: model.width] for item in items]).astype(float)
     scaled: Array = (embedding - model.embedding_mean.numpy()) * model.embedding_scale.numpy()
     if not model.config.wide:
         return scaled

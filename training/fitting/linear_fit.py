@@ -5,7 +5,7 @@ column is solved by Newton's method; a step's linear system by conjugate gradien
 design. The fit has no learning rate, order or epochs: a fold's model differs from the model on everything only by the
 examples left out. Many small folds therefore measure the model that is served.
 
-Shapes: N examples, V n-grams that occur in them, S surface features, D embedding width, O outputs of a model,
+Shapes: N examples, V n-grams that occur in them, S surface features, D embedding width, G groups, O outputs of a model,
 C columns: (folds + 1) * O.
 """
 
@@ -24,8 +24,11 @@ from depo_gateway.estimator import wide
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.learner import Item
 from depo_gateway.estimator.model import Estimator
+from depo_gateway.estimator.similarity import CHUNK
 
 DEEP_VARIANCE = 0.375  # prior variance of the embedding's weights, where the wide part's is 1; from 0.1 to 1 is alike
+SIMILARITY_VARIANCE = 1.5  # of the weights of similarities
+GROUP_VARIANCE = 0.3  # of a group's weight
 BIAS_PENALTY = 0.1  # keeps a bias finite where all labels are equal
 NEWTON_STEPS, GRADIENT_STEPS = 30, 60
 TOLERANCE = 1e-4  # of the gradient, relative to its size at zero weights
@@ -42,11 +45,12 @@ class Weights:
 
     wide: Tensor  # (V, C) or (R, C), see Design
     surface: Tensor  # (S, C)
-    deep: Tensor  # (D, C), of the embedding times sqrt(DEEP_VARIANCE)
+    deep: Tensor  # (D, C) or (D + centres, C), of features that are scaled by their prior's deviation
+    group: Tensor  # (G, C), divided by sqrt(GROUP_VARIANCE)
     bias: Tensor  # (1, C)
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.wide, self.surface, self.deep, self.bias
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.wide, self.surface, self.deep, self.group, self.bias
 
     def plus(self, other: Weights, scale_C: Tensor) -> Weights:
         """self + scale * other, column by column."""
@@ -72,6 +76,14 @@ class Design:
     def __init__(self, model: Estimator, items: Sequence[Item]) -> None:
         """Reads rarity weights and scales from the model: call Learner.fit_statistics before."""
         self.has_wide = model.config.wide
+        self.groups = len(model.config.groups)
+        group = torch.tensor([item.group for item in items])
+        self._in_group = torch.nonzero(group >= 0)[:, 0]  # rows of examples whose group is known
+        self._group = group[self._in_group]
+        # Without groups one model is fitted; with them the same weights serve prompts whose group is told or not
+        full, cheap = (0.5, 0.5) if self.groups else (1.0, 1.0)
+        cheap *= self.has_wide
+        self.stage_weights = (full, cheap, full, cheap) if self.groups else (full, cheap)
         self.features = np.zeros(0, np.int64)  # (V,) indices into the wide part's weights
         self.surface = torch.zeros(len(items), 0, dtype=torch.float64)
         self._wide = torch.zeros(len(items), 0, dtype=torch.float64)  # (N, V) or (N, R)
@@ -83,9 +95,7 @@ class Design:
             read = torch.tensor([item.prepared.surface for item in items], dtype=torch.float64)
             scaled = (read - model.surface_mean.double()) * model.surface_scale.double()
             self.surface = wide.SURFACE_SCALE * scaled.clamp(-wide.CLIP, wide.CLIP)
-        embedding = torch.stack([_embedding(item) for item in items]).double()
-        scaled = (embedding - model.embedding_mean.double()) * model.embedding_scale.double()
-        self.deep = scaled * DEEP_VARIANCE**0.5
+        self.deep = _deep_features(model, items)
 
     def _set_ngrams(self, ngrams: Tensor) -> None:
         transposed = _sparse_rows(ngrams.t())
@@ -100,19 +110,34 @@ class Design:
         self._wide_transposed = self._wide.T.contiguous()
 
     def zeros(self, columns: int) -> Weights:
-        sizes = (self._wide.shape[1], self.surface.shape[1], self.deep.shape[1], 1)
+        sizes = (self._wide.shape[1], self.surface.shape[1], self.deep.shape[1], self.groups, 1)
         return Weights(*(torch.zeros(size, columns, dtype=torch.float64) for size in sizes))
 
     def logits(self, weights: Weights) -> tuple[Tensor, Tensor]:
-        """(full, cheap), (N, C) each. The cheap stage is the wide part and the bias alone."""
-        cheap = self._wide @ weights.wide + self.surface @ weights.surface + weights.bias
-        return cheap + self.deep @ weights.deep, cheap
+        """(full, cheap), (N, C) each, with the groups told. The cheap stage lacks the deep part."""
+        full, cheap = self.stages(weights)[-2:]
+        return full, cheap
 
-    def transposed(self, full: Tensor, cheap: Tensor) -> Weights:
-        """The transpose of `logits`: (N, C) of each stage -> coefficients."""
+    def stages(self, weights: Weights) -> tuple[Tensor, ...]:
+        """(full, cheap), (N, C) each, and with groups the same two with the groups told."""
+        cheap = self._wide @ weights.wide + self.surface @ weights.surface + weights.bias
+        full = cheap + self.deep @ weights.deep
+        if not self.groups:
+            return full, cheap
+        own = weights.group[self._group] * GROUP_VARIANCE**0.5
+        return full, cheap, full.index_add(0, self._in_group, own), cheap.index_add(0, self._in_group, own)
+
+    def transposed(self, stages: Sequence[Tensor]) -> Weights:
+        """The transpose of `stages`: (N, C) of each -> coefficients."""
+        full, cheap = stages[:2]
+        group = torch.zeros(self.groups, full.shape[1], dtype=full.dtype)
+        if self.groups:
+            told = (stages[2] + stages[3])[self._in_group] * GROUP_VARIANCE**0.5
+            group.index_add_(0, self._group, told)
+            full, cheap = full + stages[2], cheap + stages[3]
         both = full + cheap
         return Weights(
-            self._wide_transposed @ both, self.surface.T @ both, self.deep.T @ full, both.sum(0, keepdim=True)
+            self._wide_transposed @ both, self.surface.T @ both, self.deep.T @ full, group, both.sum(0, keepdim=True)
         )
 
     def ngram_weights(self, weights: Weights) -> Tensor:
@@ -136,6 +161,18 @@ def _ngram_matrix(model: Estimator, items: Sequence[Item]) -> tuple[Tensor, NDAr
             check_invariants=False,
         )
     return matrix, features
+
+
+def _deep_features(model: Estimator, items: Sequence[Item]) -> Tensor:
+    """Standardised embedding and similarities (N, D or D + centres), each scaled by its prior's deviation."""
+    embedding = torch.stack([_embedding(item) for item in items])
+    scaled: Tensor = model.standardised(embedding).double() * DEEP_VARIANCE**0.5
+    if not model.config.centres:
+        return scaled
+    with torch.no_grad():
+        cosines = [model.cosines(part) for part in torch.split(embedding, CHUNK)]
+        features = torch.cat([model.similarity.features(part) for part in cosines if part is not None])
+    return torch.cat([scaled, features.double() * SIMILARITY_VARIANCE**0.5], 1)
 
 
 def _sparse_rows(matrix: Tensor) -> Tensor:
@@ -172,47 +209,50 @@ def columns_of(labels_NO: Tensor, weights_N: Tensor, foldings: Sequence[NDArray[
 def solve(design: Design, columns: Columns, penalty: float, start: Weights | None = None) -> Weights:
     """The coefficients that minimise each column's penalised loss, from `start` or from zero.
 
-    The loss is the sum of the cross-entropies of both stages (of the only one without a wide part), plus
-    penalty / 2 * |coefficients|^2.
+    The loss is the sum of the cross-entropies of both stages (of the only one without a wide part; with groups, half
+    with the groups told and half without), plus penalty / 2 * |coefficients|^2.
     """
     count = columns.targets.shape[1]
     origin = design.zeros(count)
     origin.bias = columns.bias.clone()
-    penalties = Weights(*(torch.full((1, count), penalty, dtype=torch.float64) for _ in range(4)))
+    penalties = Weights(*(torch.full((1, count), penalty, dtype=torch.float64) for _ in range(5)))
     penalties.bias = torch.full_like(penalties.bias, BIAS_PENALTY)
-    stages = 1.0 if design.has_wide else 0.0
+    used = design.stage_weights
 
-    def loss(at: Weights, full: Tensor, cheap: Tensor) -> Tensor:
-        value = _cross_entropy(full, columns) + stages * _cross_entropy(cheap, columns)
+    def loss(at: Weights, stages: Sequence[Tensor]) -> Tensor:
+        entropies = [weight * _cross_entropy(stage, columns) for weight, stage in zip(used, stages, strict=True)]
+        value = torch.stack(entropies).sum(0)
         away = at.plus(origin, torch.tensor(-1.0))
         scaled = Weights(*(p * a for p, a in zip(penalties.parts(), away.parts(), strict=True)))
         return value + away.dot(scaled) / 2
 
-    def gradient(at: Weights, full: Tensor, cheap: Tensor) -> Weights:
+    def gradient(at: Weights, stages: Sequence[Tensor]) -> Weights:
         of = design.transposed(
-            columns.counts * (torch.sigmoid(full) - columns.targets),
-            stages * columns.counts * (torch.sigmoid(cheap) - columns.targets),
+            [
+                weight * columns.counts * (torch.sigmoid(stage) - columns.targets)
+                for weight, stage in zip(used, stages, strict=True)
+            ]
         )
         away = at.plus(origin, torch.tensor(-1.0))
         return Weights(*(g + p * a for g, p, a in zip(of.parts(), penalties.parts(), away.parts(), strict=True)))
 
     at = origin if start is None else start
-    full, cheap = design.logits(at)
-    value = loss(at, full, cheap)
-    first = gradient(origin, *design.logits(origin))
+    stages = design.stages(at)
+    value = loss(at, stages)
+    first = gradient(origin, design.stages(origin))
     enough = TOLERANCE**2 * first.dot(first).clamp_min(1e-12)
     for _ in range(NEWTON_STEPS):
-        slope = gradient(at, full, cheap)
+        slope = gradient(at, stages)
         going = slope.dot(slope) > enough
         if not going.any():
             break
-        curved = (columns.counts * _curvature(full), stages * columns.counts * _curvature(cheap))
+        curved = [weight * columns.counts * _curvature(stage) for weight, stage in zip(used, stages, strict=True)]
         step = _newton_step(design, slope, curved, penalties, going)
-        full_step, cheap_step = design.logits(step)
+        steps = design.stages(step)
         length = going.double()
         for _ in range(HALVINGS):
             tried = at.plus(step, length)
-            tried_value = loss(tried, full + length * full_step, cheap + length * cheap_step)
+            tried_value = loss(tried, [stage + length * one for stage, one in zip(stages, steps, strict=True)])
             worse = tried_value > value + 1e-9 * value.abs()
             if not worse.any():
                 break
@@ -220,19 +260,19 @@ def solve(design: Design, columns: Columns, penalty: float, start: Weights | Non
         length = torch.where(tried_value > value + 1e-9 * value.abs(), 0.0, length)
         if not (length > 0).any():
             break
-        at, full, cheap = at.plus(step, length), full + length * full_step, cheap + length * cheap_step
-        value = loss(at, full, cheap)
+        at = at.plus(step, length)
+        stages = tuple(stage + length * one for stage, one in zip(stages, steps, strict=True))
+        value = loss(at, stages)
     return at
 
 
 def _newton_step(
-    design: Design, slope: Weights, curved: tuple[Tensor, Tensor], penalties: Weights, going: Tensor
+    design: Design, slope: Weights, curved: Sequence[Tensor], penalties: Weights, going: Tensor
 ) -> Weights:
     """Solves Hessian * step = -slope approximately by conjugate gradients, for the columns that are `going`."""
 
     def curvature_times(direction: Weights) -> Weights:
-        full, cheap = design.logits(direction)
-        of = design.transposed(curved[0] * full, curved[1] * cheap)
+        of = design.transposed([c * stage for c, stage in zip(curved, design.stages(direction), strict=True)])
         parts = zip(of.parts(), penalties.parts(), direction.parts(), strict=True)
         return Weights(*(g + p * d for g, p, d in parts))
 
@@ -292,5 +332,9 @@ def assign(model: Estimator, design: Design, weights: Weights) -> None:
             model.wide_weight.zero_()
             model.wide_weight[torch.from_numpy(design.features)] = design.ngram_weights(weights).float()
             model.surface_weight.copy_(weights.surface)
-        model.deep_weight.copy_(weights.deep * DEEP_VARIANCE**0.5)
+        model.deep_weight.copy_(weights.deep[: model.width] * DEEP_VARIANCE**0.5)
+        if model.config.centres:
+            model.similarity.weight.copy_(weights.deep[model.width :] * SIMILARITY_VARIANCE**0.5)
+        if model.config.groups:
+            model.group_weight.copy_(weights.group * GROUP_VARIANCE**0.5)
         model.bias.copy_(weights.bias[0])

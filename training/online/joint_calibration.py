@@ -89,6 +89,8 @@ def fold_into_weights(model: Estimator, transform: LogitTransform) -> None:
     # outputs are the last dimension of each
     by_output: list[torch.Tensor] = [model.wide_weight, model.surface_weight] if config.wide else []
     by_output += [model.trunk.heads.weight.T, model.trunk.heads.bias] if config.trunk else [model.deep_weight]
+    by_output += [model.similarity.weight] if config.centres else []
+    by_output += [model.group_weight] if config.groups else []
     by_output += [model.bias] if config.wide or not config.trunk else []
     with torch.no_grad():
         for weight in by_output:

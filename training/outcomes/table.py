@@ -204,7 +204,7 @@ def examples_of(rows: Sequence[Row], pools: Pools, balance: float = 0.0) -> list
         grouped = len(groups_of_source[same[0].source]) > 1 and same[0].group
         group = f"{same[0].source}/{same[0].group}" if grouped else ""
         sources.append(same[0].source)
-        examples.append(Example(same[0].question, quality, tokens, 1.0, group, same[0].context, others))
+        examples.append(Example(same[0].question, quality, tokens, 1.0, group, same[0].context, others, same[0].group))
     if not examples:
         raise ValueError(f"no row has an outcome of any model of the pools {', '.join(pools.names)}")
     sizes = Counter(sources)
