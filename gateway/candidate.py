@@ -33,6 +33,7 @@ class Offer:
     candidates: Eligible
     threshold: float
     pool: str | None  # chosen by the live scores; None: they did not decide
+    group: str = ""  # the name of the prompt's task
 
 
 class Candidate:
@@ -92,7 +93,8 @@ class Candidate:
                 self._metrics.candidate_agreement.labels("yes" if pool == offer.pool else "no").inc()
 
     def _decide(self, offer: Offer) -> str:
-        prepared = self._runtime.prepare(*extract_text(self._runtime.manifest.text, offer.prompt))
+        text, context = extract_text(self._runtime.manifest.text, offer.prompt)
+        prepared = self._runtime.prepare(text, context, offer.group)
         scores = self._runtime.score([prepared])[0]
         if not scores.finite:
             raise FloatingPointError("the candidate's scores are NaN or infinite")

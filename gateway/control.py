@@ -33,6 +33,7 @@ class Accounting:
 
     requested_threshold: float | None = None  # the one in auto-0.85
     decisive_confidence: float | None = None  # the highest among the cheaper eligible pools; None: none has one
+    group: str = ""  # the name of the prompt's task
     typical: bool = False  # scored by the full stage, among all pools, as calibrations are
     version: str = ""
     # The objects that counted the request: a reload replaces them, and corrections must reach the same ones.
@@ -211,7 +212,7 @@ class Control:
             self._drift.observe(decisive)
         if self._candidate is not None and decisive is not None:
             live = decision.pool if decision.reason.obeys_threshold else None
-            self._candidate.offer(Offer(prompt, candidates, decision.threshold or 0.0, live))
+            self._candidate.offer(Offer(prompt, candidates, decision.threshold or 0.0, live, accounting.group))
         return decision
 
     def conclude(self, accounting: Accounting, pool: str | None, tokens: int, answered: bool = True) -> None:

@@ -12,6 +12,7 @@ from depo_gateway.gateway.openai.query import Query
 from depo_gateway.gateway.routing import Decision, Eligible
 from depo_gateway.gateway.scoring import Scored
 from depo_gateway.gateway.state import Gateway, RequestState
+from depo_gateway.gateway.task_groups import group_of
 
 
 async def decide(gateway: Gateway, request: RequestState, query: Query, key: str) -> tuple[Eligible, Decision]:
@@ -20,14 +21,16 @@ async def decide(gateway: Gateway, request: RequestState, query: Query, key: str
     Raises:
         ApiError: 404 for an unknown model, 400 for a query that can't be routed or that no pool accepts.
     """
-    live = request.live
+    live, where = request.live, request.live.config.routing.group
+    group = group_of(None if where is None else where.from_, key, request.headers, query)
+    request.notes.group = request.accounting.group = group
     named = live.names.get(query.model)
     if named is not None:
         return Eligible((named,)), Decision(named, Reason.PINNED, estimator=live.scorer.version)
     request.accounting.requested_threshold = requested_threshold(query.model, live.config.pools)
     prompt, candidates = _routable(live.config, query)
     request.phase = "scoring"
-    scored = request.notes.scored = await live.scorer.score(prompt)
+    scored = request.notes.scored = await live.scorer.score(prompt, group)
     sticky = live.config.routing.sticky and (query.messages or query.continued_answer)
     served_by = gateway.conversations.find(key, query.messages, query.continued_answer) if sticky else None
     decision = _choose(gateway, request, candidates, scored, explore=served_by is None)

@@ -54,6 +54,7 @@ EVERY_SETTING = {
         "sticky": False,
         "explore": 0.01,
         "on_overload": "small",
+        "group": {"from": "header:X-Task"},
         "expose_scores": True,
     },
     "estimator": {"deadline_ms": 75.5, "watch": True, "candidate": "/var/lib/depo-gateway/checkpoints/candidate"},
