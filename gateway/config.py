@@ -75,6 +75,7 @@ class Routing:
     sticky: bool = True
     explore: float = 0.0
     on_overload: str = "share"
+    unfamiliar: str = "share"  # where prompts go that are unlike those of the estimator's fit: share, explore, a pool
     group: Group | None = None  # None: no request's task is known
     expose_scores: bool = False
 
@@ -280,6 +281,10 @@ def _check_routing(routing: Routing, pools: Mapping[str, PoolConfig]) -> None:
     if routing.on_overload != "share" and routing.on_overload not in pools:
         raise ValueError(
             f"routing.on_overload is {routing.on_overload!r}; write share or a pool's name ({', '.join(pools)})"
+        )
+    if routing.unfamiliar not in ("share", "explore", *pools):
+        raise ValueError(
+            f"routing.unfamiliar is {routing.unfamiliar!r}; write share, explore or a pool's name ({', '.join(pools)})"
         )
     if routing.group is not None:
         check_source(routing.group.from_)

@@ -1,6 +1,7 @@
 """Query -> Decision: which pool serves a request."""
 
 import random
+from collections.abc import Mapping
 
 from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway import conversations, routing
@@ -10,8 +11,8 @@ from depo_gateway.gateway.openai.api import Prompt
 from depo_gateway.gateway.openai.errors import ApiError
 from depo_gateway.gateway.openai.query import Query
 from depo_gateway.gateway.routing import Decision, Eligible
-from depo_gateway.gateway.scoring import Scored
-from depo_gateway.gateway.state import Gateway, RequestState
+from depo_gateway.gateway.scoring import Scored, usual_shares
+from depo_gateway.gateway.state import Gateway, Live, RequestState
 from depo_gateway.gateway.task_groups import group_of
 
 
@@ -54,7 +55,8 @@ def _routable(config: Config, query: Query) -> tuple[Prompt, Eligible]:
 def _choose(
     gateway: Gateway, request: RequestState, candidates: Eligible, scored: Scored | None, explore: bool
 ) -> Decision:
-    """The pool by the scores; at random where there are none, or where labels show them to be no better."""
+    """The pool by the scores; at random where there are none, or where they can't be relied on: labels show them to be
+    no better, or the prompt is unlike those of the estimator's fit."""
     rules, requested, draw = request.live.config.routing, request.accounting.requested_threshold, random.random()
     threshold = gateway.control.threshold if requested is None else requested
     if scored is None:
@@ -65,4 +67,23 @@ def _choose(
     if shares is not None:
         return routing.by_share(confidence, candidates, shares, threshold, scored.version, draw)
     share = rules.explore if explore else 0.0
-    return routing.by_threshold(confidence, candidates, threshold, scored.version, share, draw)
+    if not scored.unfamiliar:
+        return routing.by_threshold(confidence, candidates, threshold, scored.version, share, draw)
+    if requested in (0.0, 1.0):
+        return routing.at_an_end(confidence, candidates, threshold, scored.version, share, draw)
+    usual = _shares_of_unfamiliar(gateway, request.live, candidates, requested)
+    reason = Reason.UNFAMILIAR
+    return routing.by_share(confidence, candidates, usual, threshold, scored.version, draw, reason, share)
+
+
+def _shares_of_unfamiliar(
+    gateway: Gateway, live: Live, candidates: Eligible, requested: float | None
+) -> Mapping[str, float]:
+    """Each pool's probability for an unfamiliar prompt, by routing.unfamiliar. {}: all are equally likely."""
+    rules, pools = live.config.routing, tuple(live.config.pools)
+    if rules.unfamiliar in candidates.pools:
+        return {rules.unfamiliar: 1.0}
+    if rules.unfamiliar == "explore":
+        return {}
+    asked = {} if requested is None else usual_shares(live.scorer.runtime, pools, rules.rule, requested)
+    return asked or gateway.control.shares_without_scores(gateway.shares)

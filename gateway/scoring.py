@@ -41,6 +41,7 @@ class Scored:
     quality: dict[str, float]
     stage: Stage
     version: str
+    unfamiliar: bool = False  # the prompt is unlike those of the checkpoint's fit; the cheap stage can't tell
 
 
 @dataclass(slots=True, eq=False)
@@ -179,7 +180,7 @@ class Scorer:
 
     def _scored(self, scores: Scores, stage: Stage) -> Scored:
         quality = {pool: scores.quality[column] for pool, column in self._columns.items()}
-        return Scored(quality, stage, self.version)
+        return Scored(quality, stage, self.version, scores.unfamiliar)
 
     def _work(self, core: int | None) -> None:
         if core is not None:

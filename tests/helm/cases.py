@@ -54,6 +54,7 @@ EVERY_SETTING = {
         "sticky": False,
         "explore": 0.01,
         "on_overload": "small",
+        "unfamiliar": "large",
         "group": {"from": "header:X-Task"},
         "expose_scores": True,
     },

@@ -147,7 +147,7 @@ def gateway_takes(key: str, value: Any) -> bool:
     more = nested(key, value)
     if key.startswith("auth.keys[]."):
         more = {"auth": {"keys": [{"name": "a", "sha256": "0" * 64} | {key.removeprefix("auth.keys[]."): value}]}}
-    if key == "routing.on_overload" and value and isinstance(value, str):
+    if key in ("routing.on_overload", "routing.unfamiliar") and value and isinstance(value, str):
         return True  # a pool's name; which there are is not the schema's to know
     if key.startswith("estimator.") and value == "":
         return False  # the config's own directory, which nobody means
