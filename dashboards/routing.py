@@ -19,7 +19,7 @@ NOW = Row(
             ),
             "percentunit",
             decimals=0,
-            width=5,
+            width=4,
             no_value="no traffic",
             alerts=["DepoRoutingNearConstant"],
         ),
@@ -33,6 +33,7 @@ NOW = Row(
             ),
             "percentunit",
             decimals=1,
+            width=3,
             no_value="no traffic",
         ),
         stat(
@@ -50,7 +51,7 @@ NOW = Row(
             "at random, by share, until it is refreshed.",
             (f"max(gateway_router_floor{{{G}}})", "floor"),
             texts={0: ("yes", GOOD), 1: ("no: random", BAD)},
-            width=3,
+            width=2,
             alerts=["DepoRouterFloor"],
         ),
         stat(
@@ -63,6 +64,22 @@ NOW = Row(
             steps=above(0.1, 0.2),
             width=3,
             alerts=["DepoScoreDrift"],
+        ),
+        stat(
+            "Unfamiliar prompts",
+            "Share of the routed requests of the last hour whose prompt is unlike those that the estimator was fitted "
+            "on: routing.unfamiliar decides these, not scores. If it is high, fit a checkpoint on such prompts.",
+            (
+                f"sum(increase(gateway_unfamiliar_total{{{G}}}[1h]))"
+                f' / sum(increase(gateway_decisions_total{{{G},reason!="pinned"}}[1h]))',
+                "unfamiliar",
+            ),
+            "percentunit",
+            decimals=0,
+            steps=above(0.1, 0.5),
+            width=3,
+            no_value="no traffic",
+            alerts=["DepoUnfamiliarTraffic"],
         ),
         stat(
             "Better than random by",
@@ -107,9 +124,9 @@ WHERE = Row(
         lines(
             "Reasons",
             "confident: the cheapest pool is good enough. unsure: a more expensive one was needed. pinned: the client "
-            "named it. sticky: the conversation keeps its pool. explore: chosen at random. context, accepts: no other "
-            "pool can take it. overload: it was not scored in time. fallback: the chosen pool failed. budget: the "
-            "key's share is used up.",
+            "named it. sticky: the conversation keeps its pool. explore: chosen at random. unfamiliar: the prompt is "
+            "unlike what the estimator was fitted on. context, accepts: no other pool can take it. overload: it was "
+            "not scored in time. fallback: the chosen pool failed. budget: the key's share is used up.",
             (f"sum by (reason) ({DECISIONS})", "{{reason}}"),
             "reqps",
             stacked=True,
@@ -273,7 +290,8 @@ CANDIDATE = Row(
         ),
         lines(
             "Prompts",
-            "busy: left out because the candidate was still scoring others.",
+            "busy: left out because the candidate was still scoring others. unfamiliar: unlike what the candidate was "
+            "fitted on; its scores would not decide.",
             (
                 f"sum by (outcome) (rate(gateway_candidate_outcomes_total{{{G}}}[$__rate_interval]))",
                 "{{outcome}}",

@@ -220,6 +220,8 @@ def _count_decision(gateway: Gateway, request: RequestState, decision: Decision)
     metrics, pools = gateway.metrics, request.live.config.pools
     metrics.decisions.labels(decision.pool, decision.reason.value).inc()
     gateway.recent.count_decision(decision, time.time())
+    if request.notes.scored is not None and request.notes.scored.unfamiliar:
+        metrics.unfamiliar.labels(decision.pool).inc()
     if decision.confidence is not None:
         metrics.confidence.observe(decision.confidence)
     if decision.reason.in_shares:

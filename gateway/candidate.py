@@ -33,6 +33,7 @@ class Offer:
     candidates: Eligible
     threshold: float
     pool: str | None  # chosen by the live scores; None: they did not decide
+    group: str = ""  # the name of the prompt's task
 
 
 class Candidate:
@@ -86,16 +87,22 @@ class Candidate:
                 log.exception("the candidate %s failed", self.version)
                 self._metrics.candidate_outcomes.labels("error").inc()
                 continue
-            self._metrics.candidate_outcomes.labels("scored").inc()
+            self._metrics.candidate_outcomes.labels("unfamiliar" if pool is None else "scored").inc()
+            if pool is None:
+                continue
             self._metrics.candidate_decisions.labels(pool).inc()
             if offer.pool is not None:
                 self._metrics.candidate_agreement.labels("yes" if pool == offer.pool else "no").inc()
 
-    def _decide(self, offer: Offer) -> str:
-        prepared = self._runtime.prepare(*extract_text(self._runtime.manifest.text, offer.prompt))
+    def _decide(self, offer: Offer) -> str | None:
+        """The pool that it would choose; None for a prompt unfamiliar to it, where its scores would not decide."""
+        text, context = extract_text(self._runtime.manifest.text, offer.prompt)
+        prepared = self._runtime.prepare(text, context, offer.group)
         scores = self._runtime.score([prepared])[0]
         if not scores.finite:
             raise FloatingPointError("the candidate's scores are NaN or infinite")
+        if scores.unfamiliar:
+            return None
         quality = {name: scores.quality[column] for name, column in self._columns.items()}
         confidence = routing.confidences(quality, self._rule, offer.candidates)
         threshold = offer.threshold if self._threshold is None else self._threshold

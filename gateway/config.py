@@ -29,6 +29,7 @@ from depo_gateway.estimator.configuration.shared import (
 from depo_gateway.estimator.configuration.yaml_tree import at_least, within
 from depo_gateway.estimator.records.types import RoutingSettings, ServedPool
 from depo_gateway.gateway.auth_config import Auth, check_digest, check_keys, with_keys_file
+from depo_gateway.gateway.task_groups import check_source
 
 Modality = Literal["text", "tools", "image", "audio"]
 Rule = Literal["gain", "difficulty"]
@@ -60,6 +61,13 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """Where the name of a request's task is read."""
+
+    from_: str  # key | header:NAME | metadata:NAME | system
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
     rule: Rule = "gain"
     threshold: float = 0.85
@@ -67,6 +75,8 @@ class Routing:
     sticky: bool = True
     explore: float = 0.0
     on_overload: str = "share"
+    unfamiliar: str = "share"  # where prompts go that are unlike those of the estimator's fit: share, explore, a pool
+    group: Group | None = None  # None: no request's task is known
     expose_scores: bool = False
 
 
@@ -272,6 +282,12 @@ def _check_routing(routing: Routing, pools: Mapping[str, PoolConfig]) -> None:
         raise ValueError(
             f"routing.on_overload is {routing.on_overload!r}; write share or a pool's name ({', '.join(pools)})"
         )
+    if routing.unfamiliar not in ("share", "explore", *pools):
+        raise ValueError(
+            f"routing.unfamiliar is {routing.unfamiliar!r}; write share, explore or a pool's name ({', '.join(pools)})"
+        )
+    if routing.group is not None:
+        check_source(routing.group.from_)
     if routing.target is None:
         return
     given = {name: value for name, value in yaml_tree.plain(routing.target).items() if value is not None}

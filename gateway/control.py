@@ -33,7 +33,9 @@ class Accounting:
 
     requested_threshold: float | None = None  # the one in auto-0.85
     decisive_confidence: float | None = None  # the highest among the cheaper eligible pools; None: none has one
-    typical: bool = False  # scored by the full stage, among all pools, as calibrations are
+    group: str = ""  # the name of the prompt's task
+    unfamiliar: bool = False  # the prompt is unlike those of the estimator's fit
+    typical: bool = False  # scored by the full stage, among all pools, as calibrations are; and no unfamiliar prompt
     version: str = ""
     # The objects that counted the request: a reload replaces them, and corrections must reach the same ones.
     config: Config | None = None
@@ -47,7 +49,8 @@ class Accounting:
         self.version = scored.version
         below = [confidence[name] for name in candidates.pools[:-1] if name in confidence]
         self.decisive_confidence = max(below, default=None)
-        self.typical = scored.stage != "cheap" and len(candidates.pools) == pools
+        self.unfamiliar = scored.unfamiliar
+        self.typical = scored.stage != "cheap" and len(candidates.pools) == pools and not scored.unfamiliar
 
     def pay(self) -> bool:
         """Pays for a call of the last pool that was not chosen at first; False if the key's share is used up."""
@@ -176,10 +179,18 @@ class Control:
 
         The last pool's is the target's, or its usual share under the scores; the others divide the rest as usual.
         """
-        if self._floor is None or self._config is None:
+        if self._floor is None:
             return None
+        return self._with_large(shares, self._floor.large_share if self._controller is None else self._controller.rank)
+
+    def shares_without_scores(self, shares: Mapping[str, float]) -> Mapping[str, float]:
+        """Each pool's probability for a prompt that the scores can't tell: the target's share for the last one."""
+        return shares if self._controller is None else self._with_large(shares, self._controller.rank)
+
+    def _with_large(self, shares: Mapping[str, float], large: float) -> dict[str, float]:
+        """The last pool at the share `large`; the others divide the rest as usual."""
+        assert self._config is not None
         *others, last = self._config.pools
-        large = self._floor.large_share if self._controller is None else self._controller.rank
         rest = sum(shares.get(name, 0.0) for name in others)
         weights = {
             name: (1.0 - large) * (shares.get(name, 0.0) / rest if rest > 0 else 1 / len(others)) for name in others
@@ -211,7 +222,7 @@ class Control:
             self._drift.observe(decisive)
         if self._candidate is not None and decisive is not None:
             live = decision.pool if decision.reason.obeys_threshold else None
-            self._candidate.offer(Offer(prompt, candidates, decision.threshold or 0.0, live))
+            self._candidate.offer(Offer(prompt, candidates, decision.threshold or 0.0, live, accounting.group))
         return decision
 
     def conclude(self, accounting: Accounting, pool: str | None, tokens: int, answered: bool = True) -> None:
@@ -242,7 +253,8 @@ class Control:
         """Whether another threshold could have changed where the request went."""
         if accounting.requested_threshold is None and decision.reason.obeys_threshold:
             return True
-        return self.routes_by_share or (decision.reason is Reason.STICKY and decision.pool != last)
+        kept = decision.reason is Reason.STICKY and decision.pool != last and not accounting.unfamiliar
+        return self.routes_by_share or kept
 
     def _within_budget(self, accounting: Accounting, key: str, candidates: Eligible, decision: Decision) -> Decision:
         assert self._config is not None

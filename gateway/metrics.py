@@ -78,6 +78,12 @@ class Metrics:
         self.backend_up = Gauge("gateway_backend_up", "1 while its health checks pass", ["backend"], registry=registry)
         self.circuit = Gauge("gateway_circuit_state", "0 closed, 1 half open, 2 open", ["backend"], registry=registry)
         self.decisions = Counter("gateway_decisions_total", "Decisions", ["pool", "reason"], registry=registry)
+        self.unfamiliar = Counter(
+            "gateway_unfamiliar_total",
+            "Decisions for prompts unlike those that the estimator was fitted on",
+            ["pool"],
+            registry=registry,
+        )
         self.confidence = Histogram(
             "gateway_confidence", "Confidence in the cheapest eligible pool", buckets=CONFIDENCE, registry=registry
         )

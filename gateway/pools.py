@@ -198,6 +198,7 @@ def open_pools(config: Config, metrics: Metrics) -> dict[str, Pool]:
             metrics.circuit.labels(backends[-1].url).set(CLOSED)
         metrics.in_flight.labels(name)  # exported from the start; after a reload the old pool's requests still count
         metrics.cost.labels(name)
+        metrics.unfamiliar.labels(name)
         pools[name] = Pool(name, pool, tuple(backends))
     return pools
 

@@ -47,6 +47,7 @@ class RequestNotes:
     api: Api
     id: str
     key: str | None = None  # None: the caller is unknown or over its rate, and nothing is recorded
+    group: str = ""  # the name of the prompt's task
     reference: bytes = b""
     query: Query | None = None
     eligible: tuple[str, ...] = ()
@@ -84,6 +85,7 @@ def record_of(notes: RequestNotes, prompts: str, hash_key: bytes) -> Record:
         key=key,
         endpoint=notes.api.name,
         conversation=_hmac(hash_key, "conversation", key, _first_turn(prompt)) if prompt is not None else "",
+        group=notes.group,
         pool=decision.pool if decision is not None and notes.served else "",
         reason=decision.reason.value if decision is not None else "",
         confidence=decision.confidence if decision is not None else None,

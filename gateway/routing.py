@@ -105,11 +105,32 @@ def by_share(
     threshold: float,
     estimator: str,
     draw: float,
+    reason: Reason = Reason.EXPLORE,
+    explore: float = 0.0,
 ) -> Decision:
-    """A random pool at the shares given, whatever the scores say, because labels show the scores to be no better."""
-    pool, propensity = _drawn(candidates.pools, shares, draw)
-    reason = Reason.EXPLORE if len(candidates.pools) > 1 else _reason(pool, candidates)
+    """A random pool at the shares given, whatever the scores say, because they can't be relied on.
+
+    Args:
+        shares: none of an eligible pool: all are equally likely.
+        reason: EXPLORE where labels show the scores to be no better, UNFAMILIAR where the prompt is.
+        explore: share routed uniformly over the eligible pools.
+    """
+    pool, propensity = _drawn(candidates.pools, shares, draw, explore)
+    reason = reason if len(candidates.pools) > 1 else _reason(pool, candidates)
     return Decision(pool, reason, confidence.get(candidates.pools[0]), threshold, estimator, propensity)
+
+
+def at_an_end(
+    confidence: Mapping[str, float],
+    candidates: Eligible,
+    threshold: float,
+    estimator: str,
+    explore: float = 0.0,
+    draw: float = 1.0,
+) -> Decision:
+    """The first eligible pool for threshold 0, the last for 1, whatever the scores say. See by_threshold."""
+    unsure = by_threshold(dict.fromkeys(candidates.pools, 0.0), candidates, threshold, estimator, explore, draw)
+    return replace(unsure, confidence=confidence.get(candidates.pools[0]))
 
 
 def keep(decision: Decision, pool: str, order: Sequence[str], candidates: Eligible, in_tool_loop: bool) -> Decision:
@@ -128,11 +149,12 @@ def _reason(chosen: str, candidates: Eligible) -> Reason:
     return candidates.excluded or Reason.CONFIDENT
 
 
-def _drawn(pools: Sequence[str], shares: Mapping[str, float], draw: float) -> tuple[str, float]:
-    """A pool in proportion to its share, and the probability with which it was drawn."""
+def _drawn(pools: Sequence[str], shares: Mapping[str, float], draw: float, explore: float = 0.0) -> tuple[str, float]:
+    """A pool in proportion to its share, uniformly with probability `explore`; and the probability of drawing it."""
     weights = [shares.get(name, 0.0) for name in pools]
     total = sum(weights)
     weights = [weight / total for weight in weights] if total > 0 else [1.0 / len(pools)] * len(pools)
+    weights = [explore / len(pools) + (1.0 - explore) * weight for weight in weights]
     index = _pick(weights, draw)
     return pools[index], weights[index]
 

@@ -41,6 +41,7 @@ class Scored:
     quality: dict[str, float]
     stage: Stage
     version: str
+    unfamiliar: bool = False  # the prompt is unlike those of the checkpoint's fit; the cheap stage can't tell
 
 
 @dataclass(slots=True, eq=False)
@@ -87,20 +88,22 @@ class Scorer:
         for thread in self._threads:
             thread.start()
 
-    async def score(self, prompt: str | Sequence[Mapping[str, object]]) -> Scored | None:
+    async def score(self, prompt: str | Sequence[Mapping[str, object]], group: str = "") -> Scored | None:
         """Scores of a prompt, or of a conversation's messages, read as the checkpoint's manifest says.
 
+        `group` is the name of the prompt's task, "" if unknown: the same prompt may score differently in another one.
         Takes at most the deadline plus the cheap stage. None if the cheap stage fails as well, or does not exist.
         """
         started = time.perf_counter()
         try:
             text, context = extract_text(self.runtime.manifest.text, prompt)
-            name = hashlib.blake2b(f"{len(text)}\0{text}{context}".encode(), digest_size=16).digest()
+            whole = f"{len(text)}\0{len(context)}\0{text}{context}{group}"
+            name = hashlib.blake2b(whole.encode(), digest_size=16).digest()
             known = self._cache.get(name)
             if known is not None:
                 self._metrics.estimator_outcomes.labels("cached").inc()
                 return self._scored(known, "cached")
-            prepared = self.runtime.prepare(text, context)
+            prepared = self.runtime.prepare(text, context, group)
         except Exception:  # boundary: template or tokenizer may fail on a prompt; the request is served
             log.exception("preparing a prompt failed")
             self._metrics.estimator_outcomes.labels("error").inc()
@@ -177,7 +180,7 @@ class Scorer:
 
     def _scored(self, scores: Scores, stage: Stage) -> Scored:
         quality = {pool: scores.quality[column] for pool, column in self._columns.items()}
-        return Scored(quality, stage, self.version)
+        return Scored(quality, stage, self.version, scores.unfamiliar)
 
     def _work(self, core: int | None) -> None:
         if core is not None:

@@ -116,7 +116,6 @@ async def _build(settings: Config, apis: Apis) -> tuple[list[socket.socket], Gat
         opened.pop_all()  # from here on the servers and _close close them
     control = Control()
     control.follow(settings, live.scorer.runtime)
-    rule = settings.routing.rule
     gateway = Gateway(
         live,
         metrics,
@@ -125,7 +124,7 @@ async def _build(settings: Config, apis: Apis) -> tuple[list[socket.socket], Gat
         control,
         recorder=recorder,
         apis=apis,
-        shares=scoring.usual_shares(live.scorer.runtime, tuple(settings.pools), rule, control.threshold),
+        shares=_usual_shares(live, control),
     )
     gateway.idle.set()
     return sockets, gateway
@@ -188,8 +187,10 @@ class _Reload:
         return live, recorder
 
     async def _apply(self, live: Live, recorder: Recorder | None) -> None:
-        gateway, settings = self._gateway, live.config
+        gateway, settings, before = self._gateway, live.config, self._gateway.live.config
         replace_live(gateway, live)
+        if _share_settings(settings) != _share_settings(before):  # decisions that follow would correct them slowly
+            gateway.shares = _usual_shares(live, gateway.control) or gateway.shares
         await self._watcher.first_standing()
         gateway.upstream.set_connect_seconds(settings.timeouts.connect_s)
         gateway.retry_budget = pools.RetryBudget(settings.retries.budget, settings.retries.per_second)
@@ -240,6 +241,18 @@ async def _live(settings: Config, metrics: Metrics) -> Live:
     keys = {key.sha256: key.name for key in settings.auth.keys} if settings.auth else {}
     names, opened = served_names(settings.pools), pools.open_pools(settings, metrics)
     return Live(settings, opened, keys, names, scorer, config.routing_settings(settings))
+
+
+def _usual_shares(live: Live, control: Control) -> dict[str, float]:
+    """Each pool's share at the threshold in force, by the checkpoint's curve; {} where it can't tell."""
+    rule = live.config.routing.rule
+    return scoring.usual_shares(live.scorer.runtime, tuple(live.config.pools), rule, control.threshold)
+
+
+def _share_settings(settings: Config) -> tuple[object, ...]:
+    """What the pools' usual shares depend on, beside the traffic."""
+    routing = settings.routing
+    return routing.rule, routing.threshold, routing.target, tuple(settings.pools)
 
 
 async def _drain(gateway: Gateway) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from depo_gateway.estimator.configuration import yaml_tree
 from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.gateway import config
 from depo_gateway.gateway.metrics import Metrics
@@ -44,7 +45,7 @@ def relative(path: Path) -> str:
 def settings(kind: Any = config.Config, prefix: str = "") -> Iterator[str]:
     """Every key of the config tree, as the documentation writes it."""
     for name, hint in typing.get_type_hints(kind).items():
-        key, inner = prefix + name, hint
+        key, inner = prefix + yaml_tree.key_of(name), hint
         if typing.get_origin(hint) is Mapping:
             key, inner = f"{key}.NAME", typing.get_args(hint)[1]
         elif typing.get_origin(hint) is tuple:

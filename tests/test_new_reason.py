@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TABLE = "depo_gateway.estimator.records.reasons"
-LAST_ROW = "    BUDGET    = ("
+LAST_ROW = "    BUDGET     = ("
 REQUESTS = 20
 
 

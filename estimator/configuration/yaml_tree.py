@@ -1,13 +1,15 @@
 """A closed tree of settings, read from YAML into frozen dataclasses.
 
 An unknown key is a mistake that names itself and the nearest known key. Scalars are checked too
-(`threshold: "0.6"` is a mistake, not a number). Every mistake is a ValueError of one sentence.
+(`threshold: "0.6"` is a mistake, not a number). Every mistake is a ValueError of one sentence. A key that is a keyword
+of Python has an underscore behind it in its dataclass: the field of `from` is `from_`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import keyword
 import math
 import types
 import typing
@@ -97,7 +99,7 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
 def _section(kind: Any, value: Any, where: str, default: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where or 'the config'} is {kind_of(value)}; write a mapping")
-    fields = {item.name: item for item in dataclasses.fields(kind)}
+    fields = {key_of(item.name): item for item in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     for name in value:
         if name not in fields:
@@ -110,12 +112,17 @@ def _section(kind: Any, value: Any, where: str, default: Any) -> Any:
         path = f"{where}.{name}" if where else name
         if name in value:
             known = item.default_factory() if callable(item.default_factory) else None
-            built[name] = build(hints[name], value[name], path, known)
+            built[item.name] = build(hints[item.name], value[name], path, known)
         elif default is not None:
-            built[name] = getattr(default, name)
+            built[item.name] = getattr(default, item.name)
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise ValueError(f"{path!r} is missing")
     return kind(**built)
+
+
+def key_of(field: str) -> str:
+    """The key of a dataclass's field in YAML."""
+    return field.removesuffix("_") if keyword.iskeyword(field.removesuffix("_")) else field
 
 
 KINDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
@@ -132,7 +139,7 @@ def kind_of(value: Any) -> str:
 def plain(value: Any) -> Any:
     """A tree as mappings, lists and scalars, for YAML or JSON."""
     if dataclasses.is_dataclass(value):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {key_of(item.name): plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, tuple):

@@ -18,7 +18,11 @@ class Reason(StrEnum):
             evaluation may weigh the record by it.
         in_shares: scores or chance chose, maybe among fewer pools: the decision counts in the pools' moving shares.
         obeys_threshold: the threshold decided: it counts for `routing.target`.
-        random: a random draw decided: it is no evidence that a conversation needs a better pool.
+        random: a random draw, or a rule in place of the scores, decided: it is no evidence that a conversation needs a
+            better pool.
+
+    UNFAMILIAR is free: what is done depends on the prompt alone, and the propensity says with which probability; it is
+    1 where routing.unfamiliar names a pool. It is not in the shares, which it draws from: they are those of the scores.
     """
 
     free: bool
@@ -34,17 +38,18 @@ class Reason(StrEnum):
         return member
 
     # fmt: off
-    #             name         free   in_shares  obeys_threshold  random
-    CONFIDENT = ("confident", True,  True,      True,            False)  # the cheapest pool's confidence is enough
-    UNSURE    = ("unsure",    True,  True,      True,            False)  # it is not: a more expensive pool serves
-    PINNED    = ("pinned",    False, False,     False,           False)  # the client named the pool
-    STICKY    = ("sticky",    False, False,     False,           False)  # the conversation keeps its pool
-    EXPLORE   = ("explore",   True,  True,      False,           True)   # drawn at random
-    CONTEXT   = ("context",   False, True,      True,            False)  # too long for the cheapest pool
-    ACCEPTS   = ("accepts",   False, True,      True,            False)  # the cheapest pool lacks a modality
-    OVERLOAD  = ("overload",  False, False,     False,           True)   # no scores in time: routing.on_overload
-    FALLBACK  = ("fallback",  False, False,     False,           False)  # the chosen pool did not answer
-    BUDGET    = ("budget",    False, False,     False,           False)  # the key's share of the last pool is used up
+    #              name           free   in_shares  obeys_threshold  random
+    CONFIDENT  = ("confident",  True,  True,      True,            False)  # the cheapest pool's confidence is enough
+    UNSURE     = ("unsure",     True,  True,      True,            False)  # it is not: a more expensive pool serves
+    PINNED     = ("pinned",     False, False,     False,           False)  # the client named the pool
+    STICKY     = ("sticky",     False, False,     False,           False)  # the conversation keeps its pool
+    EXPLORE    = ("explore",    True,  True,      False,           True)   # drawn at random
+    UNFAMILIAR = ("unfamiliar", True,  False,     False,           True)   # unlike what the estimator was fitted on
+    CONTEXT    = ("context",    False, True,      True,            False)  # too long for the cheapest pool
+    ACCEPTS    = ("accepts",    False, True,      True,            False)  # the cheapest pool lacks a modality
+    OVERLOAD   = ("overload",   False, False,     False,           True)   # no scores in time: routing.on_overload
+    FALLBACK   = ("fallback",   False, False,     False,           False)  # the chosen pool did not answer
+    BUDGET     = ("budget",     False, False,     False,           False)  # the key's share of the last pool is used up
     # fmt: on
 
 

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from depo_gateway.estimator.records.tables import (
+    ADDED_LATER,
     DATABASE_SCHEMA,
     LABELS,
     METADATA,
@@ -94,14 +95,14 @@ class Store:
             raise ValueError(
                 f"the records database {self.name} needs {error.name}: pip install 'depo-gateway[postgres]'"
             ) from None
-        self._has_settings = False  # known: whether the database has the column records.settings
+        self._lacking: set[str] = set(ADDED_LATER)  # columns that the database may lack, until it is known to have all
         self._stored_settings: dict[str, RoutingSettings] = {}  # by digest, as the database holds them
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
 
     def create(self) -> None:
-        """Creates missing tables, and the column that earlier versions lack; several processes may do so at once.
+        """Creates missing tables, and the columns that earlier versions lack; several processes may do so at once.
 
         Raises:
             ValueError: another version of this software created the database.
@@ -118,8 +119,8 @@ class Store:
                     "use that version, or another database"
                 )
             METADATA.create_all(connection)
-            if not self._settings_column(connection):  # an earlier version created the table
-                connection.execute(sa.text("ALTER TABLE records ADD COLUMN settings TEXT"))
+            for name in sorted(self._lacks(connection)):  # an earlier version created the table
+                connection.execute(sa.text(f'ALTER TABLE records ADD COLUMN "{name}" TEXT'))
             if found is None:
                 connection.execute(VERSIONS.insert(), {"version": DATABASE_SCHEMA})
 
@@ -258,23 +259,24 @@ class Store:
         self, connection: sa.Connection, where: Sequence[sa.ColumnElement[bool]], limit: int | None = None
     ) -> list[Record]:
         """The records that meet all conditions, oldest first."""
-        has_settings = self._settings_column(connection)
-        columns = [column for column in RECORDS.c if has_settings or column.name != "settings"]
+        lacking = self._lacks(connection)
+        columns = [column for column in RECORDS.c if column.name not in lacking]
         query = sa.select(*columns).where(*where).order_by(RECORDS.c.time, RECORDS.c.seq).limit(limit)
         rows = connection.execute(query).mappings().all()
-        unread = {row["settings"] for row in rows if has_settings} - {None, *self._stored_settings}
+        unread = {row.get("settings") for row in rows} - {None, *self._stored_settings}
         if unread:
             stored = sa.select(ROUTING_SETTINGS).where(ROUTING_SETTINGS.c.digest.in_(unread))
             for row in connection.execute(stored).mappings():
                 self._stored_settings[row["digest"]] = settings_of(row["content"])
         return [record_of(row, self._stored_settings) for row in rows]
 
-    def _settings_column(self, connection: sa.Connection) -> bool:
-        """Whether the table of records has the column `settings`; earlier versions create it without."""
-        if not self._has_settings:
-            names = [column["name"] for column in sa.inspect(connection).get_columns(RECORDS.name)]
-            self._has_settings = "settings" in names
-        return self._has_settings
+    def _lacks(self, connection: sa.Connection) -> set[str]:
+        """The columns that the table of records lacks, because an earlier version created it."""
+        if self._lacking:
+            self._lacking = set(ADDED_LATER) - {
+                column["name"] for column in sa.inspect(connection).get_columns(RECORDS.name)
+            }
+        return self._lacking
 
     @contextlib.contextmanager
     def _transaction(self, write: bool = False) -> Iterator[sa.Connection]:

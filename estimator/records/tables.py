@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from depo_gateway.estimator.records.types import Label, Record, RoutingSettings, ServedPool
 
 DATABASE_SCHEMA = 1
+ADDED_LATER = ("settings", "group")  # columns of records that an earlier version's table lacks; settings: a digest
 LARGEST = 2**62  # the largest token count stored
 
 METADATA = sa.MetaData()
@@ -48,8 +49,8 @@ RECORDS = sa.Table(
     *(sa.Column(name, sa.BigInteger) for name in ("prompt_tokens", "completion_tokens")),
     *(sa.Column(name, sa.Text, nullable=False) for name in ("finish_reason", "prompt_hash", "parameters")),
     *(sa.Column(name, sa.Text) for name in ("asked", "answer", "reference")),
-    # A digest. Earlier versions neither write nor read the column, so they may use the same database
-    sa.Column("settings", sa.Text),
+    # Earlier versions neither write nor read these columns, so they may use the same database
+    *(sa.Column(name, sa.Text) for name in ADDED_LATER),
     # Clients may choose their request ids and use one again. A batch whose commit was cut off can come twice: this
     # keeps it single.
     sa.UniqueConstraint("key", "id", "time"),
@@ -77,7 +78,7 @@ SHADOWED = sa.Table(
     sa.PrimaryKeyConstraint("record"),
 )
 _JSON = ("pools", "quality", "asked", "parameters")
-_TEXT = ("finish_reason", "answer", "reference", "endpoint", "key", "id")  # from outside, unchecked
+_TEXT = ("finish_reason", "answer", "reference", "endpoint", "key", "id", "group")  # from outside, unchecked
 _FIELDS = tuple(item.name for item in fields(Record))
 
 
@@ -101,7 +102,8 @@ def record_of(row: sa.RowMapping, settings: Mapping[str, RoutingSettings]) -> Re
     for name in _JSON:
         values[name] = None if values[name] is None else orjson.loads(values[name])
     known = settings.get(values.get("settings") or "")
-    return Record(**(values | {"pools": tuple(values["pools"]), "settings": known}))
+    group = values.get("group") or ""  # NULL where an earlier version wrote the record
+    return Record(**(values | {"pools": tuple(values["pools"]), "settings": known, "group": group}))
 
 
 def settings_row(settings: RoutingSettings) -> dict[str, str]:

@@ -41,6 +41,7 @@ class Record:
     key: str = ""  # the API key's name; "": the gateway has no keys
     endpoint: str = "chat"
     conversation: str = ""  # HMAC of the key's name and the first turns; the same for all turns of a conversation
+    group: str = ""  # the name of the prompt's task (routing.group); "": unknown
     pool: str = ""  # the one that served; "": none
     reason: str = ""
     confidence: float | None = None  # of the cheapest eligible pool

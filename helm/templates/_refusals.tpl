@@ -192,6 +192,11 @@ config.routing.target.cost is {{ $routing.target.cost }}, and with everything in
 config.routing.on_overload is {{ . }}: set share or a pool's name ({{ join ", " $pools }}).
 {{- end }}
 {{- end }}
+{{- with $routing.unfamiliar }}
+{{- if not (has . (concat $pools (list "share" "explore"))) }}
+config.routing.unfamiliar is {{ . }}: set share, explore or a pool's name ({{ join ", " $pools }}).
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- define "depo-gateway.refusals.records" -}}

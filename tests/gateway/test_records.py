@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
+from depo_gateway.estimator.records import tables
 from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.records.store import Feedback, Store
 from depo_gateway.estimator.records.types import Record, RoutingSettings, ServedPool
@@ -640,6 +641,7 @@ def test_a_database_of_version_0_1_is_read_as_it_is_and_taken_over(records_url: 
     store.create()
     with store._transaction(write=True) as connection:  # version 0.1's tables
         connection.execute(sa.text("ALTER TABLE records DROP COLUMN settings"))
+        connection.execute(sa.text('ALTER TABLE records DROP COLUMN "group"'))
         connection.execute(sa.text("DROP TABLE routing_settings"))
         columns = "id, time, key, endpoint, conversation, pool, reason, estimator, stage, pools, quality, propensity,"
         values = "'old', 1, '', 'chat', '', 'small', 'confident', '', '', '[]', '{}', 1,"
@@ -653,12 +655,35 @@ def test_a_database_of_version_0_1_is_read_as_it_is_and_taken_over(records_url: 
     kept = [RoutingSettings("gain", None, {"large_share": bound}, pools) for bound in (0.3, 0.4)]
     new = Store(records_url)
     new.create()
-    new.append([Record(f"new {n}", 2.0 + n, settings=kept[n % 2]) for n in range(4)])
+    new.append([Record(f"new {n}", 2.0 + n, group=f"task {n}", settings=kept[n % 2]) for n in range(4)])
     new.create()
     with new._transaction(write=True) as connection:
         connection.execute(
             sa.text(f"{by_old_version} VALUES ({values.replace('old', 'again')} 1, 200, '', '', '{{}}')")
         )
     new.close()
-    found = {record.id: record.settings for record in stored(records_url)}
-    assert found == {"old": None, "again": None, **{f"new {n}": kept[n % 2] for n in range(4)}}
+    found = {record.id: (record.settings, record.group) for record in stored(records_url)}
+    old = {"old": (None, ""), "again": (None, "")}
+    assert found == old | {f"new {n}": (kept[n % 2], f"task {n}") for n in range(4)}
+
+
+def test_a_database_without_tasks_is_taken_over_while_an_older_gateway_writes(records_url: str) -> None:
+    """As on a rolling upgrade, and after one is taken back: nothing that either version wrote is lost."""
+    settings = RoutingSettings("gain", 0.85, {}, {"small": ServedPool("org/small", 1.0)})
+    older = Store(records_url)
+    older.create()
+    older.append([Record("before", 1.0, group="lost", settings=settings)])
+    with older._transaction(write=True) as connection:  # the tables of the version before
+        connection.execute(sa.text('ALTER TABLE records DROP COLUMN "group"'))
+    assert [(record.id, record.group, record.settings) for record in stored(records_url)] == [("before", "", settings)]
+    new = Store(records_url)
+    new.create()
+    new.append([Record("new", 2.0, group="sums", settings=settings)])
+    with older._transaction(write=True) as connection:  # it knows its own columns only
+        names = ", ".join(f'"{column.name}"' for column in tables.RECORDS.c if column.name not in ("seq", "group"))
+        values = names.replace('"id"', "'after'").replace('"time"', "3.0")
+        connection.execute(sa.text(f"INSERT INTO records ({names}) SELECT {values} FROM records WHERE id = 'before'"))
+    older.close()
+    new.close()
+    found = {record.id: (record.group, record.settings) for record in stored(records_url)}
+    assert found == {"before": ("", settings), "new": ("sums", settings), "after": ("", settings)}

@@ -23,6 +23,7 @@ from depo_gateway.gateway.scoring import Scorer
 from tests.gateway.backend import FakeVllm
 from tests.gateway.checkpoints import version
 from tests.gateway.conftest import StartGateway
+from tests.gateway.knowing import PROOFS, knowing
 
 COLUMNS = {"small": 0, "large": 1}
 LONG = "prove the hard theorem " * 400
@@ -95,6 +96,27 @@ async def test_the_same_prompt_is_scored_once(make: Make) -> None:
     assert outcomes(scorer) == {"full": 2, "cached": 1}
     moved = await scorer.score(turns("easy sumhard", " hard hard"))
     assert moved != other  # the seam between turn and context counts
+
+
+async def test_a_prompt_of_another_task_is_scored_anew(make: Make, runtime: Runtime, gate: threading.Event) -> None:
+    knows = knowing(replace(runtime, session=Gated(runtime.session, gate)))  # type: ignore[arg-type]
+    scorer = make(of=knows)
+    asked = [("easy", ""), ("easy", PROOFS), ("easyproof", "s"), ("easy", PROOFS)]
+    tasks = [asyncio.create_task(scorer.score(text, group)) for text, group in asked]
+    await asyncio.sleep(0.05)  # all are under way, none is cached
+    gate.set()
+    unknown, proofs, _, again = await asyncio.gather(*tasks)
+    assert unknown is not None
+    assert proofs is not None
+    assert again is not None
+    assert proofs.quality == again.quality == {"small": 0.0, "large": 1.0} != unknown.quality
+    assert knows.session.runs <= 3
+    cached = [await scorer.score(text, group) for text, group in (*asked, ("easy", "sums"))]
+    assert [item.stage for item in cached if item is not None] == [*["cached"] * 4, "full"]
+    # the seam between context and task counts
+    turn = await scorer.score(turns("easy", "so"), "ms")
+    assert turn is not None
+    assert (await scorer.score(turns("easy", "som"), "s")) != replace(turn, stage="cached")
 
 
 async def test_the_cache_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

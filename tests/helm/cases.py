@@ -54,6 +54,8 @@ EVERY_SETTING = {
         "sticky": False,
         "explore": 0.01,
         "on_overload": "small",
+        "unfamiliar": "large",
+        "group": {"from": "header:X-Task"},
         "expose_scores": True,
     },
     "estimator": {"deadline_ms": 75.5, "watch": True, "candidate": "/var/lib/depo-gateway/checkpoints/candidate"},

@@ -206,6 +206,11 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [  # what each is, the va
         ["config.routing.on_overload", "huge"],
     ),
     (
+        "unfamiliar prompts to a pool that isn't",
+        nested("config.routing.unfamiliar", "huge"),
+        ["config.routing.unfamiliar", "huge", "explore"],
+    ),
+    (
         "a webhook without an address",
         {"learner": {"config": {"judge": {"kind": "webhook"}}}},
         ["learner.config.judge.url"],

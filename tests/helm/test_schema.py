@@ -11,6 +11,7 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
+from depo_gateway.estimator.configuration import yaml_tree
 from depo_gateway.gateway import config
 from depo_gateway.training.judging.label_sources import judge_kinds
 from depo_gateway.training.online import settings as learner_settings
@@ -58,7 +59,7 @@ def resolved(node: Any) -> Any:
 def settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of a tree of settings with its annotation."""
     for name, hint in typing.get_type_hints(kind).items():
-        key, inner = prefix + name, hint
+        key, inner = prefix + yaml_tree.key_of(name), hint
         if typing.get_origin(hint) is Mapping:
             key, inner = f"{key}.NAME", typing.get_args(hint)[1]
         elif typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0]):
@@ -146,7 +147,7 @@ def gateway_takes(key: str, value: Any) -> bool:
     more = nested(key, value)
     if key.startswith("auth.keys[]."):
         more = {"auth": {"keys": [{"name": "a", "sha256": "0" * 64} | {key.removeprefix("auth.keys[]."): value}]}}
-    if key == "routing.on_overload" and value and isinstance(value, str):
+    if key in ("routing.on_overload", "routing.unfamiliar") and value and isinstance(value, str):
         return True  # a pool's name; which there are is not the schema's to know
     if key.startswith("estimator.") and value == "":
         return False  # the config's own directory, which nobody means

@@ -20,6 +20,7 @@ import numpy as np
 from sqlalchemy import make_url
 
 from depo_gateway.estimator.arrays import Array
+from depo_gateway.estimator.records.reasons import Reason
 from depo_gateway.estimator.records.store import Store
 from depo_gateway.estimator.records.types import Example, Label, Labelled, Record
 from depo_gateway.estimator.text import TextConfig
@@ -58,7 +59,8 @@ class LoggedTraffic:
         """The free decisions, for off-policy estimates. `predicted`: quality (N, K) by a checkpoint."""
         free = self.free
         numbers = np.unique(self.conversation[free], return_inverse=True)[1]
-        return Logs(self.pool[free], self.propensity[free], self.observed[free], predicted[free], numbers)
+        unfamiliar = np.array([record.reason == Reason.UNFAMILIAR for record in self.records], bool)[free]
+        return Logs(self.pool[free], self.propensity[free], self.observed[free], predicted[free], numbers, unfamiliar)
 
     def select(self, rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> LoggedTraffic:
         """The records in `rows` (N,), their conversations renumbered."""

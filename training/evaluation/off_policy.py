@@ -49,6 +49,13 @@ class Logs:
     observed: Array  # (N, K) labels in [0, 1], NaN where there is none
     predicted: Array  # (N, K) quality by the checkpoint
     conversation: Integers  # (N,) 0 to C - 1: intervals resample whole ones
+    unfamiliar: NDArray[np.bool_] | None = None  # (N,) drawn because the estimator did not know the prompt; None: none
+
+    @property
+    def explored(self) -> NDArray[np.bool_]:
+        """(N,): whether routing.explore, or the floor, could have chosen another pool."""
+        drawn = self.propensity < 1.0
+        return drawn if self.unfamiliar is None else drawn & ~self.unfamiliar
 
     @property
     def complete(self) -> NDArray[np.bool_]:
@@ -94,6 +101,7 @@ def select_records(logs: Logs, rows: NDArray[np.bool_]) -> Logs:
         logs.observed[rows],
         logs.predicted[rows],
         np.unique(logs.conversation[rows], return_inverse=True)[1],
+        None if logs.unfamiliar is None else logs.unfamiliar[rows],
     )
 
 
@@ -101,13 +109,14 @@ def usable_records(logs: Logs) -> tuple[NDArray[np.bool_], dict[str, int]]:
     """The records (N,) that an estimate can use, and how many are left out of it, by reason.
 
     Where some records were logged with explore above 0, those without are left out: they come from another period, or
-    are turns that had to move up. Where none was, all are used, and only policies that agree with the log have support.
+    are turns that had to move up. Where none was, all are used, and only policies that agree with the log have support;
+    draws for unfamiliar prompts don't stand for the other prompts.
     Records without a label are used for the shares, unless there is no partial label to represent them.
     """
     left_out = {}
     keep = np.ones(len(logs.pool), bool)
     chance = (logs.propensity < 1.0) | logs.complete
-    if (logs.propensity < 1.0).any() and not chance.all():
+    if logs.explored.any() and not chance.all():
         left_out["without a chance for another pool (explore: 0)"] = int((~chance).sum())
         keep &= chance
     if not (logs.seen & keep).any():

@@ -91,7 +91,7 @@ def _counts(
         "for_shares": int((~logs.seen & ~logs.complete).sum()),
         "not_weighted": {**traffic.not_free, **left_out},
         "label_rates": dict(zip(traffic.pools, off_policy.label_rates(logs).tolist(), strict=True)),
-        "explored": bool((logs.propensity[~logs.complete] < 1).any()),
+        "explored": bool(logs.explored[~logs.complete].any()),
     }
 
 

@@ -55,9 +55,9 @@ class ThresholdPeriod:
 
 
 def is_routed(record: Record) -> bool:
-    """Whether a threshold, or a random draw in its place, decided this request: not pinned, kept or fallen back."""
+    """Whether a threshold, or what chose in its place, decided this request: not pinned, kept or fallen back."""
     reason = reason_named(record.reason)
-    return reason is not None and reason.in_shares and record.threshold is not None
+    return reason is not None and (reason.in_shares or reason.free) and record.threshold is not None
 
 
 def served_models(records: Sequence[Record], pools: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -120,7 +120,8 @@ def threshold_periods(records: Sequence[Record]) -> list[ThresholdPeriod]:
 def live_large_share(records: Sequence[Record], last: str) -> float | None:
     """The share of the pool `last` among the requests that the threshold decided; None without any.
 
-    Explored requests are left out: they were drawn at random, and the others stand for the same traffic.
+    Explored requests are left out: they were drawn at random, and the others stand for the same traffic. For those with
+    an unfamiliar prompt no others stand.
     """
     decided = [record for record in records if is_routed(record) and record.reason != Reason.EXPLORE]
     return sum(record.pool == last for record in decided) / len(decided) if decided else None

@@ -3,6 +3,9 @@
 It is measured on the newest prompts that a threshold decided, labelled or not; each counts once, whatever the random
 draws of exploration made of it. The served checkpoint and the candidate both score them.
 
+Prompts that were unfamiliar to the served checkpoint count before the change as they were served: its scores did not
+decide them. The candidate is taken to know them.
+
 A fixed threshold is used as it is. For a target of quality each checkpoint's own calibration gives the threshold. A
 target of share or cost is compared as the gateway's controller holds it: each checkpoint at the threshold that meets
 the target on these prompts; where equal confidences lie at that threshold the controller alternates between both sides
@@ -47,6 +50,7 @@ class LiveTraffic:
     eligible: NDArray[np.bool_]  # (N, K) which pools could take it
     tokens: Array  # (N,) of prompt and answer; the mean where there is no count
     served: NDArray[np.int64]  # (N,) the pool that served
+    unfamiliar: NDArray[np.bool_]  # (N,) whether the checkpoint that served did not know the prompt
     costs: Array | None  # (K,) per token; None: unknown
 
     def examples(self, text: TextConfig) -> list[Example]:
@@ -138,6 +142,7 @@ def live_traffic(
         np.array([[pool in record.pools for pool in pools] for record in prompts]),
         record_tokens(prompts),
         np.array([pools.index(record.pool) for record in prompts]),
+        np.array([record.reason == Reason.UNFAMILIAR for record in prompts]),
         by_pool if by_pool[-1] > 0 and not np.isnan(by_pool).any() else None,
     )
 
@@ -159,27 +164,32 @@ def measure_change(
         UnknownChangeError: a calibration has no threshold for the target of quality.
     """
     in_force = traffic.in_force
-    first = _as_served(traffic) if before is None else _routed(traffic, *before)
+    first = _as_served(traffic) if before is None else _routed(traffic, *before, known=~traffic.unfamiliar)
     target = None if in_force.target is None else f"{in_force.target[0]}={in_force.target[1]:g}"
-    return PublishChange(first, _routed(traffic, *after), in_force.rule, target, len(traffic.prompts), in_force.source)
+    known = np.ones(len(traffic.prompts), np.bool_)
+    return PublishChange(
+        first, _routed(traffic, *after, known), in_force.rule, target, len(traffic.prompts), in_force.source
+    )
 
 
-def _routed(traffic: LiveTraffic, quality: Array, calibration: Calibration) -> RouterOutcome:
+def _routed(traffic: LiveTraffic, quality: Array, calibration: Calibration, known: NDArray[np.bool_]) -> RouterOutcome:
+    """`known` (N,): the others stay where they were served."""
     in_force = traffic.in_force
     confidence = eligible_confidence(quality, traffic.eligible, in_force.rule)
     if in_force.target is None:
-        return _at(traffic, confidence, in_force.threshold)
+        return _at(traffic, confidence, in_force.threshold, known)
     name, bound = in_force.target
     if name != "quality":
-        return _controlled(traffic, confidence, name, bound)
+        return _controlled(traffic, confidence, name, bound, known)
     try:
-        return _at(traffic, confidence, calibration.threshold(in_force.rule, quality=bound))
+        return _at(traffic, confidence, calibration.threshold(in_force.rule, quality=bound), known)
     except ValueError as error:
         raise UnknownChangeError(f"routing.target {name} {bound:g} has no threshold: {error}") from None
 
 
-def _at(traffic: LiveTraffic, confidence: Array, threshold: float) -> RouterOutcome:
-    return _outcome(traffic, threshold, route_eligible(confidence, traffic.eligible, threshold))
+def _at(traffic: LiveTraffic, confidence: Array, threshold: float, known: NDArray[np.bool_]) -> RouterOutcome:
+    routed = route_eligible(confidence, traffic.eligible, threshold)
+    return _outcome(traffic, threshold, np.where(known, routed, traffic.served))
 
 
 def _as_served(traffic: LiveTraffic) -> RouterOutcome:
@@ -201,11 +211,13 @@ def _cost(traffic: LiveTraffic, pool: NDArray[np.int64]) -> float:
     return float(traffic.tokens @ traffic.costs[pool] / (traffic.tokens.sum() * traffic.costs[-1]))
 
 
-def _controlled(traffic: LiveTraffic, confidence: Array, name: str, bound: float) -> RouterOutcome:
+def _controlled(
+    traffic: LiveTraffic, confidence: Array, name: str, bound: float, known: NDArray[np.bool_]
+) -> RouterOutcome:
     """The outcome where a controller holds a share or cost at its target: between the two thresholds around it."""
     decisive = np.where(traffic.eligible[:, :-1], confidence[:, :-1], -1.0).max(1)
     levels = np.unique([0.0, *np.quantile(decisive, np.linspace(0, 1, CANDIDATE_THRESHOLDS)), np.nextafter(1.0, 2.0)])
-    outcomes = [_at(traffic, confidence, level) for level in levels]
+    outcomes = [_at(traffic, confidence, level, known) for level in levels]
     spent = np.array([o.large_share if name == "large_share" or o.cost is None else o.cost for o in outcomes])
     reaching = np.flatnonzero(spent >= bound)
     if not len(reaching) or not reaching[0]:

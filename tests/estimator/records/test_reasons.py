@@ -11,10 +11,10 @@ def named(trait: str) -> list[str]:
 
 
 def test_what_each_reason_counts_for() -> None:
-    assert named("free") == ["confident", "unsure", "explore"]
+    assert named("free") == ["confident", "unsure", "explore", "unfamiliar"]
     assert named("in_shares") == ["confident", "unsure", "explore", "context", "accepts"]
     assert named("obeys_threshold") == ["confident", "unsure", "context", "accepts"]
-    assert named("random") == ["explore", "overload"]
+    assert named("random") == ["explore", "unfamiliar", "overload"]
 
 
 def test_reasons_are_found_by_name() -> None:

@@ -23,6 +23,7 @@ FULL = Record(
     time=1000.5,
     key="team-a",
     conversation="c0ffee",
+    group="theorems",
     pool="small",
     reason="explore",
     confidence=0.75,
@@ -72,8 +73,10 @@ def test_a_record_comes_back_as_it_was(store: Store) -> None:
 
 
 def test_text_that_a_database_cannot_hold_is_stored_without_it(store: Store) -> None:
-    store.append([replace(FULL, answer="a\0b\ud800c", finish_reason="\0", prompt_tokens=2**70, completion_tokens=-1)])
+    odd = {"answer": "a\0b\ud800c", "finish_reason": "\0", "group": "\0", "prompt_tokens": 2**70}
+    store.append([replace(FULL, **odd, completion_tokens=-1)])  # type: ignore[arg-type]
     found = store.logged(1)[0].record
+    assert found.group == "\ufffd"
     assert (found.answer, found.finish_reason) == ("a\ufffdb?c", "\ufffd")
     assert (found.prompt_tokens, found.completion_tokens) == (LARGEST, 0)
 

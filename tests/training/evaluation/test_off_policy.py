@@ -7,6 +7,9 @@ import pytest
 
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import route
+from depo_gateway.estimator.records.types import Label, Labelled, Record
+from depo_gateway.estimator.text import TextConfig
+from depo_gateway.training.evaluation.logged_traffic import traffic_of
 from depo_gateway.training.evaluation.off_policy import (
     Integers,
     Logs,
@@ -158,6 +161,43 @@ def test_what_is_left_out_and_why() -> None:
     used, left_out = usable_records(unlabelled)
     assert select_records(unlabelled, used).complete.all()
     assert left_out == {"without label": 300 - used.sum()}
+
+
+def test_draws_for_unfamiliar_prompts_are_no_exploration_of_the_others() -> None:
+    """Both kinds are used: the draws as what they are, and the others as far as a policy agrees with them."""
+    generator = np.random.default_rng(0)
+    drawn, _ = logged(generator, 1000, 1.0)
+    fixed, _ = logged(generator, 1000, 0.0)
+    names = ("pool", "propensity", "observed", "predicted")
+    parts = [np.concatenate([getattr(part, name) for part in (drawn, fixed)]) for name in names]
+    both = Logs(*parts, np.arange(2000), np.arange(2000) < 1000)
+    used, left_out = usable_records(both)
+    assert used.all()
+    assert left_out == {}
+    done, other = route(both.predicted, "gain", 0.85), route(both.predicted, "gain", 0.5)
+    found = estimate(both, np.stack([done, other, np.where(both.unfamiliar, other, done)], 1))
+    assert np.isnan(found.snips.point).tolist() == [False, True, False]
+    known = select_records(both, np.arange(2000) >= 1000)
+    assert known.unfamiliar is not None
+    assert not known.unfamiliar.any()
+    assert not known.explored.any()
+    explored = select_records(both, np.arange(2000) < 1000)
+    assert not explored.explored.any()
+    mixed = Logs(*parts, np.arange(2000), np.arange(2000) < 500)  # the rest was explored: the fixed ones are left out
+    assert usable_records(mixed)[0].tolist() == [True] * 1000 + [False] * 1000
+
+
+def test_traffic_tells_which_draws_were_for_unfamiliar_prompts() -> None:
+    reasons = ("unfamiliar", "confident", "overload", "unfamiliar", "explore")
+    records = [
+        Record(f"r{n}", float(n), pool="small", reason=reason, propensity=0.5, pools=("small", "large"), status=200,
+               asked="hi", seq=n) for n, reason in enumerate(reasons)
+    ]  # fmt: skip
+    labelled = [Labelled(item, (Label(item.seq, "small", "exact", 1.0),)) for item in records]
+    logs = traffic_of(labelled, ("small", "large"), TextConfig(), "here").logs(np.zeros((5, 2)))
+    assert logs.unfamiliar is not None
+    assert logs.unfamiliar.tolist() == [True, False, True, False]  # an overload is not free
+    assert logs.explored.tolist() == [False, True, False, True]
 
 
 def test_weights_and_effective_size_by_hand() -> None:

@@ -54,6 +54,14 @@ def test_pinned_kept_and_broken_requests_say_nothing() -> None:
     assert live_large_share(odd, "large") is None
 
 
+def test_unfamiliar_prompts_tell_the_settings_too_and_count_as_they_were_served() -> None:
+    drawn = [replace(record(n, FIXED, pool="large" if n % 4 else "small"), reason="unfamiliar") for n in range(40)]
+    found = routing_in_force(drawn)
+    assert found is not None
+    assert (found.rule, found.threshold, found.requests) == ("gain", 0.85, 40)
+    assert live_large_share(drawn, "large") == 0.75
+
+
 def test_of_version_0_1_the_rule_follows_from_the_scores_and_the_target_from_thresholds_that_vary() -> None:
     fixed = routing_in_force([replace(record(n, None), confidence=0.6) for n in range(20)])
     assert fixed is not None

@@ -135,6 +135,24 @@ def test_without_a_champion_what_served_counts_but_not_what_was_drawn_at_random(
     assert found.before.large_share == pytest.approx(0.03)
 
 
+@pytest.mark.parametrize("target", [{}, {"large_share": 0.3}])
+def test_prompts_that_the_served_checkpoint_did_not_know_count_as_they_were_served(target: dict[str, float]) -> None:
+    """Its scores would send all of them to the large pool, but chance sent a tenth there."""
+    kind = settings(target) if target else FIXED
+    strange = [
+        record(n, kind, reason="unfamiliar", pool="small" if n % 10 else "large", propensity=0.9 if n % 10 else 0.1)
+        for n in range(1000)
+    ]
+    traffic = live_traffic(strange, POOLS)
+    before, after = gains(1.0), gains(0.7)
+    found = measure_change(traffic, (before, calibration(before)), (after, calibration(after)))
+    assert found.before.large_share == pytest.approx(0.1)
+    assert found.after.large_share == pytest.approx(0.3 if target else 0.7, abs=0.01)
+    half = [replace(item, reason="confident" if n % 2 else "unfamiliar") for n, item in enumerate(strange)]
+    found = measure_change(live_traffic(half, POOLS), (before, calibration(before)), (after, calibration(after)))
+    assert found.before.large_share == pytest.approx(0.3 if target else 0.6, abs=0.01)
+
+
 def test_only_the_newest_routed_prompts_with_their_text_count() -> None:
     odd = [
         record(9000, reason="pinned", threshold=None),
