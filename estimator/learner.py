@@ -233,6 +233,17 @@ class Learner:
         stages = [split_heads(torch.cat(stage).double().cpu().numpy(), heads) for stage in (full, cheap)]
         return stages[0], stages[1]
 
+    def distances(self, items: Sequence[Item]) -> NDArray[np.float64] | None:
+        """Distances (N,) from the fitted prompts; None for a model without centres."""
+        found = []
+        with fp32(self.model.device):
+            for start in range(0, len(items), 256):
+                cosines = self.model.cosines(self._embed(items[start : start + 256]))
+                if cosines is None:
+                    return None
+                found.append(self.model.similarity.distances(cosines))
+        return torch.cat(found).double().cpu().numpy() if found else None
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that later steps depend on, as tensors and plain values; a copy, which they don't change."""
         return copy.deepcopy(

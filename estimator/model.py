@@ -24,7 +24,7 @@ from torch.nn.functional import embedding_bag
 from depo_gateway.estimator import checkpoint
 from depo_gateway.estimator.encoder import DEFAULT_ENCODER, encoder_of_checkpoint, load_encoder
 from depo_gateway.estimator.heads import head_names, heads_named
-from depo_gateway.estimator.similarity import Similarity
+from depo_gateway.estimator.similarity import MOST_WITH_TRAFFIC, Similarity
 from depo_gateway.estimator.text import SURFACE, Prepared, TextConfig, load_tokenizer
 from depo_gateway.estimator.vocabulary import narrow_embeddings
 from depo_gateway.estimator.wide import BUCKETS
@@ -221,6 +221,30 @@ def select_pools(model: Estimator, pools: Sequence[str]) -> Estimator:
     part.load_state_dict(state)
     part.trained, part.loaded = model.trained, model.loaded
     return part.train(model.training)
+
+
+def expanded(model: Estimator, groups: Sequence[str], centres: int) -> Estimator:
+    """A copy with room for more groups and for so many new centres; it shares the encoder, and predicts the same.
+
+    The new centres are the last, and empty. There are MOST_WITH_TRAFFIC at most: then they take the newest ones' place.
+    """
+    before = model.config
+    kept = before.centres if not before.centres else min(before.centres, MOST_WITH_TRAFFIC - centres)
+    every = tuple(dict.fromkeys((*before.groups, *groups)))
+    config = replace(before, groups=every, centres=kept + centres if before.centres else 0)
+    grown = Estimator(config, model.encoder, model.vocabulary, model.width, model.rounded).to(model.device)
+    state = grown.state_dict()
+    for name, tensor in model.state_dict().items():
+        rows = min(len(tensor), len(state[name])) if tensor.dim() else 0
+        if tensor.shape == state[name].shape:
+            state[name] = tensor
+        else:
+            state[name][:rows] = tensor[:rows]
+    grown.load_state_dict(state)
+    if grown.config.centres and centres:
+        grown.similarity.empty(centres)
+    grown.trained, grown.loaded = model.trained, model.loaded
+    return grown.train(model.training)
 
 
 def weights_of(model: Estimator, trained: Sequence[str]) -> bytes:

@@ -26,7 +26,7 @@ WIDTH = 0.2  # of a feature, in cosine: it has fallen to 1 / e at a cosine of 0.
 STEPS = 12  # of k-means
 CHUNK = 2048  # prompts at a time: their similarities to all centres are in memory
 LEAST_RADIUS = 0.02  # in cosine: of equal prompts, which have none
-MOST_CENTRES = 1000
+MOST_CENTRES, MOST_WITH_TRAFFIC = 1000, 2000  # of a fit; and after refreshes, which add their own
 PROMPTS_PER_CENTRE = 3
 # Fewer prompts teach the weights of centres nothing (GSM8K's 769: APGR .01 lower on average); familiarity needs them
 FEWEST_PROMPTS = 1000
@@ -71,6 +71,26 @@ class Similarity(nn.Module):
             own.append(best.indices)
         self.radius.copy_(_means(torch.cat(nearest), torch.cat(own), len(self.centres)).clamp_min(LEAST_RADIUS))
         self.unit.fill_((squared / len(states_ND)) ** -0.5 if len(states_ND) >= FEWEST_PROMPTS else 0.0)
+
+    def fill(self, states_ND: Tensor, count: int, seed: int = 0) -> None:
+        """Makes the last `count` centres those of further prompts, with weights of 0; scales and features stay."""
+        directions_ND = self.directions(states_ND)
+        rows, scale = int8_of(spherical_centres(directions_ND, count, seed))
+        with torch.no_grad():
+            self.centres[-count:] = rows.to(torch.int8)
+            self.centres_scale[-count:] = scale
+            self.weight[-count:] = 0.0
+            cosines = [part @ (rows * scale).T for part in torch.split(directions_ND, CHUNK)]
+            nearest = torch.cat([1.0 - of.amax(1) for of in cosines])
+            own = torch.cat([of.argmax(1) for of in cosines])
+            self.radius[-count:] = _means(nearest, own, count).clamp_min(LEAST_RADIUS)
+
+    def empty(self, count: int) -> None:
+        """Takes the last `count` centres out, until `fill`: every prompt is far from them."""
+        with torch.no_grad():
+            self.centres[-count:] = 0
+            self.radius[-count:] = LEAST_RADIUS
+            self.weight[-count:] = 0.0
 
     def directions(self, states_BD: Tensor) -> Tensor:
         """Standardised states of unit length (B, D)."""

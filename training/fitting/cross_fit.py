@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -27,8 +26,8 @@ from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
-from depo_gateway.estimator.similarity import held_out_distances
 from depo_gateway.training.fitting.epoch_fit import fit_epochs, new_learner
+from depo_gateway.training.fitting.familiarity import prompt_distances
 from depo_gateway.training.fitting.fit_config import FitConfig
 from depo_gateway.training.fitting.foldings import foldings_of, questions_of
 from depo_gateway.training.fitting.held_out import HeldOutLogits
@@ -114,18 +113,8 @@ def fit_heads(learner: Learner, items: Sequence[Item], foldings: Sequence[NDArra
     learner.settle()
     held_out, penalties = fit_linear(learner.model, items, foldings)
     everything = np.ones(len(items), np.bool_)
-    distances = _distances(learner.model, items)
+    distances = prompt_distances(learner.model, items) if learner.model.config.centres else None
     return Fit(learner.model, (), held_out, foldings, everything, {"penalty": penalties}, None, distances)
-
-
-def _distances(model: Estimator, items: Sequence[Item], further: Sequence[Item] = ()) -> Array | None:
-    """Held-out distances (N,) of the items, from them and further fitted ones."""
-    if not model.config.centres:
-        return None
-    embeddings = [item.embedding for item in (*items, *further) if item.embedding is not None]
-    states = torch.stack(embeddings)[:, model.width :]
-    found: Array = held_out_distances(states, model.config.centres).double().numpy()[: len(items)]
-    return found
 
 
 def fit_with_prior(
@@ -150,7 +139,7 @@ def fit_with_prior(
     known = len(prior.examples) - len(imputed.items)
     choice = PriorChoice(is_used(*compared), len(prior.models), len(imputed.items), known, *compared)
     settings = {"penalty": penalties}
-    distances = _distances(learner.model, items, prior_items)
+    distances = prompt_distances(learner.model, items, prior_items) if learner.model.config.centres else None
     return replace(
         without, model=learner.model, held_out=held_out, settings=settings, prior=choice, distances=distances
     )

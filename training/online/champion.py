@@ -106,7 +106,10 @@ def pools_of_traffic(labelled: Sequence[Labelled]) -> tuple[str, ...]:
 def served_quality(loaded: LoadedCheckpoint, items: Sequence[Item]) -> Array:
     """Calibrated qualities (N, K) as this checkpoint serves them, of items made for it."""
     learner = loaded.initialisation.learner(learner_config(RefreshConfig()))
-    return calibrate_quality(loaded.calibration.stages["full"], learner.predict(items)[0])
+    logits, distances = learner.predict(items)[0], learner.distances(items)
+    if distances is not None:
+        logits = loaded.calibration.trusted(logits, distances)
+    return calibrate_quality(loaded.calibration.stages["full"], logits)
 
 
 def new_to(loaded: LoadedCheckpoint, traffic: Traffic) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -37,6 +38,7 @@ class Initialisation:
     tokenizer: Tokenizer
     fresh: bool  # untrained heads: statistics are fitted anew
     parent: Manifest | None = None  # of the checkpoint with these weights; None: fresh
+    empty_centres: int = 0  # the model's last ones, which the examples fill
 
     def learner(self, config: LearnerConfig) -> Learner:
         shared = {id(self.model.encoder): self.model.encoder}
@@ -44,6 +46,16 @@ class Initialisation:
         # A refresh takes tens of steps. A loaded model's running average would move by 1% a step, so hardly at all;
         # begun anew, it soon forgets its first value, as a fresh model's does.
         learner.settled = False
+        return learner
+
+    def fitted_to(self, items: Sequence[Item], config: LearnerConfig) -> Learner:
+        """A learner with the statistics and centres of the items, before its first step."""
+        learner = self.learner(config)
+        if self.fresh:
+            learner.fit_statistics(items)
+        elif self.empty_centres:
+            states = torch.stack([item.embedding for item in items if item.embedding is not None])
+            learner.model.similarity.fill(states[:, learner.model.width :], self.empty_centres)
         return learner
 
 
@@ -57,9 +69,11 @@ class CrossFit:
     loss: float  # held-out
 
 
-def fresh_heads(model: Estimator, pools: tuple[str, ...], seed: int) -> Estimator:
-    """An untrained estimator on the same encoder, possibly of other pools."""
-    config = replace(model.config, pools=pools)
+def fresh_heads(
+    model: Estimator, pools: tuple[str, ...], seed: int, groups: tuple[str, ...] = (), centres: int = 0
+) -> Estimator:
+    """An untrained estimator on the same encoder, possibly of other pools. One with a trunk has no centres."""
+    config = replace(model.config, pools=pools, groups=groups, centres=0 if model.config.trunk else centres)
     heads = Estimator(config, model.encoder, model.vocabulary, model.width, model.rounded, seed)
     heads.trained = model.trained
     return heads.to(model.device)
@@ -69,7 +83,7 @@ def rename_pools(model: Estimator, pools: tuple[str, ...]) -> Estimator:
     """The same estimator with other names for its pools, in the same order."""
     if pools == model.config.pools:
         return model
-    renamed = fresh_heads(model, pools, 0)
+    renamed = fresh_heads(model, pools, 0, model.config.groups, model.config.centres)
     renamed.load_state_dict(model.state_dict())
     renamed.loaded = model.loaded
     return renamed
@@ -107,9 +121,7 @@ def cross_fit_initialisation(
             train = [item for item, f in zip(items, folds, strict=True) if f != fold]
             rows = np.flatnonzero(folds == fold)
             holdout = [items[i] for i in rows.tolist()]
-            learner = initialisation.learner(learner_config(config))
-            if initialisation.fresh:
-                learner.fit_statistics(train)
+            learner = initialisation.fitted_to(train, learner_config(config))
             order = np.random.default_rng([config.seed, fold])
             epochs = 0
             for stop, predicted in zip(stops, logits, strict=True):
@@ -125,9 +137,7 @@ def cross_fit_initialisation(
 
 def fit_on_everything(fitted: CrossFit, items: Sequence[Item], config: RefreshConfig) -> Learner:
     """A model fitted on all examples, for as many epochs as the cross-fit took."""
-    learner = fitted.initialisation.learner(learner_config(config))
-    if fitted.initialisation.fresh:
-        learner.fit_statistics(items)
+    learner = fitted.initialisation.fitted_to(items, learner_config(config))
     order = np.random.default_rng([config.seed, config.folds])
     for _ in range(fitted.epochs):
         train_epoch(learner, items, config.batch_size, order)

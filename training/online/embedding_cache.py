@@ -53,7 +53,7 @@ def encoder_fingerprint(learner: Learner) -> bytes:
     """A hash of an encoder and its tokenizer."""
     model = learner.model
     config = model.config
-    identity = repr((config.encoder, config.layers, model.rounded, config.text, model.trained))
+    identity = repr((config.encoder, config.layers, model.rounded, config.text, model.trained, config.centres > 0))
     digest = hashlib.sha256(identity.encode())
     digest.update(learner.tokenizer.to_str().encode())
     state = model.state_dict()

@@ -21,6 +21,7 @@ from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.contamination import certainly_unseen
 from depo_gateway.training.evaluation.report import nan_to_null
 from depo_gateway.training.fitting.calibration import calibrate
+from depo_gateway.training.fitting.familiarity import familiarity_of, prompt_distances
 from depo_gateway.training.fitting.held_out import HeldOutLogits
 from depo_gateway.training.online.champion import StartingPoint, new_to, served_quality
 from depo_gateway.training.online.cross_fit import cross_calibrated_quality, fit_on_everything, learner_config
@@ -50,6 +51,10 @@ def calibrate_candidate(data: RefreshData) -> RefreshData:
     calibration, transform, quality = calibrations[better]
     learner = fit_on_everything(data.fit, data.items, config)
     fold_into_weights(learner.model, transform)
+    if learner.model.config.centres and (data.fit.initialisation.fresh or calibration.familiarity is None):
+        distances = prompt_distances(learner.model, data.items)
+        familiarity = familiarity_of(distances, data.observed, data.weights)
+        calibration = dataclasses.replace(calibration, familiarity=familiarity)
     candidate = Candidate(learner, calibration, quality, (recent, wide)[better], newest)
     return dataclasses.replace(data, candidate=candidate)
 

@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.heads import labels_by_head
 from depo_gateway.estimator.learner import Item
-from depo_gateway.training.online.champion import StartingPoint, new_to
+from depo_gateway.estimator.model import expanded
+from depo_gateway.estimator.similarity import usual_centres
+from depo_gateway.training.online.champion import LoadedCheckpoint, StartingPoint, new_to
 from depo_gateway.training.online.covariate_shift import importance_weights
 from depo_gateway.training.online.cross_fit import Initialisation, fresh_heads, learner_config
 from depo_gateway.training.online.refresh_config import RefreshConfig
 from depo_gateway.training.online.refresh_data import NothingToLearnError, RefreshData, RefreshInputs
+from depo_gateway.training.outcomes.known_groups import known_groups
 from depo_gateway.training.outcomes.table import folds_of
 from depo_gateway.training.outcomes.traffic_examples import Traffic, claim_caps, examples_of_traffic
 
@@ -75,15 +78,25 @@ def initialisations_of(
     A checkpoint predicts the examples that it was fitted on better than others. So its weights are continued only if
     most of the examples are new to it: the champion's, else the base's.
     """
-    heads = fresh_heads(start.base.estimator, start.pools, config.seed)
+    centres = usual_centres(len(traffic.examples))
+    heads = fresh_heads(start.base.estimator, start.pools, config.seed, known_groups(traffic.examples), centres)
     fresh = Initialisation("fresh", heads, start.base.tokenizer, True)
     for known in (start.champion, None if start.cold else start.base):
         if known is None or known.estimator.config.pools != start.pools:
             continue
         new = new_to(known, traffic)
         if known.estimator.config.text == start.base.estimator.config.text and new.mean() >= LARGELY_NEW:
-            return (fresh, known.initialisation), new
+            return (fresh, expanded_initialisation(known, traffic, centres)), new
     return (fresh,), np.ones(len(traffic.examples), bool)
+
+
+def expanded_initialisation(known: LoadedCheckpoint, traffic: Traffic, centres: int) -> Initialisation:
+    """A checkpoint's weights, with room for the traffic's groups and for centres of its prompts."""
+    config = known.estimator.config
+    groups = known_groups(traffic.examples, config.groups)
+    added = centres if config.centres else 0
+    grown = expanded(known.estimator, groups, added)
+    return dataclasses.replace(known.initialisation, model=grown, empty_centres=added)
 
 
 def items_of(initialisation: Initialisation, data: RefreshData, weights: Array | None = None) -> Sequence[Item]:
