@@ -1,5 +1,6 @@
 """Linear heads solved to convergence: the optimum, folds that measure the served model, both forms of the design."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,36 @@ def test_labels_without_contrast_and_missing_labels_stay_finite(tiny_encoder: Pa
     full, _ = design.logits(solve(design, columns_of(labels, torch.ones(60, dtype=torch.float64), [FOLDS]), 0.125))
     assert torch.isfinite(full).all()
     assert (full > 0).all()
+
+
+def test_groups_are_learned_and_the_same_weights_serve_prompts_without_one(tiny_encoder: Path) -> None:
+    """Two tasks with equal prompts and opposite labels: without the group nothing is known, with it everything."""
+    config = ModelConfig(("small", "large"), TextConfig(max_tokens=32), str(tiny_encoder), 0, groups=("easy", "hard"))
+    model, tokenizer = create_model(config)
+    learner = Learner(model, tokenizer, LearnerConfig())
+    examples = [
+        replace(example, quality={"small": float(task == "easy"), "large": 1.0}, task=task)
+        for example in chatter(60)
+        for task in ("easy", "hard")
+    ]
+    items = learner.items(examples)
+    learner.fit_statistics(items)
+    learner.settle()
+    design = Design(model, items)
+    weights = solve(design, columns_of(labels_of(items), torch.ones(120, dtype=torch.float64), []), 0.125)
+    spread = design.zeros(4)
+    for to, of in zip(spread.parts(), weights.parts(), strict=True):
+        to[:, [0, 2]] = of
+    assign(model, design, spread)
+    np.testing.assert_allclose(learner.predict(items)[0][:, :, 0], design.logits(weights)[0].numpy(), atol=1e-4)
+    small = learner.predict(items)[0][:, 0, 0]
+    assert small[::2].min() > 0.5 > -0.5 > small[1::2].max()
+    untold = learner.predict(learner.items([replace(example, task="") for example in examples]))[0][:, 0, 0]
+    assert np.abs(untold).max() < 0.5
+    full, _, told, _ = design.stages(weights)
+    assert not torch.equal(full, told)
+    generator = torch.Generator().manual_seed(0)
+    stages = [torch.randn(120, 2, generator=generator, dtype=torch.float64) for _ in range(4)]
+    back = design.transposed(stages)
+    both = sum(float((a * b).sum()) for a, b in zip(stages, design.stages(weights), strict=True))
+    assert float(back.dot(weights).sum()) == pytest.approx(both)  # really the transpose
