@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,8 @@ class Runtime:
     tokenizer: Tokenizer
     wide: wide.Wide | None  # None: there is no cheap stage
     session: onnxruntime.InferenceSession
-    group_weight: NDArray[np.float32] | None = None  # (groups, O), by the order of the manifest
+    groups: Mapping[str, int] = field(default_factory=dict)  # the known ones, by name -> row of group_weight
+    group_weight: NDArray[np.float32] | None = None  # (groups, O)
 
     @staticmethod
     def load(path: Path, threads: int = 1) -> Runtime:
@@ -89,6 +90,7 @@ class Runtime:
                 if manifest.base.wide
                 else None,
                 onnxruntime.InferenceSession(files[checkpoint.ENCODER], options, providers=["CPUExecutionProvider"]),
+                {name: number for number, name in enumerate(manifest.base.groups)},
                 np.ascontiguousarray(weights["group_weight"], np.float32) if manifest.base.groups else None,
             )
         except (KeyError, ValueError, safetensors.SafetensorError, *ONNX_ERRORS) as error:
@@ -169,10 +171,9 @@ class Runtime:
         """The logits with what the prompts' groups add, where the checkpoint knows them."""
         if self.group_weight is None:
             return logits_BO
-        names = self.manifest.base.groups
-        rows = [row for row, prepared in enumerate(batch) if prepared.group in names]
+        rows = [row for row, prepared in enumerate(batch) if prepared.group in self.groups]
         told = logits_BO.copy()
-        told[rows] += self.group_weight[[names.index(batch[row].group) for row in rows]]
+        told[rows] += self.group_weight[[self.groups[batch[row].group] for row in rows]]
         return told
 
     def _scores(

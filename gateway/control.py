@@ -131,6 +131,7 @@ class Control:
         curve = curve_of(runtime, config)
         if before is None or runtime.version != self._version or _meaning(before) != _meaning(config):
             self._version = runtime.version
+            _warn_of_groups(config, runtime)
             self._drift = ScoreDrift(curve)
             self._floor = None
             if self._controller is not None:
@@ -281,6 +282,22 @@ def share_used_up(account: Account, last: str, insists: bool = False) -> ApiErro
         + ("; ask for auto." if insists else ", and no other pool can take this request."),
         "large_share_exceeded",
     )
+
+
+def _warn_of_groups(config: Config, runtime: Runtime) -> None:
+    """Says where gateway and checkpoint differ about `routing.group`."""
+    if config.routing.group is not None and not runtime.groups:
+        log.warning(
+            "routing.group is set, but the estimator %s knows no groups: fit one with depo-train fit --groups, or "
+            "refresh it from records",
+            runtime.version,
+        )
+    if config.routing.group is None and runtime.groups:
+        log.warning(
+            "the estimator %s was fitted with groups, but routing.group isn't set: its shares are those of prompts "
+            "whose group is told",
+            runtime.version,
+        )
 
 
 def _meaning(config: Config) -> tuple[object, ...]:

@@ -97,6 +97,7 @@ class Scorer:
         started = time.perf_counter()
         try:
             text, context = extract_text(self.runtime.manifest.text, prompt)
+            group = group if group in self.runtime.groups else ""  # else one prompt would fill the cache once a group
             whole = f"{len(text)}\0{len(context)}\0{text}{context}{group}"
             name = hashlib.blake2b(whole.encode(), digest_size=16).digest()
             known = self._cache.get(name)

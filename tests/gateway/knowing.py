@@ -10,6 +10,7 @@ from depo_gateway.estimator.text import Prepared
 from depo_gateway.gateway import scoring
 
 PROOFS = "proofs"  # the task whose prompts all need the large pool
+SUMS = "sums"  # a known task whose prompts need no other pool
 UNFAMILIAR = "number"  # the word that makes a prompt unfamiliar
 
 
@@ -29,7 +30,8 @@ class Knowing(Runtime):
 
 def knowing(runtime: Runtime) -> Knowing:
     """The same checkpoint with that knowledge."""
-    return Knowing(**{item.name: getattr(runtime, item.name) for item in fields(runtime)})
+    known = {item.name: getattr(runtime, item.name) for item in fields(runtime)}
+    return Knowing(**{**known, "groups": {PROOFS: 0, SUMS: 1}})
 
 
 @pytest.fixture

@@ -113,6 +113,8 @@ async def test_a_prompt_of_another_task_is_scored_anew(make: Make, runtime: Runt
     assert knows.session.runs <= 3
     cached = [await scorer.score(text, group) for text, group in (*asked, ("easy", "sums"))]
     assert [item.stage for item in cached if item is not None] == [*["cached"] * 4, "full"]
+    other = await scorer.score("easy", "a task that the checkpoint does not know")
+    assert other == replace(unknown, stage="cached")
     # the seam between context and task counts
     turn = await scorer.score(turns("easy", "so"), "ms")
     assert turn is not None
