@@ -1,7 +1,8 @@
 """`depo-train calibrate`: fits probabilities, and thresholds for targets, as a new version of a checkpoint.
 
 Prompts that the checkpoint was fitted on are left out: its predictions for those are too confident. Outputs for which
-the others have too few labels keep their calibration.
+the others have too few labels keep their calibration. Prompts that are unfamiliar to the checkpoint count in curves, as
+routed at random, and not in probabilities.
 
 Shapes: N prompts, K pools cheapest first.
 """
@@ -23,13 +24,14 @@ from depo_gateway.estimator.calibration import Calibration, calibrate_quality
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic
 from depo_gateway.training.evaluation.calibration_data import (
+    CalibrationData,
     GuaranteeSplit,
     read_calibration_data,
     split_for_guarantee,
     with_off_policy_curves,
 )
 from depo_gateway.training.evaluation.contamination import fitted_on
-from depo_gateway.training.evaluation.predictions import text_logits
+from depo_gateway.training.evaluation.predictions import ServedLogits, text_logits
 from depo_gateway.training.evaluation.report import nan_to_null
 from depo_gateway.training.evaluation.risk_control import Guarantee, guarantee, threshold_grid
 from depo_gateway.training.evaluation.targets import (
@@ -41,6 +43,7 @@ from depo_gateway.training.evaluation.targets import (
     target_summary,
     thresholds_of,
 )
+from depo_gateway.training.evaluation.unfamiliar_prompts import deciding_quality, unfamiliar_message
 from depo_gateway.training.fitting.calibration import calibrate, rule_curves, unchanged_message
 
 Guarantees = Mapping[str, Mapping[str, Guarantee]]  # "loss=0.02@0.95" -> rule -> Guarantee
@@ -94,18 +97,25 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"a cost target needs --costs {' '.join(f'{pool}=X' for pool in runtime.pools)}")
     data = read_calibration_data(args, runtime)
     split = split_for_guarantee(data, fitted_on(data.examples, runtime.manifest)) if losses else None
-    full, cheap = text_logits(runtime, data.texts)
+    logits = text_logits(runtime, data.texts, data.groups)
     weights = data.weights if split is None else np.where(split.fitting, data.weights, 0.0)
-    calibrated = calibrate(full, cheap, data.labels, weights, runtime.pools, runtime.calibration, np.ones(len(weights)))
-    quality = calibrate_quality(calibrated.stages["full"], full)
-    by_tokens = dataclasses.replace(calibrated, curves=rule_curves(quality, data.observed, data.tokens, runtime.pools))
-    calibrated = with_off_policy_curves(calibrated, data, quality)
+    weights = np.where(logits.unfamiliar, 0.0, weights)  # their predictions are the same for all
+    calls = np.ones(len(weights))
+    calibrated = calibrate(logits.full, logits.cheap, data.labels, weights, runtime.pools, runtime.calibration, calls)
+    predicted = _served_quality(runtime, calibrated, logits, data)
+    quality = deciding_quality(predicted, logits.unfamiliar)
+    calibrated, by_tokens = (
+        dataclasses.replace(calibrated, curves=rule_curves(quality, data.observed, counts, runtime.pools))
+        for counts in (calls, data.tokens)
+    )
+    calibrated = with_off_policy_curves(calibrated, data, predicted, quality)
     guarantees = {} if split is None else _guarantees(quality, data.observed, split, losses, args.delta)
     thresholds = thresholds_of(calibrated, targets, costs, by_tokens) | guaranteed_thresholds(guarantees)
     calibrated = dataclasses.replace(calibrated, targets=thresholds)
     version = _write(place, args.out, calibrated, len(data.texts), guarantees)
     sys.stdout.write(
         unchanged_message(data.labels, runtime.pools, weights)
+        + unfamiliar_message(logits.unfamiliar)
         + target_summary(
             calibrated, quality, data.observed, len(np.unique(data.unit)), by_curve=data.traffic is not None
         )
@@ -115,6 +125,17 @@ def run(args: argparse.Namespace) -> int:
         checkpoint.publish(args.out)
     sys.stdout.write(f"{args.out}: checkpoint {version}\n")
     return 0
+
+
+def _served_quality(runtime: Runtime, calibrated: Calibration, logits: ServedLogits, data: CalibrationData) -> Array:
+    """Quality (N, K) as the new version will serve it, from the logits of its parent.
+
+    With familiarity these hold the parent's means, so that the prompts are scored again.
+    """
+    full = logits.full
+    if calibrated.familiarity is not None:
+        full = text_logits(dataclasses.replace(runtime, calibration=calibrated), data.texts, data.groups).full
+    return calibrate_quality(calibrated.stages["full"], full)
 
 
 def _write(place: Path, out: Path, calibrated: Calibration, count: int, guarantees: Guarantees) -> str:

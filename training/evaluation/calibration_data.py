@@ -24,6 +24,7 @@ from depo_gateway.training.evaluation.contamination import fitted_share, unseen_
 from depo_gateway.training.evaluation.logged_traffic import LoggedTraffic
 from depo_gateway.training.evaluation.off_policy import Integers, Logs
 from depo_gateway.training.evaluation.predictions import resolve_pools, served_text
+from depo_gateway.training.evaluation.told_groups import told_groups
 from depo_gateway.training.outcomes.table import check_cut_off, examples_of, read_tables
 
 FITTING_SHARE = 1 / 3  # of the units, where the others test a guarantee: a Platt fit has only two parameters
@@ -34,13 +35,18 @@ POLICIES_AT_ONCE = 32  # memory of N x POLICIES_AT_ONCE x 11 numbers for two poo
 class CalibrationData:
     """N prompts with their labels. Those of one unit, a conversation, are not independent of one another."""
 
-    examples: Sequence[Example]
+    examples: Sequence[Example]  # `task`: the group that the checkpoint is told
     texts: Sequence[tuple[str, str]]  # as estimator.text.extract_text() gives them
     labels: Mapping[str, Array]  # by head, (N, K), NaN where there is none
     weights: Array  # (N,) for fitting probabilities; 0: the label's probability of being observed is unknown
     tokens: Array  # (N,) of prompt and answer; 1 each where there is no count
     unit: Integers  # (N,) 0 to U - 1
     traffic: LoggedTraffic | None = None
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """(N,) that the checkpoint is told."""
+        return tuple(example.task for example in self.examples)
 
     @property
     def observed(self) -> Array:
@@ -71,6 +77,8 @@ def read_calibration_data(args: argparse.Namespace, runtime: Runtime) -> Calibra
     rows = read_tables(args.outcomes)
     check_cut_off(rows, pools, "calibrate", args.allow_cut_off)
     read = examples_of(rows, pools)
+    told = told_groups([example.task for example in read], args.groups, runtime.manifest, "calibrate")
+    read = [dataclasses.replace(example, task=group) for example, group in zip(read, told, strict=True)]
     examples = [example for example, kept in zip(read, _unfitted(args, read, runtime), strict=True) if kept]
     labels = labels_by_head(examples, runtime.pools, runtime.manifest.heads)
     texts = [served_text(runtime.manifest.text, example.prompt, example.context) for example in examples]
@@ -130,22 +138,28 @@ def split_for_guarantee(data: CalibrationData, fitted: NDArray[np.bool_], seed: 
     return GuaranteeSplit(fitting, testing)
 
 
-def with_off_policy_curves(calibrated: Calibration, data: CalibrationData, quality_NK: Array) -> Calibration:
-    """The calibration with off-policy estimates as its curves' quality, where logs support every threshold."""
+def with_off_policy_curves(
+    calibrated: Calibration, data: CalibrationData, quality_NK: Array, deciding: Array
+) -> Calibration:
+    """The calibration with off-policy estimates as its curves' quality, where logs support every threshold.
+
+    Args:
+        quality_NK: predicted, which the estimates correct. deciding: (N, K) what routing goes by.
+    """
     if data.traffic is None:
         return calibrated
     logs = data.traffic.logs(quality_NK)
     usable, _ = off_policy.usable_records(logs)
-    logs = off_policy.select_records(logs, usable)
+    logs, deciding = off_policy.select_records(logs, usable), deciding[data.traffic.free][usable]
     if not len(logs.pool):
         return calibrated
-    curves = {rule: _estimated(curve, rule, logs) for rule, curve in calibrated.curves.items()}
+    curves = {rule: _estimated(curve, rule, logs, deciding) for rule, curve in calibrated.curves.items()}
     return dataclasses.replace(calibrated, curves=curves)
 
 
-def _estimated(curve: Curve, rule: str, logs: Logs) -> Curve:
+def _estimated(curve: Curve, rule: str, logs: Logs, deciding: Array) -> Curve:
     last = np.full(len(logs.pool), logs.observed.shape[1] - 1)
-    routes = [*(route(logs.predicted, rule, threshold) for threshold in curve.thresholds), last]
+    routes = [*(route(deciding, rule, threshold) for threshold in curve.thresholds), last]
     chunks = [
         np.stack(routes[start : start + POLICIES_AT_ONCE], 1) for start in range(0, len(routes), POLICIES_AT_ONCE)
     ]

@@ -144,9 +144,11 @@ def source_blocks(
 ) -> list[Block]:
     """Table two where there are several sources: each at the threshold in force."""
     costed = any("cost" in part["in_force"] for part in sources.values())
+    strange = any(part["unfamiliar"] for part in sources.values())
     header = [
         "source",
         "prompts",
+        *(["unfamiliar"] if strange else []),
         f"sent to {pools[-1]}",
         *(["cost"] if costed else []),
         "quality kept",
@@ -155,7 +157,9 @@ def source_blocks(
     lines = []
     for name, part in sources.items():
         row, count = part["in_force"], part["with_all_labels"]
-        cells = [name, str(count if part["measured"] else part["prompts"]), percent(row["large_share"])]
+        cells = [name, str(count if part["measured"] else part["prompts"])]
+        cells += [percent(part["unfamiliar"])] if strange else []
+        cells += [percent(row["large_share"])]
         cells += [percent(row["cost"])] if costed else []
         kept = above = f"too few labels (under {FEW_PROMPTS})"
         if part["measured"]:

@@ -51,9 +51,17 @@ class LoggedTraffic:
     unused: Mapping[str, int]  # reason -> records that cannot be used at all
     not_free: Mapping[str, int]  # reason -> records whose propensity is not meaningful
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """(N,) the names of the prompts' tasks, as the gateway told them to its estimator."""
+        return tuple(record.group for record in self.records)
+
     def examples(self) -> list[Example]:
         """The prompts, without labels."""
-        return [Example(prompt, {}, context=context) for prompt, context in self.texts]
+        return [
+            Example(prompt, {}, context=context, task=group)
+            for (prompt, context), group in zip(self.texts, self.groups, strict=True)
+        ]
 
     def logs(self, predicted: Array) -> Logs:
         """The free decisions, for off-policy estimates. `predicted`: quality (N, K) by a checkpoint."""
@@ -77,7 +85,7 @@ class LoggedTraffic:
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, outcomes: str) -> None:
-    """Adds --outcomes (with help `outcomes`) and --records, of which one is required, and the choice of records."""
+    """Adds --outcomes (with help `outcomes`) and --records, of which one is required, and the flags of each."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--outcomes", nargs="+", type=Path, metavar="FILE", help=outcomes)
     source.add_argument("--records", metavar="URL", help="use labelled traffic: the gateway's records.url")
@@ -89,16 +97,24 @@ def add_source_arguments(parser: argparse.ArgumentParser, outcomes: str) -> None
         metavar="N",
         help=f"with --records: only the newest N (default {DEFAULT_NEWEST})",
     )
+    parser.add_argument(
+        "--groups",
+        action="store_true",
+        help="with --outcomes: score like a gateway that is told each prompt's group (routing.group), by the table's"
+        " `group`",
+    )
 
 
 def check_source_arguments(args: argparse.Namespace) -> None:
-    """Raises ValueError for invalid numbers, and for flags of records used with outcome tables."""
+    """Raises ValueError for invalid numbers, and for flags of one source used with the other."""
     if args.since is not None and not args.since > 0:
         raise ValueError(f"--since is {args.since:g} days; it must be above 0")
     if args.newest < 1:
         raise ValueError(f"--newest is {args.newest}; it must be 1 or more")
     if args.records is None and args.since is not None:
         raise ValueError("--since goes with --records; outcome tables have no times")
+    if args.records is not None and args.groups:
+        raise ValueError("--groups goes with --outcomes; a record's group is always told, as the gateway told it")
 
 
 def read_traffic(

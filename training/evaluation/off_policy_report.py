@@ -42,18 +42,20 @@ class TrafficSweeps:
 
     logs: Logs  # for doubly_robust and snips
     known: Logs  # with every pool's label, for direct
-    quality_of_known: Array  # predicted
+    deciding_logs: Array  # what routing of `logs` goes by
+    deciding_known: Array  # and of `known`
     tokens: Mapping[str, Array]  # by method
     sweeps: Mapping[str, Mapping[str, Sweep]]  # by rule, then method
     figures: dict[str, Any]  # the counts, for report.json
 
 
 def traffic_sweeps(
-    traffic: LoggedTraffic, quality_NK: Array, length: Array, routing: ReportedRouting, clip: float
+    traffic: LoggedTraffic, quality_NK: Array, deciding: Array, length: Array, routing: ReportedRouting, clip: float
 ) -> TrafficSweeps:
     """Sweeps of every rule, by the methods that the records allow.
 
     Args:
+        quality_NK: predicted, which the doubly robust estimate corrects. deciding: (N, K) what routing goes by.
         length: of the prompts (N,), for the length baseline.
     """
     complete = np.asarray(~np.isnan(traffic.observed).any(1))
@@ -67,17 +69,17 @@ def traffic_sweeps(
     tokens = {"doubly_robust": traffic.tokens[rows], "direct": traffic.tokens[complete]}
     sweeps: dict[str, dict[str, Sweep]] = {}
     for rule in RULES:
-        thresholds = sweep_thresholds(quality_NK, rule, [routing.threshold] if rule == routing.rule else [])
+        thresholds = sweep_thresholds(deciding, rule, [routing.threshold] if rule == routing.rule else [])
         sweeps[rule] = {}
         if len(rows):
-            of_rows = (quality_NK[rows], length[rows], rule, thresholds, tokens["doubly_robust"], routing.costs)
+            of_rows = (deciding[rows], length[rows], rule, thresholds, tokens["doubly_robust"], routing.costs)
             sweeps[rule] |= sweep_logs(logs, *of_rows, clip)
         if complete.any():
-            of_known = (quality_NK[complete], length[complete], rule, thresholds, units, routing.costs)
+            of_known = (deciding[complete], length[complete], rule, thresholds, units, routing.costs)
             sweeps[rule]["direct"] = sweep_outcomes(observed, *of_known, tokens["direct"])
     clipped = [sweep.found.clipped for methods in sweeps.values() for sweep in methods.values()]
     figures = _counts(traffic, logs, complete, left_out) | {"clip": clip, "clipped": max(clipped, default=0.0)}
-    return TrafficSweeps(logs, known, quality_NK[complete], tokens, sweeps, figures)
+    return TrafficSweeps(logs, known, deciding[rows], deciding[complete], tokens, sweeps, figures)
 
 
 def _counts(
@@ -118,7 +120,7 @@ def best_method(found: TrafficSweeps, routing: ReportedRouting) -> tuple[str, Ev
                 count = len(found.known.pool) if name == "direct" else float(effective)
                 differing = None
                 if name == "direct":
-                    known = (found.known.observed, found.quality_of_known)
+                    known = (found.known.observed, found.deciding_known)
                     differing = differing_outcomes(*known, routing.rule, routing.threshold)
                 evidence[name] = Evidence(sweep, count, differing=differing)
     if not evidence:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ from depo_gateway.training.evaluation.reported_routing import (
     with_target_met,
 )
 from depo_gateway.training.evaluation.threshold_sweep import differing_outcomes, sweep_outcomes, sweep_thresholds
+from depo_gateway.training.evaluation.told_groups import told_groups
+from depo_gateway.training.evaluation.unfamiliar_prompts import deciding_quality, unfamiliar_note, unfamiliar_share
 from depo_gateway.training.outcomes.table import (
     Row,
     cut_off_models,
@@ -62,6 +64,8 @@ class ScoredOutcomes:
     """N prompts with their predicted and observed qualities."""
 
     quality: Mapping[str, Array]  # by stage, (N, K)
+    unfamiliar: NDArray[np.bool_]  # (N,) to the full stage
+    deciding: Array  # (N, K) what routing goes by in the full stage: the quality, if no prompt is unfamiliar
     observed: Array  # (N, pools)
     length: Array  # (N,) characters
     groups: tuple[str, ...]  # (N,): related prompts have the same
@@ -70,7 +74,9 @@ class ScoredOutcomes:
     def select(self, rows: NDArray[np.bool_]) -> ScoredOutcomes:
         quality = {stage: of[rows] for stage, of in self.quality.items()}
         groups = tuple(group for group, kept in zip(self.groups, rows, strict=True) if kept)
-        return ScoredOutcomes(quality, self.observed[rows], self.length[rows], groups, self.sources[rows])
+        arrays = ("unfamiliar", "deciding", "observed", "length", "sources")
+        selected = {name: getattr(self, name)[rows] for name in arrays}
+        return replace(self, quality=quality, groups=groups, **selected)
 
     @property
     def complete(self) -> NDArray[np.bool_]:
@@ -92,10 +98,11 @@ def report_on_outcomes(args: argparse.Namespace, runtime: Runtime, scores: Path)
     else:
         unseen = unseen_prompts(examples, runtime.manifest)
     routing = read_routing(args, pools.names, default_routing(runtime.pools))
-    scored = _scored_outcomes(rows, examples, pools.names, runtime, scores).select(unseen.kept)
+    groups = told_groups([row.group for row in rows], args.groups, runtime.manifest, "evaluate")
     kept = [example for example, unfitted in zip(examples, unseen.kept, strict=True) if unfitted]
+    scored = _scored_outcomes(rows, groups, kept, pools.names, runtime, scores)
     grouped = any(example.group for example in kept)
-    routing = with_target_met(routing, runtime.calibration, scored.quality["full"], np.ones(len(scored.observed)))
+    routing = with_target_met(routing, runtime.calibration, scored.deciding, np.ones(len(scored.observed)))
     figures: dict[str, Any] = {
         "checkpoint": runtime.version,
         "outcomes": [str(path) for path in args.outcomes],
@@ -104,32 +111,47 @@ def report_on_outcomes(args: argparse.Namespace, runtime: Runtime, scores: Path)
         "left_out": unseen.left_out(),
         "cut_off": cut_off,
         **_measured(scored, routing, pools.names, grouped),
-        "all": _part(scored, runtime.pools, grouped),
+        "all": _part(scored, runtime, grouped),
     }
     names = sorted(set(scored.sources.tolist()))
     if len(names) > 1:
         of_sources = {name: scored.select(scored.sources == name) for name in names}
         figures["sources"] = {
-            name: _part(own, runtime.pools, grouped) | _in_force(own, routing, pools.names, grouped)
+            name: _part(own, runtime, grouped) | _in_force(own, routing, pools.names, grouped)
             for name, own in of_sources.items()
         }
     return Report(figures, pools.names, *_pages(figures, pools.names, routing, scores.name, grouped))
 
 
 def _scored_outcomes(
-    rows: Sequence[Row], examples: Sequence[Example], pools: tuple[str, ...], runtime: Runtime, scores: Path
+    rows: Sequence[Row],
+    groups: Sequence[str],
+    examples: Sequence[Example],
+    pools: tuple[str, ...],
+    runtime: Runtime,
+    scores: Path,
 ) -> ScoredOutcomes:
-    """The examples with their predictions; writes the scores of every row to `scores`."""
+    """The examples with their predictions; writes the scores of every row to `scores`.
+
+    Args:
+        groups: of each row, as the checkpoint is told. A question of several has that of its first row.
+    """
     scores.parent.mkdir(parents=True, exist_ok=True)
-    prompts = list(dict.fromkeys((row.question, row.context) for row in rows))
-    index_of = {prompt: index for index, prompt in enumerate(prompts)}
-    stages = stage_qualities(runtime, *prompt_logits(runtime, prompts))
-    of_rows = np.array([index_of[row.question, row.context] for row in rows])
-    write_scores(scores, [row.question for row in rows], stages["full"][of_rows], runtime.pools)
-    of_examples = np.array([index_of[example.prompt, example.context] for example in examples])
+    named = [(row.question, row.context, group) for row, group in zip(rows, groups, strict=True)]
+    index_of = {prompt: index for index, prompt in enumerate(dict.fromkeys(named))}
+    logits = prompt_logits(runtime, [prompt[:2] for prompt in index_of], [group for *_, group in index_of])
+    stages = stage_qualities(runtime, logits)
+    of_rows = np.array([index_of[prompt] for prompt in named])
+    questions = [row.question for row in rows]
+    write_scores(scores, questions, stages["full"][of_rows], logits.unfamiliar[of_rows], runtime.pools)
+    first = {(question, context): index_of[question, context, group] for question, context, group in reversed(named)}
+    of_examples = np.array([first[example.prompt, example.context] for example in examples])
+    unfamiliar, full = logits.unfamiliar[of_examples], stages["full"][of_examples]
     source_of = {(question_key(row.question), row.context): row.source for row in rows}
     return ScoredOutcomes(
         {stage: of_prompts[of_examples] for stage, of_prompts in stages.items()},
+        unfamiliar,
+        deciding_quality(full, unfamiliar),
         labels_by_head(examples, pools)["quality"],
         np.array([len(example.prompt) for example in examples], float),
         tuple(example.group or _alone(example) for example in examples),
@@ -153,7 +175,7 @@ def _measured(
     thresholds: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """The headline, and the rows of its sweep: at `thresholds`, or over all."""
-    full, complete = scored.quality["full"], scored.complete
+    full, complete = scored.deciding, scored.complete
     count = int(complete.sum())
     at = np.array(thresholds or sweep_thresholds(full, routing.rule, [routing.threshold]))
     sweep, differing = None, None
@@ -162,7 +184,7 @@ def _measured(
         units = np.unique(np.array(known.groups, dtype=object).astype(str), return_inverse=True)[1]
         if not grouped:
             units = np.arange(count)
-        of_known = (known.observed, known.quality["full"], known.length)
+        of_known = (known.observed, known.deciding, known.length)
         sweep = sweep_outcomes(*of_known, routing.rule, at, units, routing.costs)
         differing = differing_outcomes(*of_known[:2], routing.rule, routing.threshold)
     missing = "the checkpoint scores one pool, and nothing else is compared" if len(pools) == 1 else ""
@@ -175,9 +197,11 @@ def _measured(
     }
 
 
-def _part(scored: ScoredOutcomes, pools: tuple[str, ...], grouped: bool) -> dict[str, Any]:
+def _part(scored: ScoredOutcomes, runtime: Runtime, grouped: bool) -> dict[str, Any]:
     groups = scored.groups if grouped else None
-    return outcome_report(scored.quality, scored.observed, scored.length, pools, groups=groups)
+    measured = (scored.quality, scored.observed, scored.length, runtime.pools)
+    part = outcome_report(*measured, groups=groups, deciding=scored.deciding)
+    return part | {"unfamiliar": unfamiliar_share(scored.unfamiliar, runtime)}
 
 
 def _pages(
@@ -199,7 +223,7 @@ def _pages(
         remarks.append(f"{cut_off_warning(figures['cut_off'])}.")
     if remarks:
         beginning.append(Paragraph(" ".join(remarks), strong=True))
-    notes = [measured, models_note(figures["pools"]), fitted_note(figures, scores)]
+    notes = [measured, unfamiliar_note(part["unfamiliar"]), models_note(figures["pools"]), fitted_note(figures, scores)]
     beginning.append(Paragraph(" ".join(filter(None, notes))))
     beginning.append(Paragraph(routing_note(routing, pools, "every prompt is taken to need the same number of tokens")))
     tables = threshold_blocks(head, figures["sweep"], pools)

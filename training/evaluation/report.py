@@ -36,11 +36,13 @@ def outcome_report(
     folds: NDArray[np.int64] | None = None,
     groups: Sequence[str] | None = None,
     weights: Array | None = None,
+    deciding: Array | None = None,
 ) -> dict[str, Any]:
     """The figures of one set of prompts: calibrated quality (N, K) by stage, against observed (N, requested pools).
 
     `folds` (N,) of a cross-fit with random folds: scores are centred by fold. `groups` (N,): intervals resample whole
-    groups. `weights` (N,): of labels, used only in calibration errors.
+    groups. `weights` (N,): of labels, used only in calibration errors. `deciding`: what routing goes by in the full
+    stage, if not its quality (unfamiliar_prompts.py).
     """
     complete = ~np.isnan(observed).any(1)
     report: dict[str, Any] = {
@@ -55,6 +57,8 @@ def outcome_report(
         return report
     observed, length = observed[complete], length[complete]
     quality = {stage: q[complete] for stage, q in quality.items()}
+    if deciding is not None:
+        quality["full"] = deciding[complete]
     small, large = observed[:, 0], observed[:, -1]
     scores = scores_by_name(quality, length, None if folds is None else folds[complete])
     numbers = None
@@ -89,7 +93,8 @@ def scores_by_name(
 
 def part_blocks(part: Mapping[str, Any]) -> list[Block]:
     """The appendix on one set of prompts: every routing's APGR, common thresholds, errors of the predictions."""
-    summary = f"{part['prompts']} prompts, {part['with_all_labels']} with labels of every pool."
+    summary = f"{part['prompts']} prompts, {part['with_all_labels']} with labels of every pool"
+    summary += f", {part['unfamiliar']:.1%} unfamiliar to the checkpoint." if part.get("unfamiliar") else "."
     if "apgr" not in part:
         return [Paragraph(summary)]
     summary += f" All small {part['small_quality']:.3f}, all large {part['large_quality']:.3f}."

@@ -53,6 +53,7 @@ from depo_gateway.training.evaluation.routing_in_force import (
     threshold_periods,
 )
 from depo_gateway.training.evaluation.threshold_sweep import sweep_thresholds
+from depo_gateway.training.evaluation.unfamiliar_prompts import deciding_quality, unfamiliar_note, unfamiliar_share
 
 MANY_PERIODS = 12  # the newest that the appendix lists
 
@@ -74,10 +75,12 @@ def report_on_records(args: argparse.Namespace, runtime: Runtime, scores: Path) 
         unseen = unseen_prompts(read.examples(), runtime.manifest)
     traffic = _labelled_traffic(read, unseen)
     scores.parent.mkdir(parents=True, exist_ok=True)
-    stages = stage_qualities(runtime, *text_logits(runtime, read.texts))
-    write_scores(scores, [prompt for prompt, _ in read.texts], stages["full"], pools)
-    quality = {stage: of[unseen.kept] for stage, of in stages.items()}
-    routing = with_target_met(routing, runtime.calibration, quality["full"], traffic.tokens)
+    logits = text_logits(runtime, read.texts, read.groups)
+    stages = stage_qualities(runtime, logits)
+    write_scores(scores, [prompt for prompt, _ in read.texts], stages["full"], logits.unfamiliar, pools)
+    quality, unfamiliar = {stage: of[unseen.kept] for stage, of in stages.items()}, logits.unfamiliar[unseen.kept]
+    deciding = deciding_quality(quality["full"], unfamiliar)
+    routing = with_target_met(routing, runtime.calibration, deciding, traffic.tokens)
     served = served_models(read.records, pools)
     figures: dict[str, Any] = {
         "checkpoint": runtime.version,
@@ -88,32 +91,40 @@ def report_on_records(args: argparse.Namespace, runtime: Runtime, scores: Path) 
         "live_large_share": live_large_share(read.records, pools[-1]),
         "fitted_share": fitted_share(traffic.examples(), runtime.manifest),
         "left_out": unseen.left_out(),
-        **_measured(traffic, quality, routing, args.clip),
+        **_measured(traffic, quality, deciding, routing, args.clip),
     }
+    figures["all"]["unfamiliar"] = unfamiliar_share(unfamiliar, runtime)
     return Report(figures, pools, *_pages(figures, pools, routing, scores.name, read.records))
 
 
 def _measured(
-    traffic: LoggedTraffic, quality: Mapping[str, Array], routing: ReportedRouting, clip: float
+    traffic: LoggedTraffic, quality: Mapping[str, Array], deciding: Array, routing: ReportedRouting, clip: float
 ) -> dict[str, Any]:
-    """The headline and everything that is estimated."""
-    pools, full = traffic.pools, quality["full"]
+    """The headline and everything that is estimated.
+
+    Args:
+        quality: predicted, by stage. deciding: (N, K) what routing goes by in the full stage.
+    """
+    pools = traffic.pools
     length = np.array([len(prompt) for prompt, _ in traffic.texts], float)
-    found = traffic_sweeps(traffic, full, length, routing, clip)
+    found = traffic_sweeps(traffic, quality["full"], deciding, length, routing, clip)
     method, evidence = best_method(found, routing)
-    decided = (found.logs.predicted, found.tokens["doubly_robust"]) if len(found.logs.pool) else (full, traffic.tokens)
+    decided = (deciding, traffic.tokens)
+    if len(found.logs.pool):
+        decided = (found.deciding_logs, found.tokens["doubly_robust"])
     head = headline(evidence, routing, *decided, pools)
     method = method if head["measured"] else "none"
     sweep = evidence.sweep if head["measured"] else None
-    thresholds = sweep_thresholds(full, routing.rule, [routing.threshold])
+    thresholds = sweep_thresholds(deciding, routing.rule, [routing.threshold])
     also = None if head["alternative"] is None else head["alternative"]["threshold"]
     conversations = [str(number) for number in traffic.conversation]
     weights = traffic_calibration_data(traffic).weights
+    of_known = (quality, traffic.observed, length, pools)
     return {
         "headline": head | {"method": method},
         "sweep": sweep_rows(sweep, decided[0], routing, thresholds, decided[1], pools),
         "change": change_from_served(found, method, routing, also),
-        "all": outcome_report(quality, traffic.observed, length, pools, groups=conversations, weights=weights),
+        "all": outcome_report(*of_known, groups=conversations, weights=weights, deciding=deciding),
         "logs": logs_report(found),
     }
 
@@ -156,7 +167,8 @@ def _pages(
     served = figures["change"]["served"]
     costs = f", at {percent(served['cost'])} of the cost of sending everything there" if "cost" in served else ""
     share = f" As served, {percent(served['large_share'])} went to {pools[-1]}{costs}." if served else ""
-    notes = [_method_note(figures), _served_note(figures), fitted_note(figures, scores)]
+    unfamiliar = unfamiliar_note(figures["all"]["unfamiliar"])
+    notes = [_method_note(figures), unfamiliar, _served_note(figures), fitted_note(figures, scores)]
     beginning.append(Paragraph(" ".join(filter(None, notes))))
     tokens = "a prompt's answer is taken to need as many tokens from each pool as the answer that was given"
     beginning.append(Paragraph(f"{routing_note(routing, pools, tokens)}{share}"))

@@ -6,10 +6,12 @@ Shapes: N prompts, K pools cheapest first, H heads.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Calibration, Curve, Platt, Stage, calibrate_quality, fit_platt
+from depo_gateway.training.fitting.familiarity import pool_means
 
 
 def calibrate(
@@ -24,7 +26,8 @@ def calibrate(
     """Calibration from logits (N, K, H) of both stages and labels (N, K) by head, in the model's order; NaN: no label.
 
     With a parent, outputs without enough labels keep the parent's calibration: quality of all pools together, because
-    qualities are compared with each other; the other heads pool by pool; and heads that `labels` does not name.
+    qualities are compared with each other; the other heads pool by pool; and heads that `labels` does not name. The
+    parent's familiarity is kept, its means with the quality: they are the labels' where quality is refitted.
     `counts` (N,): the weight of each prompt in the shares and quality of a curve, if not `weights`.
     """
     stages: dict[str, Stage] = {}
@@ -39,7 +42,11 @@ def calibrate(
         stages[name] = stage
     quality_NK = calibrate_quality(stages["full"], full)
     counts = weights if counts is None else counts
-    return Calibration(pools, stages, rule_curves(quality_NK, labels["quality"], counts, pools))
+    familiarity = None if parent is None else parent.familiarity
+    if familiarity is not None and not pools_lacking_labels(labels["quality"], weights, pools):
+        familiarity = replace(familiarity, means=pool_means(labels["quality"], weights))
+    curves = rule_curves(quality_NK, labels["quality"], counts, pools)
+    return Calibration(pools, stages, curves, familiarity=familiarity)
 
 
 def _completed(

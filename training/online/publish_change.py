@@ -56,7 +56,10 @@ class LiveTraffic:
     def examples(self, text: TextConfig) -> list[Example]:
         """The prompts, without labels, as a checkpoint reads them."""
         texts = [extract_text(text, record.asked or "") for record in self.prompts]
-        return [Example(prompt, {}, context=context) for prompt, context in texts]
+        return [
+            Example(prompt, {}, context=context, task=record.group)
+            for (prompt, context), record in zip(texts, self.prompts, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,4 +288,5 @@ def _example(records: Sequence[_LabelledPrompt], pools: tuple[str, ...], factors
         }
         for of in ([one.quality for one in records], [one.token_confidence for one in records])
     )
-    return Example(newest.prompt, quality, tokens, sum(weights) / len(weights), "", newest.context)
+    weight, task = sum(weights) / len(weights), newest.record.group
+    return Example(newest.prompt, quality, tokens, weight, "", newest.context, task=task)

@@ -125,7 +125,7 @@ def test_evaluate_writes_what_the_contract_names(
     questions = [json.loads(line)["question"] for line in places["second"].read_text().splitlines()]
     assert [row["question"] for row in rows] == questions
     for row in rows:
-        assert set(row) == {"question", "quality", "confidence"}
+        assert set(row) - {"unfamiliar"} == {"question", "quality", "confidence"}
         quality, confidence = row["quality"], row["confidence"]
         lost = max(0.0, max(quality.values()) - quality["small"])
         assert confidence["small"] == pytest.approx(1 - lost)
@@ -192,7 +192,11 @@ def test_calibrate_says_which_share_it_reaches(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = tmp_path / "few.jsonl"
-    few.write_text("".join(line + "\n" for line in places["second"].read_text().splitlines()[:2]))
+    runtime = Runtime.load(places["fitted"])
+    lines = places["second"].read_text().splitlines()
+    scores = runtime.score([runtime.prepare(json.loads(line)["question"]) for line in lines])
+    familiar = [line for line, of in zip(lines, scores, strict=True) if not of.unfamiliar]
+    few.write_text("".join(line + "\n" for line in familiar[:2]))
     arguments = ["calibrate", "--checkpoint", str(places["fitted"]), "--outcomes", str(few), "--target"]
     assert main([*arguments, "large-share=0.3", "large-share=0.5", "--out", str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out

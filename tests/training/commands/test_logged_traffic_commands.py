@@ -97,7 +97,7 @@ def test_evaluate_from_feedback_alone(fitted: Path, tmp_path: Path, capsys: pyte
     assert (tmp_path / "report" / "curve.png").read_bytes().startswith(b"\x89PNG")
     scores = [json.loads(line) for line in (tmp_path / "report" / "scores.jsonl").read_text().splitlines()]
     assert len(scores) == 390
-    assert set(scores[0]) == {"question", "quality", "confidence"}
+    assert {name for row in scores for name in row} == {"question", "quality", "confidence", "unfamiliar"}
     text = (tmp_path / "report" / "report.md").read_text()
     assert text.splitlines()[0] == f"# {capsys.readouterr().out.splitlines()[0]}"
     assert "Not weighted: 40 sticky." in text

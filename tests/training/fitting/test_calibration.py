@@ -1,9 +1,11 @@
 """What calibrate() refits, and what keeps the parent's calibration."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from depo_gateway.estimator.calibration import Calibration, Platt
+from depo_gateway.estimator.calibration import Calibration, Familiarity, Platt
 from depo_gateway.training.fitting.calibration import calibrate, unchanged_message
 
 POOLS = ("small", "large")
@@ -59,3 +61,16 @@ def test_without_a_parent_what_lacks_labels_is_the_identity() -> None:
     logits, labels = labelled(("token_confidence", 0), ("token_confidence", 1))
     stage = calibrate(logits, logits, labels, np.ones(200), POOLS).stages["full"]
     assert stage["token_confidence"] == (Platt(), Platt())
+
+
+def test_the_parents_familiarity_is_kept_with_the_means_of_new_labels_where_they_refit_quality() -> None:
+    parent = replace(PARENT, familiarity=Familiarity(1.0, 2.0, (0.3, 0.8)))
+    logits, labels = labelled()
+    weights = np.where(np.arange(200) < 150, 1.0, 0.0)
+    found = calibrate(logits, logits, labels, weights, POOLS, parent).familiarity
+    assert found is not None
+    assert (found.near, found.far) == (1.0, 2.0)
+    assert found.means == pytest.approx(labels["quality"][:150].mean(0))
+    logits, labels = labelled(("quality", 1))
+    assert calibrate(logits, logits, labels, np.ones(200), POOLS, parent).familiarity == parent.familiarity
+    assert calibrate(logits, logits, labels, np.ones(200), POOLS, PARENT).familiarity is None

@@ -183,3 +183,8 @@ def test_prompts_go_where_the_gateway_sends_them(rule: str) -> None:
             known = routing.confidences(dict(zip(pools, quality[row], strict=True)), rule, candidates)  # type: ignore[arg-type]
             decision = routing.by_threshold(known, candidates, threshold, "")
             assert pools[chosen[row]] == decision.pool
+
+
+def test_prompts_are_scored_with_the_group_that_they_were_served_with() -> None:
+    traffic = live_traffic([record(0, group="proofs"), record(1)], POOLS)
+    assert [example.task for example in traffic.examples(TextConfig())] == ["proofs", ""]

@@ -182,3 +182,13 @@ def test_turns_of_a_conversation_are_held_out_together_and_a_common_opening_is_n
     assert traffic.conversation[0] == traffic.conversation[2] != traffic.conversation[1]
     greeted = read([turn(seq, "hello", word) for seq, word in enumerate(number)])
     assert len(set(greeted.group)) == len(set(greeted.conversation)) == 9
+
+
+def test_a_prompts_task_is_the_group_of_its_newest_record() -> None:
+    labels = {("math", "small"): 1.0}
+    records = [served(seq, labels, "the same prompt", group=group) for seq, group in ((1, "a"), (3, "b"), (2, "c"))]
+    traffic = read([*records, served(4, labels, "another")])
+    assert [(example.prompt, example.task) for example in traffic.examples] == [
+        ("the same prompt", "b"),
+        ("another", ""),
+    ]
