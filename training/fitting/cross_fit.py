@@ -27,7 +27,6 @@ from depo_gateway.estimator.learner import Item, Learner, LearnerConfig
 from depo_gateway.estimator.model import Estimator
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.fitting.epoch_fit import fit_epochs, new_learner
-from depo_gateway.training.fitting.familiarity import prompt_distances
 from depo_gateway.training.fitting.fit_config import FitConfig
 from depo_gateway.training.fitting.foldings import foldings_of, questions_of
 from depo_gateway.training.fitting.held_out import HeldOutLogits
@@ -35,6 +34,7 @@ from depo_gateway.training.fitting.imputation import impute
 from depo_gateway.training.fitting.penalty_search import fit_linear
 from depo_gateway.training.fitting.prior_choice import PriorChoice, compare_losses, is_used
 from depo_gateway.training.fitting.prior_outcomes import PriorOutcomes
+from depo_gateway.training.fitting.prompt_distances import prompt_distances
 
 # Small folds measure the served model; where examples abound, larger ones do as well and take less time
 SMALL_FOLDS, LARGE_FOLDS, MANY_EXAMPLES = 20, 10, 2000

@@ -5,29 +5,15 @@ Shapes: N fitted prompts, K pools.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Familiarity
-from depo_gateway.estimator.learner import Item
-from depo_gateway.estimator.model import Estimator
-from depo_gateway.estimator.similarity import held_out_distances
 
 # Shares of prompts like the fitted ones that are nearer. Beyond FAR routing is at random, so one in twenty of the fit's
 # own kind loses its prediction; benchmarks/unfamiliar.py shows what other kinds gain
 NEAR, FAR = 0.85, 0.95
 EXTREME = 0.01  # a pool's mean quality is kept this far from 0 and 1, where its logit would be infinite
-
-
-def prompt_distances(model: Estimator, items: Sequence[Item], further: Sequence[Item] = ()) -> Array:
-    """Held-out distances (N,) of fitted items, from them and from further fitted ones. The model has centres."""
-    embeddings = [item.embedding for item in (*items, *further) if item.embedding is not None]
-    states = torch.stack(embeddings)[:, model.width :].cpu()
-    found: Array = held_out_distances(states, model.config.centres).double().numpy()[: len(items)]
-    return found
 
 
 def familiarity_of(distances_N: Array, labels_NK: Array, weights_N: Array) -> Familiarity:

@@ -21,8 +21,9 @@ from depo_gateway.estimator.records.types import Example
 from depo_gateway.training.evaluation.contamination import certainly_unseen
 from depo_gateway.training.evaluation.report import nan_to_null
 from depo_gateway.training.fitting.calibration import calibrate
-from depo_gateway.training.fitting.familiarity import familiarity_of, prompt_distances
+from depo_gateway.training.fitting.familiarity import familiarity_of
 from depo_gateway.training.fitting.held_out import HeldOutLogits
+from depo_gateway.training.fitting.prompt_distances import prompt_distances
 from depo_gateway.training.online.champion import StartingPoint, new_to, served_quality
 from depo_gateway.training.online.cross_fit import cross_calibrated_quality, fit_on_everything, learner_config
 from depo_gateway.training.online.joint_calibration import LogitTransform, fit_logit_transform, fold_into_weights
