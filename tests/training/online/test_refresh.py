@@ -14,17 +14,23 @@ import torch
 
 from depo_gateway.estimator import checkpoint, held_publish, standing
 from depo_gateway.estimator.records.store import Feedback, Store
-from depo_gateway.estimator.records.types import FEEDBACK, Label, Labelled, Record, RoutingSettings, ServedPool
+from depo_gateway.estimator.records.types import FEEDBACK, Example, Label, Labelled, Record, RoutingSettings, ServedPool
 from depo_gateway.estimator.runtime import Runtime
+from depo_gateway.estimator.similarity import usual_centres
+from depo_gateway.estimator.text import TextConfig
 from depo_gateway.training.__main__ import main
 from depo_gateway.training.commands.refresh import published_text
 from depo_gateway.training.online import holdout
 from depo_gateway.training.online import refresh as refresh_module
+from depo_gateway.training.online.champion import starting_point
+from depo_gateway.training.online.cross_fit import learner_config
 from depo_gateway.training.online.embedding_cache import EmbeddingCache
 from depo_gateway.training.online.publication import OwnerTerms, RefreshResult
 from depo_gateway.training.online.refresh import refresh
 from depo_gateway.training.online.refresh_config import REFUSALS, GateConfig, OwnerGate, RefreshConfig
 from depo_gateway.training.online.refresh_data import RefreshData
+from depo_gateway.training.online.training_set import expanded_initialisation
+from depo_gateway.training.outcomes.traffic_examples import examples_of_traffic
 from tests.conftest import WORDS
 
 CONFIG = RefreshConfig(min_labels=50, learning_rate=0.4, wide_learning_rate=0.4, gate=GateConfig(resamples=200))
@@ -415,3 +421,64 @@ def test_training_that_diverged_is_refused(
     assert result.published is None
     assert result.verdict.reasons[0].startswith("training diverged: model.safetensors: ")
     assert not (tmp_path / "current").exists()
+
+
+def named(labelled: list[Labelled], group: str) -> list[Labelled]:
+    return [replace(item, record=replace(item.record, group=group)) for item in labelled]
+
+
+def of_task(index: int) -> Labelled:
+    """Prompts of two applications take turns; the small pool fails in one of them, whatever the prompt."""
+    group = ("poems", "proofs")[index // 2 % 2]
+    quality = {"small": float(group == "poems"), "large": 1.0}
+    labels = [
+        Label(index + 1, pool, "model", quality[pool], None, 0.0, 2 * index + n + 1) for n, pool in enumerate(POOLS)
+    ]
+    return Labelled(replace(record(index), group=group), tuple(labels))
+
+
+def test_a_refresh_learns_the_tasks_of_its_records_and_what_is_unlike_them(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    fresh = refresh([of_task(index) for index in range(600)], tiny_checkpoint, tmp_path, CONFIG, cold=True)
+    assert fresh.published is not None, fresh.verdict.reasons
+    assert (fresh.published.base.groups, fresh.published.schema) == (("poems", "proofs"), 2)
+    runtime = Runtime.load(checkpoint.resolve(tmp_path))
+    centres, familiarity = fresh.published.base.centres, runtime.calibration.familiarity
+    assert centres == 200
+    assert familiarity is not None
+    seen = runtime.score([runtime.prepare(asked(index, 5)) for index in range(100)])
+    assert sum(one.unfamiliar for one in seen) <= 20
+    poems, proofs = (
+        np.mean(
+            [one.quality[0] for one in runtime.score([runtime.prepare(asked(i, 5), group=name) for i in range(50)])]
+        )
+        for name in ("poems", "proofs")
+    )
+    assert poems > proofs + 0.3
+
+
+def test_weights_of_a_served_checkpoint_are_continued_with_room_for_the_traffic(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its groups stay known; new prompts are familiar afterwards, and the old ones still are."""
+    before = named(shadowed(range(0, 300)), "poems")
+    place = refresh(before, tiny_checkpoint, tmp_path, CONFIG, cold=True)
+    assert place.published is not None
+    traffic = named(shadowed(range(300, 400)), "recipes")
+    start = starting_point(tmp_path, tmp_path, False, traffic)
+    known = start.champion or start.base
+    grown = expanded_initialisation(
+        known, examples_of_traffic(traffic, POOLS, TextConfig(), CONFIG.traffic), usual_centres(100)
+    )
+    assert grown.model.config.groups == ("poems", "recipes")
+    assert grown.model.config.centres == known.estimator.config.centres + 33
+    learner = grown.learner(learner_config(CONFIG))
+    items = learner.items([Example(asked(index), {"small": 1.0}, task="recipes") for index in range(300, 400)])
+    empty = learner.distances(items)
+    filled = grown.fitted_to(items, learner_config(CONFIG)).distances(items)
+    assert empty is not None
+    assert filled is not None
+    assert np.median(filled) < np.median(empty)
+    own = known.initialisation.learner(learner_config(CONFIG)).distances(items)
+    np.testing.assert_allclose(empty, own, atol=1e-5)
