@@ -248,7 +248,7 @@ def lines_of(case: Case, examples: Sequence[Example], predicted: dict[tuple[str,
 
 
 def _mean(estimates: Sequence[ApgrEstimate]) -> ApgrEstimate:
-    """The mean of the divisions' figures and bounds: divisions share their prompts, so they don't narrow the interval."""
+    """The mean of the divisions' figures and bounds: they share their prompts, so they don't narrow the interval."""
     fields = ("apgr", "low", "high", "difference", "difference_low", "difference_high")
     return ApgrEstimate(*(float(np.mean([getattr(one, field) for one in estimates])) for field in fields))
 
