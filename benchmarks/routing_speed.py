@@ -61,8 +61,8 @@ def main() -> int:
     text = (
         "# Cost of scoring\n\n"
         f"`python benchmarks/routing_speed.py{option} --out benchmarks/results/routing_speed.md`; {processor()},"
-        f" one thread, onnxruntime {onnxruntime.__version__}, checkpoint {runtimes[0].version}, loaded in {load:.2f} s of"
-        f" CPU. CPU time, best of {ROUNDS} rounds.\n\n" + note + table(rows, header) + "\n"
+        f" one thread, onnxruntime {onnxruntime.__version__}, checkpoint {runtimes[0].version}, loaded in {load:.2f} s"
+        f" of CPU. CPU time, best of {ROUNDS} rounds.\n\n" + note + table(rows, header) + "\n"
     )
     if args.out is None:
         sys.stdout.write(text)
