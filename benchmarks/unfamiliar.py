@@ -54,7 +54,7 @@ from depo_gateway.training.outcomes.table import (
 
 POOLS = ("small", "large")
 HEADS = ("quality",)  # no table has token confidence
-BALANCE = 0.5
+BALANCE = 0.25
 CALIBRATION_FOLDS = 5  # of the fits that lack a source
 NEW_FOLDS = 5  # to measure the coverage of new questions
 MMLU = "mmlu_mixtral_gpt4"
