@@ -10,9 +10,10 @@ import numpy as np
 from depo_gateway.estimator.arrays import Array
 from depo_gateway.estimator.calibration import Familiarity
 
-# Shares of prompts like the fitted ones that are nearer. Beyond FAR routing is at random, so one in twenty of the fit's
-# own kind loses its prediction; benchmarks/unfamiliar.py shows what other kinds gain
-NEAR, FAR = 0.85, 0.95
+# Shares of prompts like the fitted ones that are nearer. Beyond FAR routing is at random, so 3 in 100 of the fit's own
+# kind lose their prediction; benchmarks/unfamiliar.py shows what other kinds gain. Between the two, half-trusted gains
+# would gather in the middle of the ranking, so there is little between
+NEAR, FAR = 0.95, 0.97
 EXTREME = 0.01  # a pool's mean quality is kept this far from 0 and 1, where its logit would be infinite
 
 
