@@ -13,7 +13,7 @@ from depo_gateway.estimator.learner import Item, Learner
 from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.text import prepare
 
-CACHE_CAPACITY = 50_000  # embeddings: 80 MB for MiniLM
+CACHE_CAPACITY = 50_000  # embeddings: 160 MB for MiniLM, whose mean is kept too
 
 
 class EmbeddingCache:
