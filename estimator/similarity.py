@@ -28,7 +28,7 @@ CHUNK = 2048  # prompts at a time: their similarities to all centres are in memo
 LEAST_RADIUS = 0.02  # in cosine: of equal prompts, which have none
 MOST_CENTRES, MOST_WITH_TRAFFIC = 1000, 2000  # of a fit; and after refreshes, which add their own
 PROMPTS_PER_CENTRE = 3
-# Fewer prompts teach the weights of centres nothing (GSM8K's 769: APGR .01 lower on average); familiarity needs them
+# Fewer prompts teach the weights of centres nothing but noise, so they have centres for their distances alone
 FEWEST_PROMPTS = 1000
 
 
