@@ -295,7 +295,7 @@ def _warn_of_groups(config: Config, runtime: Runtime) -> None:
     if config.routing.group is None and runtime.groups:
         log.warning(
             "the estimator %s was fitted with groups, but routing.group isn't set: its shares are those of prompts "
-            "whose group is told",
+            "whose group is known",
             runtime.version,
         )
 

@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--groups",
         action="store_true",
-        help="make the table's groups a feature, for a gateway that is told each request's (routing.group)",
+        help="make the table's groups a feature, for a gateway that knows each request's (routing.group)",
     )
     parser.add_argument(
         "--folds",

@@ -100,7 +100,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, outcomes: str) -> None
     parser.add_argument(
         "--groups",
         action="store_true",
-        help="with --outcomes: score like a gateway that is told each prompt's group (routing.group), by the table's"
+        help="with --outcomes: score like a gateway that knows each prompt's group (routing.group), by the table's"
         " `group`",
     )
 
