@@ -250,6 +250,8 @@ def loads(data: bytes) -> Calibration:
         familiarity = raw.get("familiarity")
         if familiarity is not None:
             familiarity = Familiarity(familiarity["near"], familiarity["far"], tuple(familiarity["means"]))
+            if len(familiarity.means) != len(raw["pools"]) or not all(0 < mean < 1 for mean in familiarity.means):
+                raise ValueError("calibration.json: familiarity needs a mean between 0 and 1 of each pool")
         return Calibration(tuple(raw["pools"]), stages, curves, raw["targets"], familiarity)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"calibration.json is not a calibration: {error!r}") from None

@@ -217,7 +217,7 @@ class Learner:
     def predict(self, items: Sequence[Item]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Logits of the full and the cheap stage, (N, K, H) each; without a wide part the full stage's twice.
 
-        Each item's group is told, as far as the model knows it.
+        Each item's group counts, if the model knows it.
         """
         full: list[Tensor] = []
         cheap: list[Tensor] = []

@@ -229,7 +229,7 @@ def expanded(model: Estimator, groups: Sequence[str], centres: int) -> Estimator
     The new centres are the last, and empty. There are MOST_WITH_TRAFFIC at most: then they take the newest ones' place.
     """
     before = model.config
-    kept = before.centres if not before.centres else min(before.centres, MOST_WITH_TRAFFIC - centres)
+    kept = min(before.centres, MOST_WITH_TRAFFIC - centres)
     every = tuple(dict.fromkeys((*before.groups, *groups)))
     config = replace(before, groups=every, centres=kept + centres if before.centres else 0)
     grown = Estimator(config, model.encoder, model.vocabulary, model.width, model.rounded).to(model.device)

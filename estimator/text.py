@@ -61,7 +61,7 @@ class TextConfig:
 class Prepared:
     """A prompt ready to be scored: ids of T <= max_tokens tokens with specials, and S surface features.
 
-    `group` names its task, as far as somebody has told: it selects the group's offsets (calibration.py). "": unknown.
+    `group` names its task, if known: a checkpoint may have weights for it. "": unknown.
     """
 
     ids: tuple[int, ...]

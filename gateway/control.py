@@ -129,9 +129,10 @@ class Control:
         """Takes a new config or a new checkpoint, and keeps the state that is still valid."""
         before, self._config = self._config, config
         curve = curve_of(runtime, config)
+        if before is None or runtime.version != self._version or before.routing.group != config.routing.group:
+            _warn_of_groups(config, runtime)
         if before is None or runtime.version != self._version or _meaning(before) != _meaning(config):
             self._version = runtime.version
-            _warn_of_groups(config, runtime)
             self._drift = ScoreDrift(curve)
             self._floor = None
             if self._controller is not None:

@@ -1,7 +1,7 @@
 """The name of a request's task (`routing.group`): where it is read from. Pure.
 
-A checkpoint may be calibrated for named tasks; the name says for which of them it is to score. It comes from the
-client, so it is bounded, goes on the record and into no metric's label.
+A checkpoint may have weights of named tasks (`fit --groups`), which it adds for a prompt of that name. The name comes
+from the client, so it is bounded, goes on the record and into no metric's label.
 """
 
 import hashlib

@@ -110,7 +110,7 @@ class Example:
     group: str = ""
     context: str = ""  # the conversation before the prompt, as text.prompt_of_messages gives it
     others: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    task: str = ""  # the name of its group as a gateway would be told it (routing.group), a feature; "": unknown
+    task: str = ""  # the name of its group as a gateway reads it (routing.group), a feature; "": unknown
 
     def __post_init__(self) -> None:
         for head in ("quality", "token_confidence", *self.others):

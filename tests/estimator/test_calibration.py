@@ -7,7 +7,7 @@ import pytest
 
 from depo_gateway.estimator import calibration
 from depo_gateway.estimator.arrays import Array
-from depo_gateway.estimator.calibration import Calibration, Platt
+from depo_gateway.estimator.calibration import Calibration, Familiarity, Platt
 from depo_gateway.estimator.logistic import sigmoid
 from tests.stages import uncalibrated_stage
 
@@ -175,6 +175,17 @@ def test_one_pools_large_share_is_what_it_is_not_sure_of() -> None:
     assert alone.large_share("difficulty", 1.0) == 1.0
     with pytest.raises(ValueError, match="two pools or more"):
         alone.threshold("difficulty", cost=0.5, costs=(1.0,))
+
+
+@pytest.mark.parametrize("means", [(0.5,), (0.5, 1.0), (0.0, 0.5)])
+def test_familiarity_with_means_that_cannot_be_served_is_refused(
+    calibrated: Calibration, means: tuple[float, ...]
+) -> None:
+    spoilt = dataclasses.replace(calibrated, familiarity=Familiarity(1.0, 2.0, means))
+    with pytest.raises(ValueError, match="familiarity needs a mean between 0 and 1 of each pool"):
+        calibration.loads(calibration.dumps(spoilt))
+    whole = dataclasses.replace(calibrated, familiarity=Familiarity(1.0, 2.0, (0.4, 0.7)))
+    assert calibration.loads(calibration.dumps(whole)).familiarity == whole.familiarity
 
 
 def test_it_survives_being_written_and_read(calibrated: Calibration) -> None:

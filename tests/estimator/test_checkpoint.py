@@ -87,6 +87,14 @@ def test_an_edited_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
             ({"base": {"encoder": "e", "layers": 5, "trained": [], name: "no"}}, f"says {name}: 'no'; it must be true")
             for name in ("wide", "trunk", "rounded")
         ),
+        *(
+            ({"base": {"encoder": "e", "layers": 5, "trained": [], "centres": count}}, "says centres: .*whole number")
+            for count in ("ten", -1, True, 1.5)
+        ),
+        *(
+            ({"base": {"encoder": "e", "layers": 5, "trained": [], "groups": names}}, "no distinct texts")
+            for names in (["law", "law"], [7])
+        ),
         ({"base": {}}, "not a manifest of schema 1"),
     ],
 )

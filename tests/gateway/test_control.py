@@ -197,6 +197,35 @@ def test_requests_under_way_over_a_reload_are_put_right_where_they_were_counted(
     assert np.isnan(old.realised)
 
 
+def test_gateway_and_checkpoint_that_differ_about_groups_are_warned_of(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the start, with another checkpoint, and when a reload changes `routing.group`; once each."""
+    plain = Runtime.load(tiny_checkpoint)
+    knows = dataclasses.replace(plain, groups={"law": 0})
+    pools = {name: {"model": name, "backends": [{"url": "http://x"}]} for name in ("small", "large")}
+    unset, named = (
+        config.parse_config(settings([], [], tiny_checkpoint) | {"pools": pools, "routing": routing})
+        for routing in ({}, {"group": {"from": "key"}})
+    )
+    cases = [
+        ((unset, plain), ""),
+        ((unset, knows), "was fitted with groups, but routing.group isn't set"),
+        ((named, plain), "routing.group is set, but the estimator"),
+        ((named, knows), ""),
+    ]
+    for (settled, runtime), words in cases:
+        caplog.clear()
+        Control().follow(settled, runtime)
+        assert [words in line for line in caplog.messages] == ([True] if words else [])
+    control = Control()
+    control.follow(unset, plain)
+    caplog.clear()
+    control.follow(named, plain)
+    control.follow(named, plain)
+    assert len(caplog.messages) == 1
+
+
 # The floor.
 
 

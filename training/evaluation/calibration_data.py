@@ -21,10 +21,10 @@ from depo_gateway.estimator.records.types import Example
 from depo_gateway.estimator.runtime import Runtime
 from depo_gateway.training.evaluation import logged_traffic, off_policy
 from depo_gateway.training.evaluation.contamination import fitted_share, unseen_prompts, warn_of_contamination
+from depo_gateway.training.evaluation.group_option import chosen_groups
 from depo_gateway.training.evaluation.logged_traffic import LoggedTraffic
 from depo_gateway.training.evaluation.off_policy import Integers, Logs
 from depo_gateway.training.evaluation.predictions import resolve_pools, served_text
-from depo_gateway.training.evaluation.told_groups import told_groups
 from depo_gateway.training.outcomes.table import check_cut_off, examples_of, read_tables
 
 FITTING_SHARE = 1 / 3  # of the units, where the others test a guarantee: a Platt fit has only two parameters
@@ -35,7 +35,7 @@ POLICIES_AT_ONCE = 32  # memory of N x POLICIES_AT_ONCE x 11 numbers for two poo
 class CalibrationData:
     """N prompts with their labels. Those of one unit, a conversation, are not independent of one another."""
 
-    examples: Sequence[Example]  # `task`: the group that the checkpoint is told
+    examples: Sequence[Example]  # `task`: the group by which the checkpoint scores
     texts: Sequence[tuple[str, str]]  # as estimator.text.extract_text() gives them
     labels: Mapping[str, Array]  # by head, (N, K), NaN where there is none
     weights: Array  # (N,) for fitting probabilities; 0: the label's probability of being observed is unknown
@@ -45,7 +45,7 @@ class CalibrationData:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """(N,) that the checkpoint is told."""
+        """(N,) by which the checkpoint scores."""
         return tuple(example.task for example in self.examples)
 
     @property
@@ -77,8 +77,8 @@ def read_calibration_data(args: argparse.Namespace, runtime: Runtime) -> Calibra
     rows = read_tables(args.outcomes)
     check_cut_off(rows, pools, "calibrate", args.allow_cut_off)
     read = examples_of(rows, pools)
-    told = told_groups([example.task for example in read], args.groups, runtime.manifest, "calibrate")
-    read = [dataclasses.replace(example, task=group) for example, group in zip(read, told, strict=True)]
+    groups = chosen_groups([example.task for example in read], args.groups, runtime.manifest, "calibrate")
+    read = [dataclasses.replace(example, task=group) for example, group in zip(read, groups, strict=True)]
     examples = [example for example, kept in zip(read, _unfitted(args, read, runtime), strict=True) if kept]
     labels = labels_by_head(examples, runtime.pools, runtime.manifest.heads)
     texts = [served_text(runtime.manifest.text, example.prompt, example.context) for example in examples]

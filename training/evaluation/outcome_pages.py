@@ -26,6 +26,7 @@ from depo_gateway.training.evaluation.contamination import (
     warn_of_contamination,
 )
 from depo_gateway.training.evaluation.front_page import method_blocks, source_blocks, threshold_blocks
+from depo_gateway.training.evaluation.group_option import chosen_groups
 from depo_gateway.training.evaluation.headline import FEW_PROMPTS, Evidence, headline
 from depo_gateway.training.evaluation.measurement import (
     definitions,
@@ -45,7 +46,6 @@ from depo_gateway.training.evaluation.reported_routing import (
     with_target_met,
 )
 from depo_gateway.training.evaluation.threshold_sweep import differing_outcomes, sweep_outcomes, sweep_thresholds
-from depo_gateway.training.evaluation.told_groups import told_groups
 from depo_gateway.training.evaluation.unfamiliar_prompts import deciding_quality, unfamiliar_note, unfamiliar_share
 from depo_gateway.training.outcomes.table import (
     Row,
@@ -98,7 +98,7 @@ def report_on_outcomes(args: argparse.Namespace, runtime: Runtime, scores: Path)
     else:
         unseen = unseen_prompts(examples, runtime.manifest)
     routing = read_routing(args, pools.names, default_routing(runtime.pools))
-    groups = told_groups([row.group for row in rows], args.groups, runtime.manifest, "evaluate")
+    groups = chosen_groups([row.group for row in rows], args.groups, runtime.manifest, "evaluate")
     kept = [example for example, unfitted in zip(examples, unseen.kept, strict=True) if unfitted]
     scored = _scored_outcomes(rows, groups, kept, pools.names, runtime, scores)
     grouped = any(example.group for example in kept)
@@ -134,7 +134,7 @@ def _scored_outcomes(
     """The examples with their predictions; writes the scores of every row to `scores`.
 
     Args:
-        groups: of each row, as the checkpoint is told. A question of several has that of its first row.
+        groups: of each row, by which the checkpoint scores. A question of several has that of its first row.
     """
     scores.parent.mkdir(parents=True, exist_ok=True)
     named = [(row.question, row.context, group) for row, group in zip(rows, groups, strict=True)]

@@ -59,7 +59,7 @@ def text_logits(
     """The logits of texts from estimator.text.extract_text().
 
     Args:
-        groups: (N,) the names of the prompts' tasks that the checkpoint is told; "": none.
+        groups: (N,) the names of the prompts' tasks; "": none.
     """
     prepared = [runtime.prepare(*text, group) for text, group in zip(texts, groups, strict=True)]
     order, heads = sorted(range(len(prepared)), key=lambda i: len(prepared[i].ids)), len(runtime.manifest.heads)

@@ -80,7 +80,7 @@ class Design:
         group = torch.tensor([item.group for item in items])
         self._in_group = torch.nonzero(group >= 0)[:, 0]  # rows of examples whose group is known
         self._group = group[self._in_group]
-        # Without groups one model is fitted; with them the same weights serve prompts whose group is told or not
+        # Without groups one model is fitted; with them the same weights serve prompts with and without one
         full, cheap = (0.5, 0.5) if self.groups else (1.0, 1.0)
         cheap *= self.has_wide
         self.stage_weights = (full, cheap, full, cheap) if self.groups else (full, cheap)

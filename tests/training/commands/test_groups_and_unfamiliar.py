@@ -80,7 +80,7 @@ def test_evaluate_tells_the_groups_with_the_flag_and_says_so_without(
     table = ["--outcomes", str(places["second"])]
     blind = evaluate(places["told"], tmp_path / "blind", *table)
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("depo-train evaluate: the checkpoint knows the groups of 300 of these 300 prompts, and is")
+    assert line.startswith("depo-train evaluate: the checkpoint knows the groups of 300 of these 300 prompts, and they")
     assert line.endswith("give --groups")
     told = evaluate(places["told"], tmp_path / "told", *table, "--groups")
     assert capsys.readouterr().err == ""
